@@ -1,0 +1,54 @@
+"""sdlite: Stable Diffusion, small enough to read in an evening and exact against diffusers.
+
+    import sdlite
+    pipe = sdlite.Pipeline.load("path/or/hub-id")
+    pipe("a red apple", seed=7)[0].save("apple.png")
+
+Importing this module loads nothing heavy; each public name is fetched from its module on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CheckpointError": "sdlite.checkpoints.load",
+    "DDIM": "sdlite.diffusion.solvers",
+    "DDPM": "sdlite.diffusion.solvers",
+    "DiffusersSolver": "sdlite.diffusion.solvers",
+    "LatentCodec": "sdlite.models.codec",
+    "Pipeline": "sdlite.pipeline",
+    "Request": "sdlite.config",
+    "Schedule": "sdlite.diffusion.schedule",
+    "TextEncoder": "sdlite.models.text",
+    "UNet": "sdlite.models.unet",
+    "UNetConfig": "sdlite.config",
+    "denoise": "sdlite.diffusion.sampling",
+    "load_model": "sdlite.checkpoints.load",
+    "sd15": "sdlite.config",
+    "sd21": "sdlite.config",
+    "tiny": "sdlite.config",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from sdlite.checkpoints.load import CheckpointError as CheckpointError, load_model as load_model
+    from sdlite.config import Request as Request, UNetConfig as UNetConfig, sd15 as sd15, sd21 as sd21, tiny as tiny
+    from sdlite.diffusion.sampling import denoise as denoise
+    from sdlite.diffusion.schedule import Schedule as Schedule
+    from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM, DiffusersSolver as DiffusersSolver
+    from sdlite.models.codec import LatentCodec as LatentCodec
+    from sdlite.models.text import TextEncoder as TextEncoder
+    from sdlite.models.unet import UNet as UNet
+    from sdlite.pipeline import Pipeline as Pipeline
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdlite' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: names, folders, single files."""

@@ -1,0 +1,261 @@
+"""Records: what to draw (`Request`) and what a model is made of (`ModelConfig` and its parts).
+
+All are frozen and refuse unknown fields, and every error is one line that names the field, the value and the rule.
+Configs name choices of architecture, never code paths. Presets are functions: `sd15()`, `sd21()`, `tiny()`.
+"""
+
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Prediction = Literal["epsilon", "v", "sample"]
+SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
+
+MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
+MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
+
+Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Channels = Annotated[int, Field(ge=1, le=8192)]
+Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
+
+
+def _one_line(error: ValidationError, fields: list[str]) -> str:
+    """First fault of a validation error as `field=value: rule`, with the nearest known field for an unknown one."""
+    fault = error.errors()[0]
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(name, fields, 1)
+        return f"unknown field {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}")
+    if fault["type"] == "missing":
+        return f"{name} is required"
+    rule = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return rule if not name else f"{name}={fault['input']!r:.80} must be {rule}"
+
+
+class Record(BaseModel):
+    """Frozen, closed pydantic model whose errors are one-line ValueErrors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ValueError(_one_line(error, list(type(self).model_fields))) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+class Request(Record):
+    """One image to draw. CLI flags, rows of a batch file and PNG metadata are all this record.
+
+    guidance_scale: Stable Diffusion's convention, uncond + scale * (cond - uncond); up to 1 means no guidance, and then
+    the negative prompt has no effect. guidance_rescale: Lin et al. 2023, section 3.4. eta: 0 is DDIM, 1 is DDPM's noise
+    (solver "ddim" only). clip_skip: text layers left out at the end (Automatic1111's "Clip skip" is this plus 1).
+    height, width: pixels; None is the model's own size. image, mask: which picture img2img or inpainting started from,
+    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it.
+    """
+
+    prompt: str = Field(max_length=20_000)
+    negative_prompt: str = Field("", max_length=20_000)
+    seed: int = Field(0, ge=0, lt=2**64)
+    height: Size | None = None
+    width: Size | None = None
+    steps: int = Field(30, ge=1, le=MAX_STEPS)
+    guidance_scale: float = Field(7.5, ge=0, le=100)
+    guidance_rescale: Fraction = 0.0
+    solver: SolverName = "ddim"
+    eta: Fraction = 0.0
+    clip_skip: int = Field(0, ge=0, le=47)
+    image: str | None = None
+    mask: str | None = None
+    strength: float = Field(0.8, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _mask_needs_image(self) -> Self:
+        if self.mask is not None and self.image is None:
+            raise ValueError("mask needs an image to inpaint; give image as well")
+        return self
+
+
+class UNetConfig(Record):
+    """The conditional UNet (Rombach et al. 2022), in the terms of diffusers' UNet2DConditionModel.
+
+    Tuples have one entry per stage from the finest to the coarsest. attention_stages: which have cross-attention.
+    num_heads: heads, not their width (diffusers calls this attention_head_dim). context_dim: width of text features.
+    """
+
+    in_channels: Channels = 4
+    out_channels: Channels = 4
+    block_out_channels: Stages
+    layers_per_block: int = Field(2, ge=1, le=8)
+    attention_stages: tuple[bool, ...]
+    num_heads: Stages
+    context_dim: Channels
+    num_groups: Channels = 32
+    use_linear_projection: bool = False
+    prediction: Prediction = "epsilon"
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        channels = self.block_out_channels
+        for name in ("attention_stages", "num_heads"):
+            if len(getattr(self, name)) != len(channels):
+                raise ValueError(f"{name} must have one entry per stage, {len(channels)}, like block_out_channels")
+        for width, heads in zip(channels, self.num_heads, strict=True):
+            if width % heads or width % self.num_groups:
+                raise ValueError(
+                    f"block_out_channels={channels}: {width} must be a multiple of its num_heads={heads} "
+                    f"and of num_groups={self.num_groups}"
+                )
+        return self
+
+
+class ScheduleConfig(Record):
+    """Noise schedule and timestep grid; the defaults are Stable Diffusion's.
+
+    final_abar_one: the last step ends at abar 1, a noise-free image, instead of at abar of timestep 0.
+    zero_terminal_snr: rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1).
+    """
+
+    num_train_steps: int = Field(1000, ge=2, le=10_000)
+    beta_start: float = Field(0.00085, gt=0, lt=1)
+    beta_end: float = Field(0.012, gt=0, lt=1)
+    beta_schedule: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    steps_offset: int = Field(1, ge=0, le=100)
+    final_abar_one: bool = False
+    spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    zero_terminal_snr: bool = False
+
+
+class TextConfig(Record):
+    """CLIP text encoder (Radford et al. 2021), in the terms of transformers' CLIPTextConfig."""
+
+    vocab_size: int = Field(49_408, ge=8, le=1_000_000)
+    hidden_size: Channels
+    intermediate_size: int = Field(ge=1, le=65_536)
+    num_hidden_layers: int = Field(ge=1, le=48)
+    num_attention_heads: int = Field(ge=1, le=128)
+    max_position_embeddings: int = Field(77, ge=4, le=1024)
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = Field(1e-5, gt=0, lt=1)
+    bos_token_id: int = Field(49_406, ge=0)
+    eos_token_id: int = Field(49_407, ge=0)
+    pad_token_id: int = Field(49_407, ge=0)
+
+
+class AutoencoderKLConfig(Record):
+    """Convolutional VAE (Rombach et al. 2022, appendix G), in the terms of diffusers' AutoencoderKL."""
+
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    block_out_channels: Stages
+    layers_per_block: int = Field(2, ge=1, le=8)
+    latent_channels: Channels = 4
+    norm_num_groups: Channels = 32
+    scaling_factor: float = Field(0.18215, gt=0)
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class AutoencoderTinyConfig(Record):
+    """TAESD, the distilled small autoencoder, in the terms of diffusers' AutoencoderTiny."""
+
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    encoder_block_out_channels: Stages = (64, 64, 64, 64)
+    decoder_block_out_channels: Stages = (64, 64, 64, 64)
+    latent_channels: Channels = 4
+    upsampling_scaling_factor: int = Field(2, ge=1, le=8)
+    num_encoder_blocks: Stages = (1, 3, 3, 3)
+    num_decoder_blocks: Stages = (3, 3, 3, 1)
+    latent_magnitude: int = Field(3, ge=1)
+    latent_shift: float = 0.5
+    scaling_factor: float = Field(1.0, gt=0)
+    shift_factor: float | None = 0.0
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+
+CodecConfig = AutoencoderKLConfig | AutoencoderTinyConfig
+
+
+class ModelConfig(Record):
+    """A whole model. sample_size: the side in latent cells at which it draws unless told otherwise."""
+
+    denoiser: UNetConfig
+    schedule: ScheduleConfig
+    text: TextConfig
+    codec: CodecConfig
+    sample_size: int = Field(64, ge=1, le=1024)
+
+
+def sd15(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
+    """Stable Diffusion 1.x; in_channels=9 is its inpainting model (latents, mask, masked image)."""
+    return ModelConfig(
+        denoiser=UNetConfig(
+            in_channels=in_channels,
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_stages=(True, True, True, False),
+            num_heads=(8, 8, 8, 8),
+            context_dim=768,
+            prediction=prediction,
+        ),
+        schedule=ScheduleConfig(),
+        text=TextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+        codec=AutoencoderKLConfig(block_out_channels=(128, 256, 512, 512)),
+    )
+
+
+def sd21(in_channels: int = 4, prediction: Prediction = "v") -> ModelConfig:
+    """Stable Diffusion 2.x; "v" is the 768-pixel model, "epsilon" the 512-pixel base.
+
+    The text encoder has 23 layers: the last of OpenCLIP ViT-H's 24 is not used.
+    """
+    base = sd15(in_channels, prediction)
+    return base.replace(
+        denoiser=base.denoiser.replace(num_heads=(5, 10, 20, 20), context_dim=1024, use_linear_projection=True),
+        text=TextConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            hidden_act="gelu",
+            pad_token_id=0,
+        ),
+        sample_size=96 if prediction == "v" else 64,
+    )
+
+
+def tiny(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
+    """Every part of SD1 at toy size, for tests and for trying the machinery: 64-pixel images in a blink."""
+    return ModelConfig(
+        denoiser=UNetConfig(
+            in_channels=in_channels,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            attention_stages=(True, False),
+            num_heads=(2, 4),
+            context_dim=32,
+            num_groups=8,
+            prediction=prediction,
+        ),
+        schedule=ScheduleConfig(),
+        text=TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
+        codec=AutoencoderKLConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
+        sample_size=8,
+    )

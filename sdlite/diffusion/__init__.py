@@ -1,0 +1,1 @@
+"""Diffusion mathematics: pure functions and solvers on tensors; knows no network."""

@@ -1,0 +1,1 @@
+"""Networks: denoiser, text encoder, codec; knows no sampling and no files."""
