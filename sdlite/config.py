@@ -119,6 +119,7 @@ class ScheduleConfig(Record):
     """Noise schedule and timestep grid; the defaults are Stable Diffusion's.
 
     final_abar_one: the last step ends at abar 1, a noise-free image, instead of at abar of timestep 0.
+    spacing: None leaves the grid to the solver, as diffusers does for a scheduler config without timestep_spacing.
     zero_terminal_snr: rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1).
     """
 
@@ -128,7 +129,7 @@ class ScheduleConfig(Record):
     beta_schedule: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
     steps_offset: int = Field(1, ge=0, le=100)
     final_abar_one: bool = False
-    spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
     zero_terminal_snr: bool = False
 
 

@@ -1,0 +1,51 @@
+"""Classifier-free guidance (Ho and Salimans 2022) as a wrapper of a denoiser."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdlite.config import Prediction
+
+if TYPE_CHECKING:
+    from sdlite.models.denoiser import Denoiser, Memory
+
+
+def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
+    """uncond + scale * (cond - uncond): Stable Diffusion's convention, in which scale 1 is no guidance.
+
+    uncond, cond: (B, C, H, W) outputs of the denoiser. scale: a number or (B, 1, 1, 1).
+    """
+    return uncond + scale * (cond - uncond)
+
+
+def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
+    """Takes guided outputs part of the way back to the spread of cond (Lin et al. 2023, section 3.4, eq. 15 and 16).
+
+    guided, cond: (B, C, H, W). rescale: 0 leaves guided as it is, 1 gives it cond's standard deviation; their 0.7 is
+    made for zero terminal SNR.
+    """
+    spread = cond.flatten(1).std(1) / guided.flatten(1).std(1)  # (B,)
+    return guided * (1 + rescale * (spread[:, None, None, None] - 1))
+
+
+class Guided:
+    """A denoiser of B images out of one that is called with 2 B: unconditional first, then conditional."""
+
+    def __init__(self, denoiser: "Denoiser", scale: float | Tensor, rescale: float | Tensor = 0.0) -> None:
+        self.denoiser = denoiser
+        self.scale = scale
+        self.rescale = rescale
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.denoiser.prediction
+
+    def prepare(self, context: Tensor) -> "Memory":
+        """context: (2B, T, D), the B unconditional (negative) prompts first."""
+        return self.denoiser.prepare(context)
+
+    def __call__(self, x: Tensor, t: Tensor, memory: "Memory") -> Tensor:
+        """x: (B, C, H, W). t: (B,). Returns the guided output (B, C, H, W)."""
+        uncond, cond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), memory).chunk(2)  # (B, C, H, W) each
+        return rescale_guidance(guide(uncond, cond, self.scale), cond, self.rescale)

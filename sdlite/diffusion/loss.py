@@ -1,0 +1,45 @@
+"""What a noise predictor is trained on: the squared error of its output, weighted by the timestep."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sdlite.config import Prediction
+from sdlite.diffusion.parameterization import add_noise, training_target
+from sdlite.diffusion.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sdlite.models.denoiser import Denoiser
+
+
+def min_snr_weight(abar_t: Tensor, prediction: Prediction, gamma: float = 5.0) -> Tensor:
+    """Weight of a timestep's error (Hang et al. 2023, section 3.4): min(snr, gamma) in terms of x_0's error.
+
+    For v the signal-to-noise ratio is taken plus one, so that pure noise (snr 0) is trained as well. Same shape as
+    abar_t; gamma 5 is the paper's.
+    """
+    snr = abar_t / (1 - abar_t)
+    if prediction == "epsilon":
+        return snr.clamp(max=gamma) / snr
+    return (snr + 1).clamp(max=gamma) / (snr + 1) if prediction == "v" else snr.clamp(max=gamma)
+
+
+def diffusion_loss(
+    denoiser: "Denoiser",
+    schedule: Schedule,
+    x_0: Tensor,
+    context: Tensor,
+    *,
+    t: Tensor,
+    noise: Tensor,
+    gamma: float | None = None,
+) -> Tensor:
+    """Mean squared error of the denoiser at x_t (Ho et al. 2020, eq. 14), a scalar.
+
+    x_0, noise: (B, C, H, W). context: (B, T, D). t: (B,) int64. gamma: of `min_snr_weight`; None weighs all t alike.
+    """
+    abar_t = schedule.abar(t)  # (B,)
+    output = denoiser(add_noise(x_0, noise, abar_t), t, denoiser.prepare(context))
+    error = (output - training_target(x_0, noise, abar_t, denoiser.prediction)).float().square().flatten(1).mean(1)
+    weight = 1.0 if gamma is None else min_snr_weight(abar_t, denoiser.prediction, gamma).to(error.dtype)
+    return (weight * error).mean()

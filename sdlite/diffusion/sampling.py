@@ -1,0 +1,34 @@
+"""The sampling loop: the solver and the denoiser take turns until the latents are clean."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sdlite.diffusion.solvers import Noise, Solver
+
+if TYPE_CHECKING:
+    from sdlite.models.denoiser import Denoiser, Memory
+
+
+def denoise(
+    denoiser: "Denoiser",
+    solver: Solver,
+    x: Tensor,
+    memory: "Memory",
+    noise: Noise,
+    *,
+    start: int = 0,
+    constrain: Callable[[Tensor, int], Tensor] = lambda x, i: x,
+) -> Iterator[Tensor]:
+    """Yields the latents after every step; the last are x_0. Stop early by not asking for more.
+
+    x: (B, C, H, W), noise of the solver's initial_scale, or an image noised to timesteps[start].
+    memory: `denoiser.prepare(context)`. noise: draws what stochastic solvers add.
+    constrain: called with the latents and the index of the timestep reached; inpainting puts the known part back there.
+    """
+    for i in range(start, len(solver.timesteps)):
+        t = solver.timesteps[i].to(x.device).expand(len(x))  # (B,)
+        output = denoiser(solver.scale_input(x, i), t, memory)  # (B, C, H, W)
+        x = constrain(solver.step(i, x, output, noise), i + 1)
+        yield x

@@ -1,0 +1,78 @@
+"""How much of the image is left at each training timestep, and which timesteps a run visits.
+
+Forward noising mixes image and noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4), where
+abar_t is the cumulative product of 1 - beta. Timestep 0 is almost clean, the last one almost, or with a zero terminal
+signal-to-noise ratio exactly, pure noise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdlite.config import ScheduleConfig
+
+COSINE_OFFSET = 0.008  # Nichol and Dhariwal 2021, eq. 17: keeps the first betas from vanishing
+COSINE_MAX_BETA = 0.999  # ibid.: keeps the last beta from being singular
+
+
+def betas(config: ScheduleConfig) -> Tensor:
+    """Noise variances of the training steps, (num_train_steps,) float64.
+
+    "scaled_linear" is linear in the square root (CompVis calls it "linear"); "cosine" is Nichol and Dhariwal's.
+    """
+    n, start, end = config.num_train_steps, config.beta_start, config.beta_end
+    if config.beta_schedule == "linear":
+        return torch.linspace(start, end, n, dtype=torch.float64)
+    if config.beta_schedule == "scaled_linear":
+        return torch.linspace(math.sqrt(start), math.sqrt(end), n, dtype=torch.float64) ** 2
+    angles = (torch.arange(n + 1, dtype=torch.float64) / n + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2
+    abars = angles.cos() ** 2
+    return (1 - abars[1:] / abars[:-1]).clamp(max=COSINE_MAX_BETA)
+
+
+def with_zero_terminal_snr(abars: Tensor) -> Tensor:
+    """Shifts and scales sqrt(abar) so that the last is 0 and the first stays (Lin et al. 2023, algorithm 1)."""
+    roots = abars.sqrt()
+    first, last = roots[0], roots[-1]
+    return ((roots - last) * first / (first - last)) ** 2
+
+
+def spaced_timesteps(num_train_steps: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
+    """The `steps` training timesteps of a run, (steps,) int64, descending.
+
+    "leading": multiples of num_train_steps // steps, plus offset; the usual grid of Stable Diffusion. "trailing": ends
+    of equal intervals, from the last timestep; the right one for a zero terminal SNR. "linspace": first and last
+    timestep and equal distances. Lin et al. 2023, table 2. Raises ValueError if steps is not in 1..num_train_steps.
+    """
+    if not 1 <= steps <= num_train_steps:
+        raise ValueError(f"steps={steps} must be from 1 to {num_train_steps}, the timesteps of the training schedule")
+    i = torch.arange(steps, dtype=torch.float64)
+    if spacing == "leading":
+        t = (i * (num_train_steps // steps) + offset).flip(0)
+    elif spacing == "trailing":
+        t = (num_train_steps - i * (num_train_steps / steps)).round() - 1
+    else:
+        t = torch.linspace(0, num_train_steps - 1, steps, dtype=torch.float64).round().flip(0)
+    return t.long().clamp(max=num_train_steps - 1)  # offset 1 with all 1000 steps would reach past the last
+
+
+class Schedule:
+    """The noise schedule as a float64 table of abar, and the timestep grids over it."""
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        self.abars = (1 - betas(config)).cumprod(0)  # (num_train_steps,)
+        if config.zero_terminal_snr:
+            self.abars = with_zero_terminal_snr(self.abars)
+        self.final_abar = torch.ones_like(self.abars[0]) if config.final_abar_one else self.abars[0]
+
+    def abar(self, t: Tensor) -> Tensor:
+        """abar at integer timesteps t of any shape, float64 on t's device. t = -1 stands for the end of a run."""
+        table = torch.cat([self.abars, self.final_abar[None]]).to(t.device)  # index -1 is the end
+        return table[t]
+
+    def timesteps(self, steps: int) -> Tensor:
+        """The grid of a run, (steps,) int64 descending; "leading" where the config leaves the choice open."""
+        config = self.config
+        return spaced_timesteps(config.num_train_steps, steps, config.spacing or "leading", config.steps_offset)

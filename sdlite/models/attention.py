@@ -1,0 +1,118 @@
+"""Attention: how the prompt reaches the picture.
+
+    image tokens z (B, L, C) --to_q--> Q (B, N, L, K)
+    context        (B, T, D) --to_k--> K (B, N, T, K)     softmax(Q K^T / sqrt(K)) V --to_out--> (B, L, C)
+                             --to_v--> V (B, N, T, K)
+
+In self-attention the image tokens are their own context. In cross-attention the context is the prompt, which does not
+change between steps, so its K and V are projected once (`project_kv`) and handed to every call.
+Letters: B batch, L image tokens H*W, C channels, T text tokens, D text width, N heads, K head width.
+Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
+"""
+
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KV: TypeAlias = tuple[Tensor, Tensor]
+"""Keys and values, each (B, N, T, K)."""
+
+SPATIAL_EPS = 1e-6  # GroupNorm eps before the tokens (CompVis attention.py `Normalize`), not the residual blocks' 1e-5
+FEED_FORWARD_FACTOR = 4  # hidden width of the feed-forward part (Vaswani et al. 2017, section 3.3)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are an argument."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def project_kv(self, context: Tensor) -> KV:
+        """context: (B, T, D). Returns K and V, each (B, N, T, K)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, kv: KV) -> Tensor:
+        """x: (B, L, C) image tokens. kv: from `project_kv`. Returns (B, L, C)."""
+        q = self._split(self.to_q(x))  # (B, N, L, K)
+        h = F.scaled_dot_product_attention(q, *kv)  # (B, N, L, K)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, L, C)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, N*K) -> (B, N, L, K)
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by the exact GELU of its second half (Shazeer 2020)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)  # (B, L, hidden) each
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU, then back to the channels. Index 1 of `net` is the dropout of the original, which has no weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = FEED_FORWARD_FACTOR * channels
+        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # (B, L, C)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each on normalised input, added to its input."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_dim, num_heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, prompt: KV) -> Tensor:
+        """x: (B, L, C) image tokens. prompt: `attn2.project_kv(context)`. Returns (B, L, C)."""
+        z = self.norm1(x)
+        x = x + self.attn1(z, self.attn1.project_kv(z))
+        x = x + self.attn2(self.norm2(x), prompt)
+        return x + self.ff(self.norm3(x))
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution on tokens: the linear layer of SD1's checkpoints, which store it as a (C, C, 1, 1) kernel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight[:, :, 0, 0], self.bias)  # (B, L, C)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the cells of a feature map (Rombach et al. 2022, appendix E.2.1)."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, eps=SPATIAL_EPS)
+        self.proj_in = nn.Linear(channels, channels) if linear else PointwiseConv(channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
+        self.proj_out = nn.Linear(channels, channels) if linear else PointwiseConv(channels)
+
+    def forward(self, x: Tensor, prompt: KV) -> Tensor:
+        """x: (B, C, H, W). prompt: keys and values of the block's cross-attention. Returns (B, C, H, W)."""
+        z = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H*W, C)
+        z = self.proj_out(self.transformer_blocks[0](z, prompt))  # (B, H*W, C)
+        return x + z.transpose(1, 2).reshape(x.shape)  # (B, C, H, W); the residual is from before the norm

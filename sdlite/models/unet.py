@@ -1,0 +1,160 @@
+"""The noise predictor of Stable Diffusion: a conditional UNet (Ronneberger et al. 2015, Rombach et al. 2022).
+
+    x_t (B, 4, H, W)                                                  eps (B, 4, H, W)
+      conv_in                                                           conv_out
+        down 0  resnet+attention x2 ------------ skips ------------ up 3  resnet+attention x3
+          down 1  resnet+attention x2 ---------- skips ---------- up 2  resnet+attention x3
+            down 2  resnet+attention x2 -------- skips -------- up 1  resnet+attention x3
+              down 3  resnet x2 ---------------- skips ------ up 0  resnet x3
+                                mid  resnet, attention, resnet
+
+Every resnet receives the time vector, every attention the prompt's K and V, which `prepare` projects once per prompt.
+`UNetConfig` sets the number of stages and their widths; the drawing is SD1's.
+Attribute names are those of diffusers' UNet2DConditionModel, so its checkpoints load as they are: renaming an attribute
+breaks every file (tests/test_unet.py compares the keys).
+Letters: B batch, C channels, E time width, H W latent cells, T text tokens, D text width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdlite.config import Prediction, UNetConfig
+from sdlite.models.attention import KV, SpatialTransformer, TransformerBlock
+from sdlite.models.layers import RESNET_EPS, Downsample, ResnetBlock, TimeEmbedding, Upsample
+
+TIME_FACTOR = 4  # width of the time vector over that of the first stage (CompVis openaimodel.py)
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution, each followed by attention to the prompt where the stage has it."""
+
+    def __init__(self, config: UNetConfig, stage: int, in_channels: list[int], attention: bool) -> None:
+        super().__init__()
+        out = config.block_out_channels[stage]
+        time_width = TIME_FACTOR * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(c, out, time_width, config.num_groups) for c in in_channels)
+        self.attentions = nn.ModuleList(_transformer(config, stage) for _ in in_channels if attention)
+
+    def layer(self, i: int, h: Tensor, time: Tensor, memory: Iterator[KV]) -> Tensor:
+        """Layer i on h: (B, C, H, W) -> (B, C_out, H, W). Takes one entry of memory if the stage has attention."""
+        h = self.resnets[i](h, time)
+        return self.attentions[i](h, next(memory)) if self.attentions else h
+
+
+class DownStage(Stage):
+    """`layers_per_block` layers, then half the resolution unless it is the coarsest stage."""
+
+    def __init__(self, config: UNetConfig, stage: int) -> None:
+        out, before = config.block_out_channels[stage], config.block_out_channels[max(stage - 1, 0)]
+        in_channels = [before] + [out] * (config.layers_per_block - 1)
+        super().__init__(config, stage, in_channels, config.attention_stages[stage])
+        last = stage == len(config.block_out_channels) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
+
+    def forward(self, h: Tensor, time: Tensor, memory: Iterator[KV]) -> list[Tensor]:
+        """Returns the output of every layer and of the downsampler: the skips, of which the last goes on down."""
+        skips = []
+        for i in range(len(self.resnets)):
+            h = self.layer(i, h, time, memory)  # (B, C_out, H, W)
+            skips.append(h)
+        for downsample in self.downsamplers:
+            skips.append(downsample(h))  # (B, C_out, ceil(H/2), ceil(W/2))
+        return skips
+
+
+class MiddleStage(Stage):
+    """Resnet, attention, resnet at the coarsest resolution; has attention even where that stage has none."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        stage = len(config.block_out_channels) - 1
+        super().__init__(config, stage, [config.block_out_channels[-1]] * 2, attention=False)
+        self.attentions = nn.ModuleList([_transformer(config, stage)])
+
+    def forward(self, h: Tensor, time: Tensor, memory: Iterator[KV]) -> Tensor:
+        h = self.resnets[0](h, time)  # (B, C, H, W), also below
+        h = self.attentions[0](h, next(memory))
+        return self.resnets[1](h, time)
+
+
+class UpStage(Stage):
+    """One layer more than the way down, each on the concatenation with a skip, then the next finer resolution."""
+
+    def __init__(self, config: UNetConfig, stage: int) -> None:
+        channels = config.block_out_channels
+        out, below, above = channels[stage], channels[min(stage + 1, len(channels) - 1)], channels[max(stage - 1, 0)]
+        skips = [out] * config.layers_per_block + [above]  # as the way down left them, last first
+        inputs = [below] + [out] * config.layers_per_block
+        in_channels = [h + skip for h, skip in zip(inputs, skips, strict=True)]
+        super().__init__(config, stage, in_channels, config.attention_stages[stage])
+        self.upsamplers = nn.ModuleList([] if stage == 0 else [Upsample(out)])
+
+    def forward(self, h: Tensor, time: Tensor, memory: Iterator[KV], skips: list[Tensor]) -> Tensor:
+        """Takes its skips off the end of the list."""
+        for i in range(len(self.resnets)):
+            h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C_skip, H, W)
+            h = self.layer(i, h, time, memory)  # (B, C_out, H, W)
+        for upsample in self.upsamplers:
+            h = upsample(h, skips[-1].shape[-2:])  # (B, C_out, 2H or 2H-1, 2W or 2W-1)
+        return h
+
+
+class UNet(nn.Module):
+    """Predicts noise (or v) in x_t from the timestep and the prompt. Implements `Denoiser`."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(channels[0], TIME_FACTOR * channels[0])
+        self.down_blocks = nn.ModuleList(DownStage(config, stage) for stage in range(len(channels)))
+        self.mid_block = MiddleStage(config)
+        self.up_blocks = nn.ModuleList(UpStage(config, stage) for stage in reversed(range(len(channels))))
+        self.conv_norm_out = nn.GroupNorm(config.num_groups, channels[0], eps=RESNET_EPS)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.config.prediction
+
+    def prepare(self, context: Tensor) -> tuple[KV, ...]:
+        """Projects the prompt to K and V for every cross-attention, in the order in which `forward` meets them.
+
+        context: (B, T, D) text features, D = config.context_dim. Raises ValueError for another D.
+        """
+        if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, but this UNet needs (B, T, {self.config.context_dim}); "
+                "use the text encoder that belongs to it"
+            )
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return tuple(block.attn2.project_kv(context) for block in blocks)
+
+    def forward(self, x: Tensor, t: Tensor, memory: tuple[KV, ...]) -> Tensor:
+        """x: (B, C_in, H, W) noisy latents, any H and W. t: (B,) timesteps. memory: from `prepare`, for B prompts.
+
+        Returns (B, C_out, H, W), what `prediction` says.
+        """
+        time = self.time_embedding(t)  # (B, E)
+        prompt = iter(memory)
+        h = self.conv_in(x)  # (B, C0, H, W)
+        skips = [h]
+        for down in self.down_blocks:
+            skips += down(skips[-1], time, prompt)  # (B, C_stage, H/2^s, W/2^s) each
+        h = self.mid_block(skips[-1], time, prompt)  # (B, C_last, H/2^s, W/2^s)
+        for up in self.up_blocks:
+            h = up(h, time, prompt, skips)  # (B, C_stage, H/2^(s-1), W/2^(s-1))
+        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, C_out, H, W)
+
+
+def _transformer(config: UNetConfig, stage: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        config.block_out_channels[stage],
+        config.context_dim,
+        config.num_heads[stage],
+        config.num_groups,
+        config.use_linear_projection,
+    )
