@@ -1,0 +1,257 @@
+"""Pictures at the border: tensors to PIL and back, PNG files with their recipe inside, contact sheets.
+
+    pixels in [-1, 1]  <--from_pil, to_pil-->  PIL  <--open_image, save_png-->  file
+
+A picture that sdlite writes holds two PNG texts: "parameters", which Automatic1111 and the tools around it read, and
+"sdlite", one JSON object (`Recipe`) from which `sdlite regen` draws the same picture again. Neither holds a path: a
+source picture is recorded as the digest of its pixels. What is read from a file is data and is validated as hostile.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from io import BytesIO
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
+from torch import Tensor
+
+from sdlite.config import Record, Request
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 16 * 1024 * 1024  # of a picture that is read: the largest that can be drawn, MAX_SIDE squared
+MAX_FILE_BYTES = 128 * 1024 * 1024  # 16 MP of 16-bit RGBA, uncompressed
+MAX_RECIPE_CHARS = 1024 * 1024  # two prompts of Request's length, every character escaped, and room
+A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 calls them
+    "ddim": ("DDIM", None),
+    "ddpm": ("DDPM", None),
+    "euler": ("Euler", "Uniform"),
+    "euler_a": ("Euler a", "Uniform"),
+    "dpmpp_2m": ("DPM++ 2M", "Uniform"),
+    "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),
+    "unipc": ("UniPC", None),
+    "pndm": ("PLMS", None),
+    "lcm": ("LCM", None),
+}
+UNKNOWN_SOURCE = "sha256:unknown"
+
+
+class Recipe(Record):
+    """All that a picture records about itself; sizes in the request are resolved, sources are digests."""
+
+    request: Request
+    model: str = Field(max_length=200)
+    model_hash: str = Field(pattern=r"^[0-9a-f]{0,64}$")
+    versions: dict[Literal["sdlite", "torch", "diffusers", "transformers"], Annotated[str, Field(max_length=64)]]
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to RGB pictures, rounded as diffusers does."""
+    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in pixels]
+
+
+def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """(1, 3, H, W) in [-1, 1], resized to size = (width, height) with the Lanczos filter as diffusers does."""
+    return 2.0 * _unit_interval(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)) - 1.0
+
+
+def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """(1, 1, H, W) of 0 (keep) and 1 (repaint, white in the picture), resized and cut at half as diffusers does."""
+    return (_unit_interval(mask.resize(size, Image.Resampling.LANCZOS).convert("L")) >= 0.5).float()
+
+
+def _unit_interval(image: Image.Image) -> Tensor:
+    """(1, C, H, W) in [0, 1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # H * W * C
+    return pixels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2).float() / 255
+
+
+def digest(image: Image.Image) -> str:
+    """ "sha256:..." of the size and the RGB pixels, whatever file they came from."""
+    size = f"{image.width}x{image.height}:".encode()
+    return "sha256:" + hashlib.sha256(size + image.convert("RGB").tobytes()).hexdigest()
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An RGB picture from a PNG, JPEG or WebP file: upright, transparency on white, 16 bits cut to 8.
+
+    Raises FileNotFoundError, or ValueError for anything else that is wrong with it, both in one line.
+    """
+    image = _decoded(path)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _decoded(path: str | Path) -> Image.Image:
+    """The picture in a file, its header checked before any pixel is decoded; whatever Pillow raises, in one line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
+    fault = "is larger than 128 MiB; scale the picture down" if Path(path).stat().st_size > MAX_FILE_BYTES else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below refuses smaller ones
+            with Image.open(path, formats=() if fault else FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's JPEG and a preview
+                    fault = "is an animation; save one of its frames as a PNG and give that"
+                else:
+                    return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError:
+        fault = f"has more than {MAX_PIXELS >> 20} megapixels; scale the picture down"
+    except UnidentifiedImageError:
+        fault = fault or "is not a PNG, JPEG or WebP picture"
+    except Exception as error:  # the decoders raise what the bytes lead them to: OSError, SyntaxError, struct.error...
+        fault = f"is damaged: {' '.join(str(error).split()) or type(error).__name__}"
+    raise ValueError(f"{path} {fault}")
+
+
+def metadata(request: Request, *, model: str, model_hash: str, width: int, height: int) -> dict[str, str]:
+    """The two PNG texts of a picture; width and height are those drawn, model_hash is hexadecimal."""
+    sources = {name: _source(getattr(request, name)) for name in ("image", "mask")}
+    recipe = Recipe(
+        request=request.replace(width=width, height=height, **sources),
+        model=re.split(r"[/\\]", model.rstrip("/\\"))[-1],  # a name, never where it lies
+        model_hash=model_hash,
+        versions={name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": _version()},
+    )
+    return {"parameters": _infotext(recipe), "sdlite": recipe.model_dump_json(ensure_ascii=True)}
+
+
+def _version() -> str:
+    from sdlite import __version__
+
+    return __version__
+
+
+def _source(name: str | None) -> str | None:
+    return name if name is None or re.fullmatch(r"sha256:[0-9a-f]{64}", name) else UNKNOWN_SOURCE
+
+
+def _infotext(recipe: Recipe) -> str:
+    """Automatic1111's text: prompt, negative prompt, then one line of settings. RNG: CPU is how noise is drawn."""
+    request = recipe.request
+    sampler, schedule = A1111_SAMPLERS[request.solver]
+    settings = {
+        "Steps": request.steps,
+        "Sampler": sampler,
+        "Schedule type": schedule,
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": recipe.model_hash[:10] or None,
+        "Model": recipe.model or None,
+        "Denoising strength": request.strength if request.image is not None else None,
+        "Eta DDIM": request.eta or None,
+        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
+        "RNG": "CPU",
+        "Version": f"sdlite-{recipe.versions['sdlite']}",
+    }
+    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
+    return f"{request.prompt}{negative}\n{line}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+
+def read_metadata(path: str | Path) -> Recipe:
+    """What `metadata` wrote. Raises ValueError when there is none or it does not hold together."""
+    text = _decoded(path).info.get("sdlite")
+    if not isinstance(text, str):
+        raise ValueError(f"{path} holds no sdlite metadata (not drawn by sdlite, drawn with --no-metadata, or edited)")
+    try:
+        if len(text) > MAX_RECIPE_CHARS:
+            raise ValueError("too long")
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or not isinstance(fields.get("request"), dict):
+            raise ValueError("not an object with a request")
+        return Recipe(**fields | {"request": Request(**fields["request"])})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} holds broken sdlite metadata: {str(error).splitlines()[0]}") from None
+
+
+def save_png(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:
+    """Writes a PNG whole or not at all, with the texts in image.info; replaces a file only with force.
+
+    Raises FileExistsError, or OSError as the system says (folder missing or read-only, disk full).
+    """
+    texts = PngInfo()
+    for name in ("parameters", "sdlite"):
+        if with_metadata and name in image.info:
+            texts.add_text(name, image.info[name])
+    data = BytesIO()
+    image.save(data, "PNG", pnginfo=texts)
+    _write_atomically(Path(path), data.getvalue(), force)
+
+
+def _write_atomically(path: Path, data: bytes, force: bool) -> None:
+    """Through a temporary file beside it, which reaches the disk before the name appears."""
+    temporary = path.with_name(f".sdlite-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if force:
+            temporary.replace(path)
+        else:
+            _link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, path: Path) -> None:
+    """Gives source a second name that must be free; where the disk knows no links, claims the name and moves."""
+    try:
+        path.hardlink_to(source)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists; --force replaces it") from None
+    except OSError:
+        path.touch(exist_ok=False)
+        source.replace(path)
+
+
+def next_free_name(folder: str | Path, seed: int) -> Path:
+    """000000-<seed>.png: one more than the highest such number in the folder."""
+    folder = Path(folder)
+    found = [re.match(r"(\d{6,9})-", entry.name) for entry in (folder.iterdir() if folder.is_dir() else ())]
+    index = max((int(match[1]) for match in found if match), default=-1) + 1
+    return folder / f"{index:06d}-{seed}.png"
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str] | None = None, columns: int | None = None
+) -> Image.Image:
+    """All pictures in one, on a near-square grid unless columns is given, each with its label below."""
+    columns = columns or ceil(sqrt(len(images)))
+    gap, caption = 4, 16 if labels else 0
+    width, height = max(image.width for image in images), max(image.height for image in images) + caption
+    rows = ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, image in enumerate(images):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
+        sheet.paste(image, (x, y))
+        if labels:
+            label = labels[i].replace("\n", " ")[:200]
+            while label and draw.textlength(label, font) > width:
+                label = label[:-1]
+            draw.text((x, y + image.height + 2), label, "black", font)
+    return sheet
