@@ -76,9 +76,11 @@ class Request(Record):
     strength: float = Field(0.8, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _mask_needs_image(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.mask is not None and self.image is None:
             raise ValueError("mask needs an image to inpaint; give image as well")
+        if self.eta > 0 and self.solver != "ddim":
+            raise ValueError(f"eta={self.eta:g} has no effect with solver={self.solver!r}; use solver 'ddim' or eta 0")
         return self
 
 

@@ -25,7 +25,8 @@ def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> T
     guided, cond: (B, C, H, W). rescale: 0 leaves guided as it is, 1 gives it cond's standard deviation; their 0.7 is
     made for zero terminal SNR.
     """
-    spread = cond.flatten(1).std(1) / guided.flatten(1).std(1)  # (B,)
+    tiny = torch.finfo(guided.dtype).tiny  # constant outputs, as of an untrained network, have no spread to divide by
+    spread = cond.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=tiny)  # (B,)
     return guided * (1 + rescale * (spread[:, None, None, None] - 1))
 
 

@@ -1,7 +1,7 @@
 """The sampling loop: the solver and the denoiser take turns until the latents are clean."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
@@ -9,6 +9,9 @@ from sdlite.diffusion.solvers import Noise, Solver
 
 if TYPE_CHECKING:
     from sdlite.models.denoiser import Denoiser, Memory
+
+Constrain: TypeAlias = Callable[[Tensor, int], Tensor]
+"""Changes the latents after a step, given the index of the timestep that they have reached."""
 
 
 def denoise(
@@ -19,16 +22,17 @@ def denoise(
     noise: Noise,
     *,
     start: int = 0,
-    constrain: Callable[[Tensor, int], Tensor] = lambda x, i: x,
+    constrain: Constrain | None = None,
 ) -> Iterator[Tensor]:
     """Yields the latents after every step; the last are x_0. Stop early by not asking for more.
 
     x: (B, C, H, W), noise of the solver's initial_scale, or an image noised to timesteps[start].
     memory: `denoiser.prepare(context)`. noise: draws what stochastic solvers add.
-    constrain: called with the latents and the index of the timestep reached; inpainting puts the known part back there.
+    constrain: inpainting puts the known part of the image back with it.
     """
     for i in range(start, len(solver.timesteps)):
         t = solver.timesteps[i].to(x.device).expand(len(x))  # (B,)
         output = denoiser(solver.scale_input(x, i), t, memory)  # (B, C, H, W)
-        x = constrain(solver.step(i, x, output, noise), i + 1)
+        x = solver.step(i, x, output, noise)
+        x = x if constrain is None else constrain(x, i + 1)
         yield x

@@ -8,7 +8,7 @@ The only module that imports models from diffusers.
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from sdlite.config import AutoencoderKLConfig, CodecConfig
+from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, CodecConfig
 
 TILE_PIXELS = 512  # side of a tile in pixels; diffusers blends neighbours over a quarter of it
 
@@ -36,11 +36,15 @@ class LatentCodec(nn.Module):
         else:
             self.model = AutoencoderTiny(**fields)
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether `encode` has no use for noise."""
+        return isinstance(self.config, AutoencoderTinyConfig)
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images: the posterior's mean, or with noise a sample of it.
 
-        images: (B, 3, H, W) in [-1, 1], H and W multiples of `factor`. noise: (B, C, H/f, W/f), which the tiny
-        autoencoder, being deterministic, does not use.
+        images: (B, 3, H, W) in [-1, 1], H and W multiples of `factor`. noise: (B, C, H/f, W/f).
         """
         encoded = self.model.encode(images)
         if isinstance(self.config, AutoencoderKLConfig):

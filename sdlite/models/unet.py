@@ -136,18 +136,18 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, memory: tuple[KV, ...]) -> Tensor:
         """x: (B, C_in, H, W) noisy latents, any H and W. t: (B,) timesteps. memory: from `prepare`, for B prompts.
 
-        Returns (B, C_out, H, W), what `prediction` says.
+        Returns (B, C_out, H, W), what `prediction` says, in x's dtype; computes in that of the weights.
         """
         time = self.time_embedding(t)  # (B, E)
         prompt = iter(memory)
-        h = self.conv_in(x)  # (B, C0, H, W)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (B, C0, H, W)
         skips = [h]
         for down in self.down_blocks:
             skips += down(skips[-1], time, prompt)  # (B, C_stage, H/2^s, W/2^s) each
         h = self.mid_block(skips[-1], time, prompt)  # (B, C_last, H/2^s, W/2^s)
         for up in self.up_blocks:
             h = up(h, time, prompt, skips)  # (B, C_stage, H/2^(s-1), W/2^(s-1))
-        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, C_out, H, W)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype)  # (B, C_out, H, W)
 
 
 def _transformer(config: UNetConfig, stage: int) -> SpatialTransformer:

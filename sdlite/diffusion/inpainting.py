@@ -1,0 +1,47 @@
+"""Inpainting: repaint the masked part of an image and keep the rest.
+
+Any UNet can do it by putting the known part back after every step (`keep_known`; Lugmayr et al. 2022, section 3.2,
+without their resampling). An inpainting UNet instead sees mask and masked image as further channels (`WithChannels`;
+Rombach et al. 2022, appendix D.5).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdlite.config import Prediction
+from sdlite.diffusion.sampling import Constrain
+from sdlite.diffusion.solvers import Solver
+
+if TYPE_CHECKING:
+    from sdlite.models.denoiser import Denoiser, Memory
+
+
+def keep_known(solver: Solver, x_0: Tensor, noise: Tensor, mask: Tensor) -> Constrain:
+    """A `constrain` for `denoise`: outside the mask, latents are x_0 noised to the timestep reached.
+
+    x_0, noise: (B, C, H, W), the image's latents and the noise that is always put on them. mask: (B, 1, H, W), 1 where
+    to repaint.
+    """
+    return lambda x, i: (1 - mask) * solver.noised(x_0, noise, i) + mask * x
+
+
+class WithChannels:
+    """A denoiser of 4-channel latents out of one that also wants constant channels, appended to every call."""
+
+    def __init__(self, denoiser: "Denoiser", channels: Tensor) -> None:
+        self.denoiser = denoiser
+        self.channels = channels  # (B, 5, H, W)
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.denoiser.prediction
+
+    def prepare(self, context: Tensor) -> "Memory":
+        return self.denoiser.prepare(context)
+
+    def __call__(self, x: Tensor, t: Tensor, memory: "Memory") -> Tensor:
+        """x: (B, 4, H, W), or (2B, 4, H, W) under guidance. Returns the same shape."""
+        channels = self.channels.repeat(len(x) // len(self.channels), 1, 1, 1)
+        return self.denoiser(torch.cat([x, channels], dim=1), t, memory)  # (B, 9, H, W) -> (B, 4, H, W)
