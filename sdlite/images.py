@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from torch import Tensor
@@ -81,6 +81,14 @@ def digest(image: Image.Image) -> str:
     """ "sha256:..." of the size and the RGB pixels, whatever file they came from."""
     size = f"{image.width}x{image.height}:".encode()
     return "sha256:" + hashlib.sha256(size + image.convert("RGB").tobytes()).hexdigest()
+
+
+def largest_difference(first: Image.Image, second: Image.Image) -> int:
+    """In grey levels, 0 to 255, over all pixels and channels; 255 where the sizes differ."""
+    if first.size != second.size:
+        return 255
+    extrema = ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getextrema()
+    return int(max(high for _, high in extrema))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -171,10 +179,16 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
 
 
+def read_texts(path: str | Path) -> dict[str, str]:
+    """The "parameters" and "sdlite" texts of a picture as they are, whoever wrote them."""
+    info = _decoded(path).info
+    return {name: info[name] for name in ("parameters", "sdlite") if isinstance(info.get(name), str)}
+
+
 def read_metadata(path: str | Path) -> Recipe:
     """What `metadata` wrote. Raises ValueError when there is none or it does not hold together."""
-    text = _decoded(path).info.get("sdlite")
-    if not isinstance(text, str):
+    text = read_texts(path).get("sdlite")
+    if text is None:
         raise ValueError(f"{path} holds no sdlite metadata (not drawn by sdlite, drawn with --no-metadata, or edited)")
     try:
         if len(text) > MAX_RECIPE_CHARS:

@@ -1,0 +1,232 @@
+"""How fast sdlite is, alone or against diffusers on the same weights: the numbers of the README come from here.
+
+The two sides run in turn in one process (A B, B A, A B, ...) and share one copy of the UNet's weights; what counts is
+the ratio within a pair, its median, least and most. Memory and cold start are those of a process of its own that
+loads the model and writes one PNG. Prompts differ from run to run, so that no side finds its text encoded already.
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdlite import __version__
+from sdlite.config import Request
+from sdlite.images import largest_difference
+from sdlite.models.unet import UNet
+from sdlite.pipeline import Pipeline
+
+MAX_LOAD = 0.3  # of the cores, on average over the last minute: above it a timing says more about the others
+COLD_RUNS = 3
+MIN_SECONDS = 0.2  # of one timing; shorter calls are repeated
+DIFFUSERS = """
+import sys, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+folder, out, prompt, steps, width, height, device, dtype = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+pipe.to(device)(prompt, num_inference_steps=int(steps), width=int(width), height=int(height)).images[0].save(out)
+"""
+
+Timings = dict[str, list[float]]
+
+
+def measure(pipe: Pipeline, request: Request, *, versus: str | None = None, runs: int = 5) -> dict[str, Any]:
+    """Times one UNet evaluation, one image and a cold start; request says what to draw, versus is None or "diffusers".
+
+    Returns {"machine": ..., "setting": ..., "rows": [...]}, ready for JSON and for `table`.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # before we make our own
+    request, unet = pipe.resolve(request), pipe.denoiser
+    assert isinstance(unet, UNet), "Pipeline.load gives UNets"
+    with tempfile.TemporaryDirectory(prefix="sdlite-bench-") as folder:
+        model = Path(folder) / "model"
+        pipe.save(model)
+        theirs = _diffusers(unet, model) if versus else None
+        rows = [
+            _row("one UNet evaluation, batch 2", "s", _alternate(_evaluations(pipe, unet, request, theirs), runs)),
+            _row(f"one image, {request.steps} steps", "s", _alternate(_images(pipe, request, theirs), runs)),
+            *_cold_rows(unet, request, model, versus),
+        ]
+        setting: dict[str, Any] = {
+            "model": pipe.name,
+            "size": f"{request.width}x{request.height}",
+            "precision": _precision(unet),
+        }
+        if theirs:
+            setting["largest difference of 255"] = _difference(pipe, request, theirs)
+    return {"machine": _machine(unet, load), "setting": setting | {"runs": runs}, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the rows, then what they were measured on and whether they may be quoted."""
+    sides = list(result["rows"][0]["median"])
+    lines = [
+        " | ".join(["", "", *sides, *(["ratio: median (least to most)"] if len(sides) > 1 else []), ""]).strip(" ")
+    ]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for row in result["rows"]:
+        cells = [row["what"], *(_shown(row["median"][side], row["unit"]) for side in sides)]
+        if row["ratio"]:
+            cells.append("{median:.3f} ({least:.3f} to {most:.3f})".format(**row["ratio"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    facts = result["setting"] | result["machine"]
+    lines += ["", ", ".join(f"{name}: {value}" for name, value in facts.items() if name != "publishable")]
+    if not result["machine"]["publishable"]:
+        lines.append("NOT TO BE QUOTED: the machine had other work when this started; run it again when it is idle.")
+    return "\n".join(lines)
+
+
+def _shown(value: float, unit: str) -> str:
+    return (
+        f"{value / 2**20:.0f} MiB" if unit == "bytes" else f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    )
+
+
+def _row(what: str, unit: str, timings: Timings) -> dict[str, Any]:
+    """Medians per side, and sdlite divided by the other within each pair: below 1, sdlite needs less."""
+    ratio = None
+    if len(timings) == 2:
+        ours, theirs = timings.values()
+        pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+        ratio = {"median": statistics.median(pairs), "least": min(pairs), "most": max(pairs)}
+    medians = {side: statistics.median(values) for side, values in timings.items()}
+    return {"what": what, "unit": unit, "median": medians, "ratio": ratio, "runs": timings}
+
+
+def _alternate(sides: dict[str, Callable[[int], Any]], runs: int) -> Timings:
+    """Seconds per call. The first call of each side warms up and sets how many calls make a timing long enough; who
+    goes first changes every pair. The calls get a running number.
+    """
+    first = max(_seconds(call, range(1)) for call in sides.values())
+    repeats = max(1, int(MIN_SECONDS / first))
+    timings: Timings = {side: [] for side in sides}
+    for run in range(runs):
+        for side in list(sides)[:: -1 if run % 2 else 1]:
+            numbers = range(1 + run * repeats, 1 + (run + 1) * repeats)
+            timings[side].append(_seconds(sides[side], numbers) / repeats)
+    return timings
+
+
+def _seconds(call: Callable[[int], Any], numbers: range) -> float:
+    start = time.perf_counter()
+    for number in numbers:
+        call(number)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _diffusers(unet: UNet, folder: Path) -> Any:
+    """diffusers' pipeline of the saved model; its UNet uses our tensors, not a copy."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=unet.conv_in.weight.dtype, local_files_only=True
+    )
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.to(unet.conv_in.weight.device)
+    theirs.unet.load_state_dict(unet.state_dict(), assign=True)  # strict
+    return theirs
+
+
+def _evaluations(pipe: Pipeline, unet: UNet, request: Request, theirs: Any) -> dict[str, Callable[[int], Any]]:
+    """A guided step of both: batch 2, at a timestep in the middle of the schedule."""
+    context = pipe.text.encode([request.negative_prompt, request.prompt])
+    width, height = (side // pipe.codec.factor for side in (request.width or 0, request.height or 0))
+    shape = (2, unet.config.in_channels, height, width)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.conv_in.weight)
+    t = torch.full((2,), 500, device=x.device)
+    memory = unet.prepare(context)  # once per image, so not part of a step
+
+    @torch.no_grad()
+    def ours(_: int) -> Any:
+        return unet(x, t, memory)
+
+    @torch.no_grad()
+    def other(_: int) -> Any:
+        return theirs.unet(x, t, encoder_hidden_states=context)
+
+    return {"sdlite": ours} | ({"diffusers": other} if theirs else {})
+
+
+def _images(pipe: Pipeline, request: Request, theirs: Any) -> dict[str, Callable[[int], Any]]:
+    def ours(run: int) -> Any:
+        return pipe.generate(request.replace(prompt=f"{request.prompt} {run}"))[0]
+
+    def other(run: int) -> Any:
+        fields = request.model_dump(include={"negative_prompt", "width", "height", "guidance_scale"})
+        generator = torch.Generator().manual_seed(request.seed)
+        prompt = f"{request.prompt} {run}"
+        return theirs(prompt, num_inference_steps=request.steps, generator=generator, **fields).images[0]
+
+    return {"sdlite": ours} | ({"diffusers": other} if theirs else {})
+
+
+def _difference(pipe: Pipeline, request: Request, theirs: Any) -> int:
+    """Grey levels between the two sides' picture of one request."""
+    ours, other = _images(pipe, request, theirs).values()
+    return largest_difference(ours(0), other(0))
+
+
+def _cold_rows(unet: UNet, request: Request, model: Path, versus: str | None) -> list[dict[str, Any]]:
+    """Seconds from the start of a process to its end with the PNG on disk, and the most memory it held."""
+    numbers = {name: str(getattr(request, name)) for name in ("steps", "width", "height")}
+    dtype, device = _precision(unet), str(unet.conv_in.weight.device)
+    ours = ["-m", "sdlite", "generate", request.prompt, "--model", str(model), "--force", "--quiet", "--dtype", dtype]
+    ours += ["--device", device, *(word for name in numbers for word in (f"--{name}", numbers[name]))]
+    other = ["-c", DIFFUSERS, str(model), "OUT", request.prompt, *numbers.values(), device, dtype]
+    commands = {"sdlite": [*ours, "--output", "OUT"]} | ({"diffusers": other} if versus else {})
+    seconds: Timings = {side: [] for side in commands}
+    memory: Timings = {side: [] for side in commands}
+    for _ in range(COLD_RUNS):
+        for side, command in commands.items():
+            out = model.parent / f"{side}.png"
+            spent, peak = _child([sys.executable, *(str(out) if word == "OUT" else word for word in command)])
+            assert out.is_file(), f"{side} wrote no picture"
+            seconds[side].append(spent)
+            memory[side].append(peak)
+    return [_row("peak memory of a process", "bytes", memory), _row("cold start to the first PNG", "s", seconds)]
+
+
+def _child(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak resident bytes) of a command that must succeed."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as child:
+        _, status, usage = os.wait4(child.pid, 0)
+        spent, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        if status:
+            raise RuntimeError(f"{command[:4]} failed: {said.read()[-500:].decode(errors='replace')}")
+    return spent, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _precision(unet: UNet) -> str:
+    return str(unet.conv_in.weight.dtype).removeprefix("torch.")
+
+
+def _machine(unet: UNet, load: float) -> dict[str, Any]:
+    cores = os.cpu_count() or 1
+    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(": ")[1] for line in names if line.startswith("model name")), platform.processor())
+    place = torch.cuda.get_device_name() if unet.conv_in.weight.is_cuda else cpu
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return {
+        "machine": f"{place}, {cores} cores, {platform.system()}",
+        "threads": torch.get_num_threads(),
+        "load": round(load, 2),
+        "publishable": load <= MAX_LOAD * cores,
+        "sdlite": __version__,
+        **versions,
+    }

@@ -1,0 +1,118 @@
+"""Where a run's pictures go and what it says about them: file names, events, notes, the progress bar, Ctrl-C."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # would drive the terminal that shows a foreign file's text
+
+
+def shown(text: str) -> str:
+    """The text without what would move a terminal's cursor or change its colours."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def check_free(paths: Sequence[Path], force: bool) -> None:
+    """Raises in one line if one of these files of a folder exists, or if that folder cannot be written."""
+    for path in paths:
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} exists; --force replaces it")
+    folder = paths[0].absolute().parent
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(f"cannot write into {nearest}: {error.strerror}") from None
+
+
+class Names:
+    """Where the pictures of a run go, checked before anything is drawn; nothing is created until one is saved."""
+
+    def __init__(self, output: str | None, count: int, force: bool) -> None:
+        path = Path("." if output is None else output)
+        is_folder = path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep))
+        self.folder = path if is_folder else path.parent
+        self.force = force
+        self.paths: list[Path] = []
+        if not is_folder:
+            if path.suffix.lower() != ".png":
+                raise ValueError(f"--output={output}: only PNG is written; use {path.with_suffix('.png')} or a folder")
+            many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
+            self.paths = [path] if count == 1 else many
+        check_free(self.paths or [self.folder / "*"], force)
+
+    def save(self, picture: "Image", index: int, seed: int, with_metadata: bool) -> Path:
+        """Writes the picture number `index` of the run and says where."""
+        from sdlite.images import next_free_name, save_png
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = self.paths[index] if self.paths else next_free_name(self.folder, seed)
+            try:
+                save_png(picture, path, force=self.force and bool(self.paths), with_metadata=with_metadata)
+                return path
+            except FileExistsError:  # of a number: another run took it in the meantime
+                if self.paths:
+                    raise
+
+
+class Report:
+    """What a run says: paths or events on stdout, notes and a bar on stderr."""
+
+    def __init__(self, quiet: bool, as_json: bool) -> None:
+        self.quiet, self.as_json = quiet, as_json
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            typer.echo(f"sdlite: note: {shown(text)}", err=True)
+
+    def event(self, event: str, **fields: Any) -> None:
+        if self.as_json:
+            typer.echo(json.dumps({"event": event} | fields))
+
+    def path(self, path: Path, event: str = "image", **fields: Any) -> None:
+        if self.as_json:
+            self.event(event, path=str(path), **fields, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        else:
+            typer.echo(path)
+
+    def bar(self) -> Any:
+        """A rich progress bar, invisible unless stderr is a terminal."""
+        from rich.console import Console
+        from rich.progress import Progress, TimeRemainingColumn
+
+        hidden = self.quiet or self.as_json or not sys.stderr.isatty()
+        columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(elapsed_when_finished=True))
+        return Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden)
+
+
+class Interrupts:
+    """While it is active, the first Ctrl-C is only remembered; the second stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nsdlite: finishing the picture in hand; Ctrl-C again stops at once\n")  # safe in a handler

@@ -1,0 +1,306 @@
+"""The command line: names, events, exit codes and one-line errors on a stand-in model; a few real runs at the end."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sdlite import cli, images
+from sdlite.config import Request
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+class StandIn:
+    """Draws one flat colour per seed, prompt and source; interrupts itself where a test asks for it."""
+
+    name, model_hash, notes = "stand-in", "ab" * 32, ("drawn by no model",)
+
+    def __init__(self) -> None:
+        self.batches: list[list[Request]] = []
+        self.interrupt_in: int | None = None  # batch
+        self.interrupts = 1
+
+    def resolve(self, request: Request) -> Request:
+        if (request.width or 64) % 8:
+            raise ValueError(f"width={request.width} must be a multiple of 8; use 496 or 504")
+        return request.replace(width=request.width or 64, height=request.height or 64)
+
+    def num_evaluations(self, request: Request) -> int:
+        return request.steps
+
+    def sample_latents(self, requests: Sequence[Request], **sources: object) -> Iterator[torch.Tensor]:
+        self.batches.append(list(requests))
+        for step in range(requests[0].steps):
+            if step == 1 and self.interrupt_in == len(self.batches) - 1:
+                for _ in range(self.interrupts):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.01)
+            yield torch.zeros(len(requests), 4, 8, 8)
+
+    def decode(self, latents: torch.Tensor, requests: Sequence[Request]) -> list[Image.Image]:
+        pictures = []
+        for request in requests:
+            colour = hashlib.sha256(f"{request.seed}{request.prompt}{request.image}{request.steps}".encode()).digest()
+            picture = Image.new("RGB", (request.width or 0, request.height or 0), tuple(colour[:3]))
+            texts = images.metadata(
+                request,
+                model=self.name,
+                model_hash=self.model_hash,
+                width=picture.width,
+                height=picture.height,
+            )
+            picture.info.update(texts)
+            pictures.append(picture)
+        return pictures
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+
+    def load(name: object, device: str, dtype: str, prediction: object, report: cli.Report) -> StandIn:
+        for note in stand_in.notes:
+            report.note(note)
+        return stand_in
+
+    monkeypatch.setattr(cli, "_load", load)
+    return stand_in
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return command
+
+
+def names(folder: str | Path = ".") -> list[str]:
+    return sorted(entry.name for entry in Path(folder).iterdir())
+
+
+def events(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_default_names_count_up(run: Run, model: StandIn):
+    assert run("generate", "a cat", "--seed", 7)[:2] == (0, "000000-7.png\n")
+    assert run("generate", "a cat", "--num-images", 2)[:2] == (0, "000001-0.png\n000002-1.png\n")
+    assert images.read_metadata("000002-1.png").request == Request(prompt="a cat", seed=1, width=64, height=64)
+
+
+def test_named_output(run: Run, model: StandIn):
+    assert run("generate", "x", "-o", "cat.png", "-q") == (0, "cat.png\n", "")
+    assert run("generate", "x", "-o", "cat.png", "--num-images", 2)[1] == "cat-1.png\ncat-2.png\n"
+    assert run("generate", "x", "-o", "new/er", "-s", 3)[1] == "new/er/000000-3.png\n"
+    assert run("generate", "x", "-o", "new")[1] == "new/000000-0.png\n"
+    Path("v1.5").mkdir()
+    assert run("generate", "x", "-o", "v1.5")[1] == "v1.5/000000-0.png\n"
+    before = Path("cat.png").read_bytes()
+    code, out, err = run("generate", "y", "-o", "cat.png")
+    assert (code, out, err) == (2, "", "sdlite: error: cat.png exists; --force replaces it\n")
+    assert Path("cat.png").read_bytes() == before
+    assert run("generate", "y", "-o", "cat.png", "--force")[0] == 0
+    assert Path("cat.png").read_bytes() != before
+
+
+def test_every_flag_reaches_the_request(run: Run, model: StandIn):
+    Image.new("RGB", (9, 9), "red").save("in.png")
+    Image.new("L", (9, 9), "white").save("mask.png")
+    flags = "-n bad -s 5 --steps 3 --guidance-scale 2 --guidance-rescale 0.5 --solver ddim --eta 0.25 -W 72 -H 80"
+    more = "--image in.png --mask mask.png --strength 0.5 --clip-skip 1 --num-images 3 -b 2"
+    assert run("generate", "a cat", *flags.split(), *more.split())[0] == 0
+    assert [[request.seed for request in batch] for batch in model.batches] == [[5, 6], [7]]
+    assert model.batches[0][0] == Request(
+        prompt="a cat",
+        negative_prompt="bad",
+        seed=5,
+        steps=3,
+        guidance_scale=2,
+        guidance_rescale=0.5,
+        solver="ddim",
+        eta=0.25,
+        width=72,
+        height=80,
+        image=images.digest(images.open_image("in.png")),
+        mask=images.digest(images.open_image("mask.png")),
+        strength=0.5,
+        clip_skip=1,
+    )
+    run("generate", "a cat", "--cfg-scale", 3)
+    assert model.batches[-1][0] == Request(prompt="a cat", guidance_scale=3, width=64, height=64)
+
+
+def test_json_events(run: Run, model: StandIn):
+    code, out, err = run("generate", "x", "--steps", 2, "--num-images", 2, "--json")
+    first, *middle, last = events(out)
+    assert (code, err) == (0, "sdlite: note: drawn by no model\n")
+    assert (first["event"], first["images"], first["request"]["steps"]) == ("start", 2, 2)
+    assert [event["event"] for event in middle] == ["step", "step", "image"] * 2
+    assert middle[1] == {"event": "step", "image": 0, "step": 2, "of": 2}
+    data = Path(middle[-1]["path"]).read_bytes()
+    assert (middle[-1]["seed"], middle[-1]["sha256"]) == (1, hashlib.sha256(data).hexdigest())
+    assert last == {"event": "done", "images": 2, "interrupted": False}
+
+
+def test_contact_sheet_and_no_metadata(run: Run, model: StandIn):
+    arguments = ("generate", "x", "--num-images", 3, "--contact-sheet", "all.png", "--no-metadata")
+    assert run(*arguments)[1].splitlines()[-1] == "all.png"
+    with Image.open("all.png") as sheet:
+        assert sheet.width > 128
+    with Image.open("000001-1.png") as picture:
+        assert picture.text == {}
+    assert "all.png exists" in run(*arguments)[2] and len(names()) == 4
+
+
+BAD = {
+    "no prompt": (["generate"], "Missing argument"),
+    "no such command": (["paint"], "No such command"),
+    "no such flag": (["generate", "x", "--stepz", "3"], "No such option: --stepz"),
+    "steps not a number": (["generate", "x", "--steps", "many"], "--steps"),
+    "steps 0": (["generate", "x", "--steps", "0"], "steps=0"),
+    "steps too many": (["generate", "x", "--steps", "1000000000"], "steps=1000000000"),
+    "seed negative": (["generate", "x", "--seed", "-1"], "seed=-1"),
+    "seed too large": (["generate", "x", "--seed", str(2**64)], "seed=18446744073709551616"),
+    "last seed too large": (["generate", "x", "--seed", str(2**64 - 1), "--num-images", "2"], "seed=1844"),
+    "guidance nan": (["generate", "x", "--guidance-scale", "nan"], "guidance_scale=nan"),
+    "size huge": (["generate", "x", "--width", "1000000"], "width=1000000"),
+    "width 500": (["generate", "x", "--width", "500"], "use 496 or 504"),
+    "images negative": (["generate", "x", "--num-images", "-1"], "--num-images"),
+    "images too many": (["generate", "x", "--num-images", "1000000000"], "--num-images"),
+    "solver": (["generate", "x", "--solver", "magic"], "'dpmpp_2m_karras'"),
+    "mask alone": (["generate", "x", "--mask", "ok.png"], "mask needs an image"),
+    "image missing": (["generate", "x", "--image", "none.png"], "none.png does not exist"),
+    "image broken": (["generate", "x", "--image", "bad.png"], "bad.png is not a PNG, JPEG or WebP"),
+    "other format": (["generate", "x", "-o", "a.jpg"], "use a.png or a folder"),
+    "folder is a file": (["generate", "x", "-o", "bad.png/a.png"], "cannot write into"),
+    "folder read-only": (["generate", "x", "-o", "/proc/new/a.png"], "cannot write into /proc"),
+    "name too long": (["generate", "x", "-o", "n" * 300 + ".png"], "File name too long"),
+    "regen without metadata": (["regen", "ok.png"], "holds no sdlite metadata"),
+    "regen of nothing": (["regen", "none.png"], "does not exist"),
+    "info of nothing": (["info", "none.png"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(run: Run, model: StandIn, case: str):
+    arguments, reason = BAD[case]
+    Path("bad.png").write_bytes(b"not a picture")
+    Image.new("RGB", (8, 8)).save("ok.png")
+    code, out, err = run(*arguments)
+    error = err.removeprefix("sdlite: note: drawn by no model\n")
+    assert (code, out, error.count("\n")) == (2, "", 1), err
+    assert error.startswith("sdlite: error: ") and reason in error
+    assert names() == ["bad.png", "ok.png"] and not model.batches
+
+
+def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("generate", "x", "-q") == (2, "", "sdlite: error: No space left on device\n")
+    assert names() == []
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(StandIn, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate", "x"])
+
+
+def test_first_interrupt_finishes_the_picture_in_hand(run: Run, model: StandIn):
+    model.interrupt_in = 1
+    code, out, err = run("generate", "x", "--num-images", 5, "--steps", 3, "--json")
+    assert code == 130 and "finishing the picture in hand" in err
+    assert names() == ["000000-0.png", "000001-1.png"]
+    assert events(out)[-1] == {"event": "done", "images": 2, "interrupted": True}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_second_interrupt_stops_at_once(run: Run, model: StandIn):
+    model.interrupt_in, model.interrupts = 1, 2
+    assert run("generate", "x", "--num-images", 5, "--steps", 3)[:2] == (130, "000000-0.png\n")
+    assert names() == ["000000-0.png"]
+
+
+def test_regen_draws_the_same(run: Run, model: StandIn):
+    run("generate", "a, b\n(c:1.2) 猫", "-n", "bad", "-s", 9, "--steps", 4, "-o", "first.png")
+    code, out, err = run("regen", "first.png", "-o", "again.png")
+    assert (code, out) == (0, "again.png\n") and "same as first.png" in err
+    assert Path("again.png").read_bytes() == Path("first.png").read_bytes()
+    assert "first.png" not in run("regen", "first.png", "--set", "guidance_scale=1")[2]  # nothing to compare with
+    changed = model.batches[0][0].replace(steps=2, prompt="x=y", width=None)
+    assert run("regen", "first.png", "--set", "steps=2", "--set", "prompt=x=y", "--set", "width=none")[0] == 0
+    assert model.batches[-1][0] == changed.replace(width=64)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("stepz=3", "did you mean 'steps'?"),
+        ("steps", "must be KEY=VALUE"),
+        ("steps=x", "steps='x'"),
+        ("image=none.png", "none.png does not exist"),
+    ],
+)
+def test_regen_refuses_wrong_changes(run: Run, model: StandIn, change: str, reason: str):
+    run("generate", "x", "-o", "first.png")
+    code, out, err = run("regen", "first.png", "--set", change)
+    assert (code, out) == (2, "") and reason in err and names() == ["first.png"]
+
+
+def test_regen_holds_model_and_sources_against_the_record(run: Run, model: StandIn):
+    for name, colour in (("in.png", "red"), ("other.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(name)
+    run("generate", "x", "--image", "in.png", "-o", "first.png")
+    assert "give it with --set image=FILE" in run("regen", "first.png")[2]
+    assert "not the recorded one" in run("regen", "first.png", "--set", "image=other.png")[2]
+    assert run("regen", "first.png", "--set", "image=other.png", "--anyway", "-o", "other")[0] == 0
+    assert "same as first.png" in run("regen", "first.png", "--set", "image=in.png")[2]
+    model.model_hash = "cd" * 32
+    code, out, err = run("regen", "first.png", "--set", "image=in.png", "-q")
+    assert (code, out) == (2, "") and "was drawn by model 'stand-in' (ababababab)" in err and "--anyway" in err
+    assert run("regen", "first.png", "--set", "image=in.png", "--anyway")[0] == 0
+
+
+def test_info_of_a_picture(run: Run, model: StandIn):
+    run("generate", "two\nlines \x1b[31m", "--steps", 3, "-o", "a.png")
+    code, out, _ = run("info", "a.png")
+    assert code == 0 and "\x1b" not in out and "steps" in out and "lines" in out
+    facts = json.loads(run("info", "a.png", "--json")[1])
+    assert facts["request"]["prompt"] == "two\nlines \x1b[31m" and facts["model"]["model"] == "stand-in"
+
+
+def test_version_and_bare_command(run: Run):
+    assert run("--version")[:2] == (0, "sdlite 0.1.0\n")
+    assert "generate" in "".join(run()[1:])
+
+
+def test_help_is_immediate():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from sdlite import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'PIL', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert time.process_time() < 1, time.process_time()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30, stdout=subprocess.DEVNULL)
