@@ -28,6 +28,14 @@ from sdlite.pipeline import Pipeline
 MAX_LOAD = 0.3  # of the cores, on average over the last minute: above it a timing says more about the others
 COLD_RUNS = 3
 MIN_SECONDS = 0.2  # of one timing; shorter calls are repeated
+# Linux counts into a child's peak what its parent held at the fork, so a small process starts the child, not this one.
+LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
 DIFFUSERS = """
 import sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -202,14 +210,13 @@ def _cold_rows(unet: UNet, request: Request, model: Path, versus: str | None) ->
 
 def _child(command: list[str]) -> tuple[float, float]:
     """(seconds, peak resident bytes) of a command that must succeed."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as child:
-        _, status, usage = os.wait4(child.pid, 0)
-        spent, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        if status:
-            raise RuntimeError(f"{command[:4]} failed: {said.read()[-500:].decode(errors='replace')}")
-    return spent, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many for both sides as in here
+    launch = [sys.executable, "-c", LAUNCHER, *command]
+    result = subprocess.run(launch, capture_output=True, text=True, check=False, env=threads)
+    if result.returncode:
+        raise RuntimeError(f"{command[:4]} failed: {result.stderr[-500:]}")
+    seconds, peak = map(float, result.stdout.split())
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _precision(unet: UNet) -> str:

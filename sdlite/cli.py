@@ -7,8 +7,10 @@ and the progress bar go to stderr. Heavy modules are imported inside the command
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -224,10 +226,20 @@ def bench(
 def _load(model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report) -> "Pipeline":
     from sdlite.pipeline import Pipeline
 
+    _limit_threads()
     pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction)
     for note in pipe.notes:
         report.note(note)
     return pipe
+
+
+def _limit_threads(share: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+    """PyTorch counts cores, not a container's share of them; threads beyond that share only wait for each other."""
+    import torch
+
+    quota, period = share.read_text().split() if share.is_file() else ("max", "")
+    if quota != "max" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), ceil(int(quota) / int(period)))))
 
 
 def _open(path: Path) -> "Image":
@@ -354,6 +366,6 @@ def _message(error: Exception) -> str | None:
         return f"{error.format_message()} (see --help)"
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
         return "out of memory; try a smaller --width and --height, or --batch-size 1"
     return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None

@@ -219,6 +219,24 @@ def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.Monkey
     assert names() == []
 
 
+def test_memory_that_runs_out(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(StandIn, "decode", lambda *_: torch.empty(2**50))
+    code, out, err = run("generate", "x", "-q")
+    assert (code, out) == (2, "") and err.startswith("sdlite: error: out of memory; try a smaller --width")
+
+
+def test_threads_stay_within_the_share_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for share, expected in (("max 100000\n", threads), ("1000000000 1\n", threads), ("50000 100000\n", 1)):
+            (tmp_path / "cpu.max").write_text(share)
+            cli._limit_threads(tmp_path / "cpu.max")
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(StandIn, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
