@@ -83,6 +83,16 @@ def test_prompt_is_projected_once_and_serves_every_step():
         assert relative(unet(x, t, memory), reference(x, t, context).sample) < 1e-10
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_several_prompts_per_image_equal_a_repeated_batch(name):
+    config = VARIANTS[name]
+    unet, reference = pair(config, torch.float64)
+    x, t, _ = inputs(config, torch.float64)
+    context = normal(4, 7, config.context_dim, seed=3)
+    theirs = reference(torch.cat([x, x]), torch.cat([t, t]), context).sample
+    assert relative(unet(x, t, unet.prepare(context)), theirs) < 1e-10
+
+
 def test_half_precision_weights_take_and_return_float32_latents():
     unet, reference = pair(BASE, torch.bfloat16)
     x, t, context = inputs(BASE, torch.float32)

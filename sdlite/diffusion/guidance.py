@@ -31,7 +31,7 @@ def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> T
 
 
 class Guided:
-    """A denoiser of B images out of one that is called with 2 B: unconditional first, then conditional."""
+    """A denoiser that runs another with two prompts per image, unconditional first, and guides by the difference."""
 
     def __init__(self, denoiser: "Denoiser", scale: float | Tensor, rescale: float | Tensor = 0.0) -> None:
         self.denoiser = denoiser
@@ -48,5 +48,5 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, memory: "Memory") -> Tensor:
         """x: (B, C, H, W). t: (B,). Returns the guided output (B, C, H, W)."""
-        uncond, cond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), memory).chunk(2)  # (B, C, H, W) each
+        uncond, cond = self.denoiser(x, t, memory).chunk(2)  # (B, C, H, W) each
         return rescale_guidance(guide(uncond, cond, self.scale), cond, self.rescale)

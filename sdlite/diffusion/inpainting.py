@@ -42,6 +42,5 @@ class WithChannels:
         return self.denoiser.prepare(context)
 
     def __call__(self, x: Tensor, t: Tensor, memory: "Memory") -> Tensor:
-        """x: (B, 4, H, W), or (2B, 4, H, W) under guidance. Returns the same shape."""
-        channels = self.channels.repeat(len(x) // len(self.channels), 1, 1, 1)
-        return self.denoiser(torch.cat([x, channels], dim=1), t, memory)  # (B, 9, H, W) -> (B, 4, H, W)
+        """x: (B, 4, H, W). Returns (G B, 4, H, W), for a memory of G B prompts."""
+        return self.denoiser(torch.cat([x, self.channels], dim=1), t, memory)  # (B, 9, H, W) -> (G B, 4, H, W)

@@ -6,7 +6,8 @@
 
 In self-attention the image tokens are their own context. In cross-attention the context is the prompt, which does not
 change between steps, so its K and V are projected once (`project_kv`) and handed to every call.
-Letters: B batch, L image tokens H*W, C channels, T text tokens, D text width, N heads, K head width.
+Letters: B batch, G prompts per image (2 under guidance, else 1), L image tokens H*W, C channels, T text tokens, D text
+width, N heads, K head width.
 Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
 """
 
@@ -14,6 +15,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sdlite.models.layers import repeat_rows
 
 KV: TypeAlias = tuple[Tensor, Tensor]
 """Keys and values, each (B, N, T, K)."""
@@ -84,9 +87,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, prompt: KV) -> Tensor:
-        """x: (B, L, C) image tokens. prompt: `attn2.project_kv(context)`. Returns (B, L, C)."""
+        """x: (B, L, C) image tokens. prompt: `attn2.project_kv(context)` of G B prompts. Returns (G B, L, C)."""
         z = self.norm1(x)
         x = x + self.attn1(z, self.attn1.project_kv(z))
+        x = repeat_rows(x, len(prompt[0]))  # (G B, L, C): until here all prompts of an image have the same
         x = x + self.attn2(self.norm2(x), prompt)
         return x + self.ff(self.norm3(x))
 
@@ -112,7 +116,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else PointwiseConv(channels)
 
     def forward(self, x: Tensor, prompt: KV) -> Tensor:
-        """x: (B, C, H, W). prompt: keys and values of the block's cross-attention. Returns (B, C, H, W)."""
+        """x: (B, C, H, W). prompt: keys and values for the block's cross-attention. Returns (G B, C, H, W)."""
         z = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H*W, C)
-        z = self.proj_out(self.transformer_blocks[0](z, prompt))  # (B, H*W, C)
-        return x + z.transpose(1, 2).reshape(x.shape)  # (B, C, H, W); the residual is from before the norm
+        z = self.proj_out(self.transformer_blocks[0](z, prompt))  # (G B, H*W, C)
+        x = repeat_rows(x, len(z))  # (G B, C, H, W); the residual is from before the norm
+        return x + z.transpose(1, 2).reshape(x.shape)

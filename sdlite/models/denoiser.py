@@ -26,4 +26,7 @@ class Denoiser(Protocol):
         """context: (B, T, D) text features. Once per batch of images."""
 
     def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """x: (B, C, H, W) noisy latents. t: (B,) training timesteps. Returns (B, C, H, W)."""
+        """x: (B, C, H, W) noisy latents. t: (B,) training timesteps. memory: of G B prompts, G a whole number.
+
+        Returns (G B, C, H, W): all images with the first B prompts, then with the next, as guidance needs it.
+        """

