@@ -1,0 +1,145 @@
+"""Automatic1111's prompt grammar: from a prompt to weighted pieces, and from weighted tokens to chunks.
+
+    "a (red:1.3) cat BREAK [fog]"  --parse_prompt-->  [[("a ", 1), ("red", 1.3), (" cat", 1)], [("fog", 1/1.1)]]
+    tokens of each section         --split_chunks-->  chunks of at most 75 tokens
+
+`(x)` multiplies the weight of x by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3; brackets nest, and a
+backslash makes the next bracket or backslash plain text. A bracket that is never closed holds to the end, a closing
+one that nothing opened is text. BREAK ends a section: what follows starts a new chunk.
+Two things differ from Automatic1111: BREAK works inside brackets too, and weights stay within +-MAX_WEIGHT. Its prompt
+editing (`[from:to:when]`), AND and <lora:...> are not part of the grammar and are read as text.
+Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py and modules/sd_hijack_clip.py.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+BRACKET_FACTOR = 1.1
+MAX_WEIGHT = 10.0  # an arbitrary bound: pictures fall apart from about 2 on, and float16 overflows from about 1000 on
+MAX_POWER = 1000  # of BRACKET_FACTOR, far beyond MAX_WEIGHT; Python refuses 1.1 ** 7500
+COMMA_BACKTRACK = 20  # tokens after a comma that may move to the next chunk; Automatic1111's default setting
+
+_GRAMMAR = re.compile(
+    r"""
+      (?P<escape> \\ [\\()\[\]]? )
+    | (?P<open>   [(\[] )
+    | (?P<close>  : \s* (?P<weight> [+-]? (?: [0-9]+ (?: \. [0-9]* )? | \. [0-9]+ ) ) \s* \) | [)\]] )
+    | (?P<text>   [^\\()\[\]:]+ | : )
+    """,
+    re.VERBOSE,
+)
+_BREAK = re.compile(r"\bBREAK\b")
+
+
+class Piece(NamedTuple):
+    """Text of one weight."""
+
+    text: str
+    weight: float
+
+
+class Token(NamedTuple):
+    """A token of the vocabulary and the weight of the text it comes from."""
+
+    id: int
+    weight: float
+
+
+def parse_prompt(prompt: str) -> list[list[Piece]]:
+    """Sections of a prompt, separated by BREAK, each a list of pieces without markup (empty for an empty section).
+
+    Weights are in [-MAX_WEIGHT, MAX_WEIGHT], neighbours of equal weight are one piece, and text outside brackets has
+    weight 1.0 exactly. Takes time proportional to the prompt's length, whatever the nesting.
+    """
+    marks = list(_GRAMMAR.finditer(prompt))
+    factors, closing = _match_brackets(marks)
+    rounds = [(0, 1.0)]  # for each open "(": power of 1.1 and product of the explicit weights
+    squares = 0
+    sections: list[list[Piece]] = [[]]
+    for i, mark in enumerate(marks):
+        text = mark.group()
+        if i in factors:
+            power, product = rounds[-1]
+            factor = factors[i]
+            rounds.append((power + 1, product) if factor is None else (power, _clamp(product * factor)))
+        elif i in closing:
+            rounds.pop()
+        elif mark.lastgroup == "open":
+            squares += 1
+        elif text == "]" and squares:
+            squares -= 1
+        else:
+            power, product = rounds[-1]
+            power = max(-MAX_POWER, min(MAX_POWER, power - squares))
+            text = text[1:] if mark.lastgroup == "escape" else text
+            _append_text(sections, text, _clamp(product * BRACKET_FACTOR**power))
+    return [_merged(section) for section in sections]
+
+
+def _match_brackets(marks: Sequence[re.Match[str]]) -> tuple[dict[int, float | None], set[int]]:
+    """Where round brackets open, with the explicit weight of each (None: 1.1), and where one of them closes.
+
+    Both are indices into marks. A weight stands at the closing bracket, so this has to be known before any text is
+    weighted.
+    """
+    factors: dict[int, float | None] = {}
+    closing: set[int] = set()
+    opened: list[int] = []
+    for i, mark in enumerate(marks):
+        if mark.group() == "(":
+            factors[i] = None
+            opened.append(i)
+        elif opened and mark.lastgroup == "close" and mark.group() != "]":
+            weight = mark.group("weight")
+            factors[opened.pop()] = None if weight is None else _clamp(float(weight))
+            closing.add(i)
+    return factors, closing
+
+
+def _append_text(sections: list[list[Piece]], text: str, weight: float) -> None:
+    """Adds text to the last section, and a section after each BREAK in it, without the spaces around BREAK."""
+    first, *rest = _BREAK.split(text)
+    sections[-1].append(Piece(first.rstrip() if rest else first, weight))
+    for n, part in enumerate(rest, start=1):
+        part = part.lstrip()
+        sections.append([Piece(part.rstrip() if n < len(rest) else part, weight)])
+
+
+def _merged(pieces: list[Piece]) -> list[Piece]:
+    """Pieces that are not empty, neighbours of equal weight joined."""
+    runs = groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.weight)
+    return [Piece("".join(piece.text for piece in run), weight) for weight, run in runs]
+
+
+def _clamp(weight: float) -> float:
+    return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
+
+
+def split_chunks(sections: Sequence[Sequence[Token]], length: int, comma: int | None) -> list[list[Token]]:
+    """Tokens in chunks of at most `length`; a section starts a new chunk. At least one chunk, possibly empty.
+
+    A chunk that overflows ends after its last comma if at most COMMA_BACKTRACK - 1 tokens follow that comma in it, so
+    that a phrase is not torn apart, and after `length` tokens otherwise. comma: the id of ",", None if there is none.
+    """
+    chunks = [chunk for section in sections for chunk in _fill_chunks(section, length, comma)]
+    return chunks[:-1] if len(chunks) > 1 and not chunks[-1] else chunks or [[]]
+
+
+def _fill_chunks(tokens: Sequence[Token], length: int, comma: int | None) -> list[list[Token]]:
+    """Chunks of one section; a single empty one if it has no tokens."""
+    chunks: list[list[Token]] = []
+    chunk: list[Token] = []
+    last_comma = -1
+    for token in tokens:
+        if len(chunk) == length:
+            torn = token.id != comma and last_comma >= 0 and length - last_comma <= COMMA_BACKTRACK
+            end = last_comma + 1 if torn else length
+            chunks.append(chunk[:end])
+            chunk = chunk[end:]
+            last_comma = -1
+        if token.id == comma:
+            last_comma = len(chunk)
+        chunk.append(token)
+    return [*chunks, chunk]

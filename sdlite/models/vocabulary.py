@@ -1,0 +1,94 @@
+"""CLIP's vocabulary as data: tokens and their ids, merges of the byte-pair encoding, the name of the pad token.
+
+The standard one is built from the merges that ship with the package; others are read from a model folder's tokenizer
+files. Nothing here runs or fetches what a file names. Errors are FileNotFoundError or a ValueError with the file in it.
+"""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MAX_FILE_BYTES = 64 * 2**20  # of one tokenizer file; CLIP's largest has 2 MB
+# The 48,894 merges of OpenAI's bpe_simple_vocab_16e6.txt that CLIP uses, in order, as shipped in open_clip_torch 3.3.0
+# (MIT; see clip_merges.LICENSE).
+MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")
+
+
+def standard_vocabulary() -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """CLIP's 49,408 tokens: 256 bytes, the same at the end of a word, one per merge, BOS and EOS.
+
+    A byte is written as its own character where that is printable and not a space, else as the next from chr(256) on.
+    Source: github.com/openai/CLIP, clip/simple_tokenizer.py.
+    """
+    merges = _parse_merges(gzip.decompress(MERGES_FILE.read_bytes()).decode())
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = range(256, 256 + 256 - len(printable))
+    symbols = [chr(code) for code in (*printable, *others)]
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
+    return {word: i for i, word in enumerate(words)}, merges
+
+
+def _parse_merges(text: str) -> list[tuple[str, ...]]:
+    """Pairs of merges.txt, one a line after an optional version line."""
+    lines = text.split("\n")
+    return [tuple(line.split()) for line in lines[lines[0].startswith("#version") :] if line.strip()]
+
+
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """Ids of tokens, and merges in order, from vocab.json and merges.txt, or else from tokenizer.json."""
+    if (folder / "vocab.json").is_file():
+        source = folder / "vocab.json"
+        vocab: Any = _read_json(source)
+        merges: Any = _parse_merges(_read_text(folder / "merges.txt"))
+    else:
+        source = folder / "tokenizer.json"
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"{folder}: no tokenizer; vocab.json and merges.txt, or tokenizer.json, must be there"
+            )
+        model = _read_json(source).get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+            raise ValueError(f"{source}: no BPE model in it")
+        vocab = model.get("vocab")
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    if not ids or not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{source}: must map tokens to ids, each id once")
+    if bad := [pair for pair in merges if not _is_pair(pair)]:
+        raise ValueError(f"{source}: merge {bad[0]!r:.80} must be a pair of tokens")
+    return vocab, [tuple(pair) for pair in merges]
+
+
+def _is_pair(merge: Any) -> bool:
+    return isinstance(merge, list | tuple) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+
+
+def read_pad_token(folder: Path) -> str:
+    """The pad token's name. special_tokens_map.json wins in folders without added_tokens_decoder, as in transformers.
+
+    SD2 needs this: its tokenizer_config.json says "<|endoftext|>", its special_tokens_map.json "!".
+    """
+    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    settings, names = [_read_json(path) if path.is_file() else {} for path in paths]
+    pad = (settings if "added_tokens_decoder" in settings else settings | names).get("pad_token") or EOS
+    return str(pad.get("content") if isinstance(pad, dict) else pad)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not JSON in UTF-8, or too large") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes, so it is no tokenizer file")
+    return path.read_text(encoding="utf-8")
