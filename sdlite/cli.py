@@ -34,9 +34,9 @@ DEFAULT = Request(prompt="")
 app = typer.Typer(
     name="sdlite",
     help="Stable Diffusion, small enough to read in an evening and exact against diffusers.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -63,10 +63,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         print(f"sdlite {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -267,17 +271,20 @@ def _draw(
     )
     pictures: list[Image] = []
     evaluations = pipe.num_evaluations(requests[0])
-    with Interrupts() as interrupts, report.bar() as bar:
-        task = bar.add_task("", total=evaluations * -(-len(requests) // batch_size))
+    bar = report.bar()
+    task = bar.add_task("", total=evaluations * -(-len(requests) // batch_size))
+    with Interrupts() as interrupts:
         for first in range(0, len(requests), batch_size):
             batch = requests[first : first + batch_size]
             bar.update(task, description=f"picture {first + 1}/{len(requests)}")
             given = {f"{name}s": [source] * len(batch) for name, source in sources.items()}
-            for i, x_t in enumerate(pipe.sample_latents(batch, **given)):
-                latents = x_t
-                bar.advance(task)
-                report.event("step", image=first, step=i + 1, of=evaluations)
-            for picture, request in zip(pipe.decode(latents, batch), batch, strict=True):
+            with bar:  # gone while a path is printed
+                for i, x_t in enumerate(pipe.sample_latents(batch, **given)):
+                    latents = x_t
+                    bar.advance(task)
+                    report.event("step", image=first, step=i + 1, of=evaluations)
+                drawn = pipe.decode(latents, batch)
+            for picture, request in zip(drawn, batch, strict=True):
                 path = names.save(picture, len(pictures), request.seed, with_metadata)
                 pictures.append(picture)
                 report.path(path, seed=request.seed)

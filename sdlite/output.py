@@ -96,7 +96,8 @@ class Report:
 
         hidden = self.quiet or self.as_json or not sys.stderr.isatty()
         columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(elapsed_when_finished=True))
-        return Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden)
+        console = Console(stderr=True)
+        return Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=hidden)
 
 
 class Interrupts:

@@ -308,7 +308,8 @@ def test_info_of_a_picture(run: Run, model: StandIn):
 
 def test_version_and_bare_command(run: Run):
     assert run("--version")[:2] == (0, "sdlite 0.1.0\n")
-    assert "generate" in "".join(run()[1:])
+    code, out, err = run()
+    assert (code, err) == (0, "") and "generate" in out
 
 
 def test_help_is_immediate():
