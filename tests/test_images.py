@@ -233,6 +233,24 @@ def test_pictures_of_every_kind_become_rgb(tmp_path: Path):
     assert images.open_image(path).getpixel((0, 0)) == (128, 128, 128)  # 16 bits are scaled, not clipped
 
 
+def test_photo_of_a_phone_is_no_animation(tmp_path: Path):
+    """Phones append a preview to a JPEG, which Pillow then reads as two frames."""
+    noise_picture(8, 8).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[noise_picture(4, 4)])
+    assert images.open_image(tmp_path / "a.jpg").size == (8, 8)
+    noise_picture(8, 8).save(tmp_path / "b.webp", save_all=True, append_images=[noise_picture(8, 8, seed=1)])
+    with pytest.raises(ValueError, match="is an animation"):
+        images.open_image(tmp_path / "b.webp")
+
+
+def test_largest_difference():
+    first, second = noise_picture(8, 8), noise_picture(8, 8)
+    assert images.largest_difference(first, second) == 0
+    r, g, b = second.getpixel((3, 3))
+    second.putpixel((3, 3), (r, g, b + 7 if b < 128 else b - 7))
+    assert images.largest_difference(first, second) == 7
+    assert images.largest_difference(first, first.resize((4, 4))) == 255
+
+
 def test_orientation_is_applied(tmp_path: Path):
     picture, exif = Image.new("RGB", (4, 2)), Image.Exif()
     picture.putpixel((0, 0), (255, 255, 255))
