@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, L, C)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, N*K) -> (B, N, L, K)
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, L, N*K) -> (B, N, L, K)
 
 
 class GEGLU(nn.Module):

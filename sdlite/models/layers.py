@@ -58,10 +58,8 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_width, out_channels)
         self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=RESNET_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.conv_shortcut = nn.Identity()
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x: (B, C, H, W). time: (B or B/G, E) from TimeEmbedding, before its SiLU. Returns (B, C_out, H, W)."""
