@@ -183,6 +183,12 @@ def test_the_last_of_several_commas_counts():
     assert chunk_ids(tokens(*ids)) == [ids[:67], ids[67:]]
 
 
+def test_an_overflowing_comma_moves_nothing():
+    ids = [*range(1000, 1090)]
+    ids[60] = ids[75] = COMMA
+    assert chunk_ids(tokens(*ids)) == [ids[:75], ids[75:]]
+
+
 def test_sections_start_chunks():
     assert chunk_ids(tokens(1, 2), tokens(3)) == [[1, 2], [3]]
     assert chunk_ids(tokens(1, COMMA), tokens(*range(76))) == [[1, COMMA], list(range(75)), [75]]

@@ -1,6 +1,7 @@
 """The text encoder against transformers and diffusers on the same weights, and the properties of its context."""
 
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -35,9 +36,24 @@ CONFIGS = {
 PROMPTS = ["", "a photo of a cat", "Ünïcödé 😀, it's 3 o'clock: fine", "cat " * 75]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On tensors this small a second thread only waits, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def tokenizer_for(pad_token_id):
+    """A tokenizer of its own for each pad token, which the encoder sets; loading one is most of a test's time."""
+    return load_tokenizer()
+
+
 def make_encoder(config):
     torch.manual_seed(0)
-    encoder = TextEncoder(config, load_tokenizer())
+    encoder = TextEncoder(config, tokenizer_for(config.pad_token_id))
     with torch.no_grad():
         for weight in encoder.parameters():  # norms too, else every mean is 0
             weight.add_(torch.randn_like(weight) * 0.2)
