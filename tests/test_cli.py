@@ -323,3 +323,83 @@ def test_help_is_immediate():
         "assert time.process_time() < 1, time.process_time()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30, stdout=subprocess.DEVNULL)
+
+
+def start(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """The real command in a process of its own."""
+    command = [sys.executable, "-m", "sdlite", *map(str, arguments)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=one_thread)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy models gain nothing from more, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_real_model_draws_and_draws_again(run: Run):
+    code, out, err = run("generate", "a (red:1.2) apple, 猫", "--model", "tiny", "--steps", 3, "-s", 5)
+    assert (code, out) == (0, "000000-5.png\n") and "untrained" in err
+    assert images.open_image("000000-5.png").size == (64, 64)
+    code, out, err = run("regen", "000000-5.png", "-o", "again.png")
+    assert (code, out) == (0, "again.png\n") and "same as 000000-5.png" in err
+    assert Path("again.png").read_bytes() == Path("000000-5.png").read_bytes()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_real_model_paints_from_a_picture(run: Run):
+    Image.new("RGB", (100, 80), "red").save("in.png")
+    Image.linear_gradient("L").save("mask.png")
+    arguments = ("generate", "x", "--model", "tiny", "--steps", 4, "--image", "in.png", "-W", 72, "-H", 56)
+    assert run(*arguments, "-o", "a.png", "--strength", 0.5)[:2] == (0, "a.png\n")
+    assert run(*arguments, "-o", "b.png", "--mask", "mask.png")[:2] == (0, "b.png\n")
+    assert images.open_image("b.png").size == (72, 56)
+    err = run("regen", "b.png", "--set", "image=in.png", "--set", "mask=mask.png")[2]
+    assert "same as b.png" in err
+    code, out, err = run("generate", "x", "--model", "tiny", "-W", 500)
+    assert (code, out) == (2, "") and "496 or 504" in err
+
+
+def test_info_of_a_model(run: Run):
+    facts = json.loads(run("info", "tiny", "--json")[1])
+    assert facts["parts"]["prediction"] == "epsilon" and facts["schedule"]["num_train_steps"] == 1000
+    assert facts["parts"]["parameters of denoiser"] > 100_000
+    code, out, _ = run("info", "tiny")
+    assert code == 0 and "64x64" in out
+
+
+def test_real_interrupts(tmp_path: Path):
+    """One Ctrl-C, and two, while a picture is drawn, in processes of their own."""
+    flags = ("--model", "tiny", "--steps", 40, "--num-images", 50, "--json", "-q")
+    runs = [start("generate", "x", *flags, "-o", tmp_path / str(presses)) for presses in (1, 2)]
+    for presses, process in enumerate(runs, 1):
+        assert process.stdout is not None
+        for line in process.stdout:  # until the second picture is in hand
+            event = json.loads(line)
+            if event["event"] == "step" and event["image"] == 1:
+                break
+        for _ in range(presses):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        finished = names(tmp_path / str(presses))  # the second process drew on while the first was watched
+        assert finished == [f"{i:06d}-{i}.png" for i in range(len(finished))] and 1 <= len(finished) < 50
+        assert all(images.open_image(tmp_path / str(presses) / name).size == (64, 64) for name in finished)
+        assert ('"interrupted": true' in out) == (presses == 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_bar_is_for_terminals_and_paths_for_pipes(tmp_path: Path):
+    terminal, end = os.openpty()
+    process = start("generate", "x", "--model", "tiny", "--steps", 3, "-o", tmp_path / "a.png", stderr=end)
+    out, _ = process.communicate(timeout=60)
+    shown = os.read(terminal, 1 << 16).decode(errors="replace")
+    assert (process.returncode, out) == (0, f"{tmp_path / 'a.png'}\n")
+    assert "picture 1/1" in shown and "a.png" not in shown

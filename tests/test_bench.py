@@ -1,0 +1,85 @@
+"""sdlite.bench: what is timed in which order, the arithmetic of ratios, and one real run against diffusers."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from sdlite import bench
+from sdlite.config import Request
+from sdlite.pipeline import Pipeline
+
+
+def test_sides_take_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "MIN_SECONDS", 0)
+    calls: list[str] = []
+    sides = {side: lambda number, side=side: calls.append(f"{side}{number}") for side in "ab"}
+    timings = bench._alternate(sides, 3)
+    assert " ".join(calls) == "a0 b0 a1 b1 b2 a2 a3 b3"  # one call each to warm up, then who is first changes
+    assert {side: len(values) for side, values in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_short_calls_are_repeated(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(100))  # each call of a side lies between two readings, one second apart
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench, "MIN_SECONDS", 4)
+    numbers: list[int] = []
+    assert bench._alternate({"a": numbers.append}, 2) == {"a": [1 / 4, 1 / 4]}
+    assert numbers == list(range(9))  # never the same number, so never the same prompt
+
+
+def test_ratio_is_taken_within_pairs():
+    row = bench._row("x", "s", {"sdlite": [1.0, 4.0, 9.0], "diffusers": [2.0, 4.0, 3.0]})
+    assert row["ratio"] == {"median": 1.0, "least": 0.5, "most": 3.0}
+    assert row["median"] == {"sdlite": 4.0, "diffusers": 3.0}
+    assert bench._row("x", "s", {"sdlite": [1.0]})["ratio"] is None
+
+
+def test_table():
+    rows = [
+        bench._row("one image", "s", {"sdlite": [0.0021], "diffusers": [2.5]}),
+        bench._row("peak memory", "bytes", {"sdlite": [2.0**30], "diffusers": [2.0**31]}),
+    ]
+    result = {"rows": rows, "setting": {"runs": 1}, "machine": {"load": 0.1, "publishable": True}}
+    assert bench.table(result).splitlines() == [
+        "|  | sdlite | diffusers | ratio: median (least to most) |",
+        "|---|---|---|---|",
+        "| one image | 2.1 ms | 2.5 s | 0.001 (0.001 to 0.001) |",
+        "| peak memory | 1024 MiB | 2048 MiB | 0.500 (0.500 to 0.500) |",
+        "",
+        "runs: 1, load: 0.1",
+    ]
+    result["machine"]["publishable"] = False
+    assert bench.table(result).endswith("run it again when it is idle.")
+
+
+def test_child_reports_its_own_memory():
+    seconds, small = bench._child([sys.executable, "-c", "import time; time.sleep(0.2)"])
+    _, large = bench._child([sys.executable, "-c", "b'x' * (200 << 20)"])
+    assert seconds >= 0.2 and 190 << 20 < large - small < 220 << 20
+    with pytest.raises(RuntimeError, match="what went wrong"):
+        bench._child([sys.executable, "-c", "raise SystemExit('what went wrong')"])
+
+
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated")  # its new name is unknown to diffusers 0.36
+def test_tiny_model_against_diffusers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "COLD_RUNS", 1)
+    monkeypatch.setattr(bench, "MIN_SECONDS", 0)
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
+    request = Request(prompt="a red apple", steps=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other
+    result = json.loads(json.dumps(bench.measure(Pipeline.load("tiny"), request, versus="diffusers", runs=2)))
+    torch.set_num_threads(threads)
+    assert [row["what"].split(",")[0] for row in result["rows"]] == [
+        "one UNet evaluation",
+        "one image",
+        "peak memory of a process",
+        "cold start to the first PNG",
+    ]
+    for row in result["rows"]:
+        assert row["ratio"]["least"] <= row["ratio"]["median"] <= row["ratio"]["most"]
+        assert all(value > 0 for value in row["median"].values())
+    assert result["setting"]["largest difference of 255"] <= 1
+    assert "NOT TO BE QUOTED" in bench.table(result)
