@@ -1,0 +1,220 @@
+"""Names of the original Stable Diffusion files (CompVis, Stability AI) for the names that our modules have.
+
+    model.diffusion_model.input_blocks.1.0.in_layers.0.weight     down_blocks.0.resnets.0.norm1.weight
+    first_stage_model.decoder.up.3.block.0.conv1.weight           decoder.up_blocks.0.resnets.0.conv1.weight
+    cond_stage_model.transformer.text_model.<name>                <name>, SD1: CLIP as transformers has it
+    cond_stage_model.model.transformer.resblocks.0.ln_1.weight    encoder.layers.0.layer_norm1.weight, SD2: OpenCLIP
+
+The map is data and pure functions from our names; reading a file inverts it for the names that the config calls for.
+Sources: CompVis/stable-diffusion ldm/modules/diffusionmodules/{openaimodel,model}.py and ldm/modules/ema.py,
+Stability-AI/stablediffusion ldm/modules/encoders/modules.py, mlfoundations/open_clip transformer.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdlite.config import ModelConfig, TextConfig, UNetConfig
+
+Part = Literal["denoiser", "codec", "text"]
+
+UNET = "model.diffusion_model."
+CODEC = "first_stage_model."
+CLIP = "cond_stage_model.transformer.text_model."
+OPEN_CLIP = "cond_stage_model.model."
+EMA = "model_ema."
+MIN_EMA_KEYS = 100  # fewer are the counters of training, not weights
+
+# Other spellings of the prefixes: later Stability files (sgm), NovelAI's, and files with a VAE from elsewhere.
+SPELLINGS = (
+    (re.compile(r"conditioner\.embedders\.0\.(?=model\.|transformer\.)"), "cond_stage_model."),
+    (re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"), CLIP),
+    (re.compile(r"vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)"), CODEC),
+)
+
+UNET_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
+CODEC_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP_TOP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rows of OpenCLIP's in_proj, in this order
+
+DIFFUSION_BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "lvlb_weights",
+    "scale_factor",
+)
+MARKERS = ("v_pred", "ztsnr")
+UNUSED = {*DIFFUSION_BUFFERS, *MARKERS, "denoiser.sigmas", "global_step"} | {
+    "cond_stage_model.logit_scale",
+    f"{CLIP}embeddings.position_ids",
+    f"{OPEN_CLIP}attn_mask",
+    f"{OPEN_CLIP}logit_scale",
+    f"{OPEN_CLIP}text_projection",
+    "cond_stage_model.transformer.text_projection.weight",
+}
+UNUSED_PREFIXES = (EMA, "loss.", f"{CODEC}loss.", f"{CODEC}model_ema.")
+
+
+def canonical(key: str) -> str:
+    """The key in the spelling that this module uses."""
+    for spelling, replacement in SPELLINGS:
+        key = spelling.sub(replacement, key, count=1) if spelling.match(key) else key
+    return key
+
+
+def is_unused(key: str, config: TextConfig) -> bool:
+    """Whether a canonical key is known and not needed, like the OpenCLIP layer after the last that SD2 uses."""
+    last = f"{OPEN_CLIP}transformer.resblocks.{config.num_hidden_layers}."
+    return key in UNUSED or key.startswith((*UNUSED_PREFIXES, last))
+
+
+def ema_key(key: str) -> str:
+    """Where a UNet weight's moving average is: LitEma drops the dots, which buffers may not have."""
+    return EMA + "".join(key.split(".")[1:])
+
+
+def original_names(names: Mapping[Part, Iterable[str]], config: ModelConfig, open_clip: bool) -> dict[str, list[str]]:
+    """Original key -> our names, as part.name; several where OpenCLIP stacks Q, K and V."""
+    stages = len(config.denoiser.block_out_channels), len(getattr(config.codec, "block_out_channels", ()))
+    keys: dict[str, list[str]] = {}
+    for name in names["denoiser"]:
+        keys[UNET + unet_key(name, config.denoiser)] = [f"denoiser.{name}"]
+    for name in names["codec"]:
+        keys[CODEC + codec_key(name, stages[1])] = [f"codec.{name}"]
+    for name in sorted(names["text"], key=_stack_order):
+        key = OPEN_CLIP + open_clip_key(name) if open_clip else CLIP + name
+        keys.setdefault(key, []).append(f"text.{name}")
+    return keys
+
+
+def unet_key(name: str, config: UNetConfig) -> str:
+    """down_blocks.0.resnets.1.norm1.weight -> input_blocks.2.0.in_layers.0.weight"""
+    module, _, leaf = name.rpartition(".")
+    if module in UNET_TOP:
+        return f"{UNET_TOP[module]}.{leaf}"
+    where, *words = name.split(".")
+    if where == "mid_block":
+        kind, index, *rest = words
+        return f"middle_block.{UNET_MIDDLE[kind, int(index)]}.{_unet_inner(kind, rest)}"
+    stage, kind, index, *rest = words
+    first = int(stage) * (config.layers_per_block + 1)  # the way up has one layer more, the way down a downsampler
+    if kind == "downsamplers":
+        return f"input_blocks.{first + config.layers_per_block + 1}.0.op.{leaf}"
+    if kind == "upsamplers":
+        attention = config.attention_stages[-1 - int(stage)]
+        return f"output_blocks.{first + config.layers_per_block}.{2 if attention else 1}.conv.{leaf}"
+    block = (
+        f"input_blocks.{first + int(index) + 1}" if where == "down_blocks" else f"output_blocks.{first + int(index)}"
+    )
+    return f"{block}.{0 if kind == 'resnets' else 1}.{_unet_inner(kind, rest)}"
+
+
+def _unet_inner(kind: str, words: list[str]) -> str:
+    return ".".join([UNET_RESNET[words[0]], *words[1:]] if kind == "resnets" else words)
+
+
+def codec_key(name: str, stages: int) -> str:
+    """decoder.up_blocks.0.resnets.1.conv1.weight -> decoder.up.3.block.1.conv1.weight"""
+    half, where, *words = name.split(".")
+    if where == "conv_norm_out":
+        return ".".join([half, "norm_out", *words])
+    if where == "mid_block":
+        kind, index, *rest = words
+        if kind == "resnets":
+            return ".".join([half, "mid", f"block_{int(index) + 1}", *_codec_resnet(rest)])
+        module, leaf = ".".join(rest[:-1]), rest[-1]
+        return f"{half}.mid.attn_1.{CODEC_ATTENTION[module]}.{leaf}"
+    if where in ("down_blocks", "up_blocks"):
+        stage, kind, index, *rest = words
+        place = f"{half}.down.{stage}" if where == "down_blocks" else f"{half}.up.{stages - 1 - int(stage)}"
+        if kind == "resnets":
+            return ".".join([place, "block", index, *_codec_resnet(rest)])
+        return ".".join([place, kind.removesuffix("rs"), *rest])
+    return name
+
+
+def _codec_resnet(words: list[str]) -> list[str]:
+    return ["nin_shortcut", *words[1:]] if words[0] == "conv_shortcut" else words
+
+
+def open_clip_key(name: str) -> str:
+    """encoder.layers.0.self_attn.q_proj.weight -> transformer.resblocks.0.attn.in_proj_weight"""
+    if name in OPEN_CLIP_TOP:
+        return OPEN_CLIP_TOP[name]
+    layer, module, leaf = _split_layer(name)
+    inner = f"attn.in_proj_{leaf}" if module in STACKED else f"{OPEN_CLIP_LAYER[module]}.{leaf}"
+    return f"transformer.resblocks.{layer}.{inner}"
+
+
+def _split_layer(name: str) -> tuple[str, str, str]:
+    """encoder.layers.0.self_attn.q_proj.weight -> ("0", "self_attn.q_proj", "weight")"""
+    _, _, layer, *module, leaf = name.split(".")
+    return layer, ".".join(module), leaf
+
+
+def _stack_order(name: str) -> int:
+    module = ".".join(name.split(".")[3:-1])
+    return STACKED.index(module) if module in STACKED else 0
+
+
+def original_shape(key: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape in the file of the tensors that share a key."""
+    first, *rest = shapes[0]
+    return with_kernel(key, (first * len(shapes), *rest))
+
+
+def with_kernel(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with the 1x1 kernel that the codec's attention has in most files: it is made of convolutions there."""
+    return (*shape, 1, 1) if key.startswith(CODEC) and ".attn_1." in key and len(shape) == 2 else shape
+
+
+def split(tensor: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Our tensors from the file's: stacked Q, K and V apart, the codec's 1x1 convolutions as matrices."""
+    return [part.reshape(shape) for part, shape in zip(tensor.chunk(len(shapes)), shapes, strict=True)]
+
+
+def join(key: str, tensors: list[Tensor]) -> Tensor:
+    """The file's tensor from ours."""
+    joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return joined.reshape(original_shape(key, [tuple(t.shape) for t in tensors]))

@@ -1,0 +1,281 @@
+"""Translates the config.json files of a diffusers folder into our records and back.
+
+A config is data from strangers: every key either maps to a field, or must have the one value that sdlite implements,
+or is known not to matter. Any other key is an error, and nothing that names code is ever followed. A key that is
+not there has the default of the class in diffusers or transformers, which is often not Stable Diffusion's.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+from sdlite.checkpoints.known_keys import (
+    CODEC_HARMLESS,
+    COMMON,
+    KL_FIXED,
+    KL_MAPPED,
+    MODEL_INDEX,
+    MODEL_INDEX_HARMLESS,
+    PIPELINES,
+    SCHEDULE_FIXED,
+    SCHEDULE_HARMLESS,
+    SCHEDULE_MAPPED,
+    SCHEDULERS,
+    TEXT_FIXED,
+    TEXT_HARMLESS,
+    TEXT_MAPPED,
+    TINY_FIXED,
+    TINY_MAPPED,
+    UNET_FIXED,
+    UNET_HARMLESS,
+    UNET_MAPPED,
+)
+from sdlite.checkpoints.weights import CheckpointError
+from sdlite.config import (
+    AutoencoderKLConfig,
+    AutoencoderTinyConfig,
+    CodecConfig,
+    ModelConfig,
+    Prediction,
+    Record,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+)
+
+Config = Mapping[str, Any]
+R = TypeVar("R", bound=Record)
+MAX_TINY_BLOCKS = 64  # per stage of AutoencoderTiny; TAESD has 3
+
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+BETAS: dict[str, Literal["scaled_linear", "linear", "cosine"]] = {
+    "scaled_linear": "scaled_linear",
+    "linear": "linear",
+    "squaredcos_cap_v2": "cosine",
+}
+
+
+def check_model_index(config: Config, where: str) -> None:
+    """Raises CheckpointError unless model_index.json describes a Stable Diffusion 1.x or 2.x pipeline."""
+    _refuse_hooks(config, where)
+    if (found := config.get("_class_name", PIPELINES[0])) not in PIPELINES:
+        raise _unsupported(where, "_class_name", found, PIPELINES)
+    for name, entry in config.items():
+        if name in MODEL_INDEX_HARMLESS:
+            continue
+        if name not in MODEL_INDEX:
+            raise CheckpointError(f"{where}: unknown part {name!r:.80}; known: {', '.join(MODEL_INDEX)}")
+        library = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
+        if library not in ("diffusers", "transformers") or entry[1] not in MODEL_INDEX[name]:
+            raise _unsupported(where, name, entry, MODEL_INDEX[name])
+
+
+def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfig:
+    found = _checked(config, "UNet2DConditionModel", UNET_MAPPED, UNET_FIXED, UNET_HARMLESS | COMMON, where)
+    down, up = found["down_block_types"], found["up_block_types"]
+    kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    if not isinstance(down, list) or not all(isinstance(kind, str) and kind in kinds for kind in down):
+        raise _unsupported(where, "down_block_types", down, tuple(kinds))
+    attention = tuple(kinds[kind] for kind in down)
+    mirrored = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
+    if up != mirrored:
+        raise _unsupported(where, "up_block_types", up, (mirrored,))
+    heads = found["attention_head_dim"] if found["num_attention_heads"] is None else found["num_attention_heads"]
+    fields = {name: found[name] for name in ("in_channels", "out_channels", "block_out_channels")} | {
+        "layers_per_block": _same_everywhere(found, "layers_per_block", where),
+        "context_dim": _same_everywhere(found, "cross_attention_dim", where),
+        "attention_stages": attention,
+        "num_heads": heads if isinstance(heads, list) else [heads] * len(attention),
+        "num_groups": found["norm_num_groups"],
+        "use_linear_projection": found["use_linear_projection"],
+        "prediction": prediction,
+    }
+    return _record(UNetConfig, fields, where)
+
+
+def sample_size(config: Config, where: str) -> int:
+    """Side in latent cells that the UNet's config names, 64 if it names none."""
+    size = config.get("sample_size")
+    if isinstance(size, list) and len(size) == 2:
+        size = max(size)
+    if size is None:
+        return 64
+    if type(size) is not int or not 1 <= size <= 1024:
+        raise _unsupported(where, "sample_size", size, ("1 to 1024",))
+    return size
+
+
+def codec_config(config: Config, where: str) -> CodecConfig:
+    if config.get("_class_name") == "AutoencoderTiny":
+        harmless = CODEC_HARMLESS | COMMON | {"block_out_channels"}
+        found = _checked(config, "AutoencoderTiny", TINY_MAPPED, TINY_FIXED, harmless, where)
+        record = _record(AutoencoderTinyConfig, found, where)
+        if max(*record.num_encoder_blocks, *record.num_decoder_blocks) > MAX_TINY_BLOCKS:
+            raise CheckpointError(f"{where}: num_encoder_blocks and num_decoder_blocks must be up to {MAX_TINY_BLOCKS}")
+        return record
+    found = _checked(config, "AutoencoderKL", KL_MAPPED, KL_FIXED, CODEC_HARMLESS | COMMON, where)
+    return _record(AutoencoderKLConfig, found, where)
+
+
+def text_config(config: Config, ids: Mapping[str, int], where: str) -> TextConfig:
+    """ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer; those in configs are often placeholders."""
+    found = _checked(config, "CLIPTextModel", TEXT_MAPPED, TEXT_FIXED, TEXT_HARMLESS | COMMON, where)
+    return _record(TextConfig, {**found, **ids}, where)
+
+
+def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Prediction | None, list[str]]:
+    """The schedule, the prediction type if it is stated, and keys that were not understood.
+
+    Unknown keys are common here: diffusers copies them from one scheduler's config to the next one's.
+    """
+    _refuse_hooks(config, where)
+    name = config.get("_class_name", "DDIMScheduler")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        raise _unsupported(where, "_class_name", name, tuple(SCHEDULERS))
+    found: dict[str, Any] = (
+        SCHEDULE_MAPPED | SCHEDULERS[name] | {key: config[key] for key in SCHEDULE_MAPPED if key in config}
+    )
+    _check_fixed(config, SCHEDULE_FIXED, where)
+    for key, known in (("beta_schedule", BETAS), ("prediction_type", PREDICTIONS)):
+        if not isinstance(found[key], str) or found[key] not in known:
+            raise _unsupported(where, key, found[key], tuple(known))
+    fields = {
+        "num_train_steps": found["num_train_timesteps"],
+        "beta_start": found["beta_start"],
+        "beta_end": found["beta_end"],
+        "beta_schedule": BETAS[found["beta_schedule"]],
+        "final_abar_one": found["set_alpha_to_one"],
+        "spacing": found["timestep_spacing"],
+        "zero_terminal_snr": found["rescale_betas_zero_snr"],
+    }
+    stated = PREDICTIONS[found["prediction_type"]] if "prediction_type" in config else None
+    unknown = sorted(set(config) - set(SCHEDULE_MAPPED) - set(SCHEDULE_FIXED) - SCHEDULE_HARMLESS - COMMON)
+    return _record(ScheduleConfig, fields, where), stated, unknown
+
+
+def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The JSON files of a folder: model_index.json and part/config.json, of which diffusers fills in the rest."""
+    unet, schedule, text, codec = config.denoiser, config.schedule, config.text, config.codec
+    if schedule.steps_offset != 1:
+        raise CheckpointError(f"steps_offset={schedule.steps_offset} cannot be saved: diffusers' pipeline takes 1")
+    codec_class = "AutoencoderKL" if isinstance(codec, AutoencoderKLConfig) else "AutoencoderTiny"
+    stages = len(codec.block_out_channels) if isinstance(codec, AutoencoderKLConfig) else 0
+    kl_types = {"down_block_types": ["DownEncoderBlock2D"] * stages, "up_block_types": ["UpDecoderBlock2D"] * stages}
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.num_train_steps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": _key_of(BETAS, schedule.beta_schedule),
+        "set_alpha_to_one": schedule.final_abar_one,
+        "steps_offset": schedule.steps_offset,
+        "clip_sample": False,
+        "prediction_type": _key_of(PREDICTIONS, unet.prediction),
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+    }
+    files = {
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", codec_class],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        },
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel",
+            **unet.model_dump(include={"in_channels", "out_channels", "block_out_channels", "layers_per_block"}),
+            "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in unet.attention_stages],
+            "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(unet.attention_stages)],
+            "cross_attention_dim": unet.context_dim,
+            "attention_head_dim": unet.num_heads,
+            "norm_num_groups": unet.num_groups,
+            "use_linear_projection": unet.use_linear_projection,
+            "sample_size": config.sample_size,
+        },
+        "vae/config.json": {"_class_name": codec_class, **codec.model_dump(), **(kl_types if stages else {})},
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **text.model_dump(),
+            "projection_dim": text.hidden_size,
+        },
+        "scheduler/scheduler_config.json": scheduler
+        | ({} if schedule.spacing is None else {"timestep_spacing": schedule.spacing}),
+    }
+    return files
+
+
+def _checked(
+    config: Config, kind: str, mapped: Config, fixed: Mapping[str, tuple[Any, ...]], harmless: set[str], where: str
+) -> dict[str, Any]:
+    """The mapped keys with defaults filled in. Raises CheckpointError for what is not allowed."""
+    _refuse_hooks(config, where)
+    if (found := config.get("_class_name", kind)) != kind:
+        raise _unsupported(where, "_class_name", found, (kind,))
+    known = {*mapped, *fixed, *harmless}
+    for key in config:
+        if key not in known and not _is_inert_hook(key, config[key]):
+            near = get_close_matches(key, known, 1)
+            raise CheckpointError(
+                f"{where}: unknown key {key!r:.80}={config[key]!r:.80}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; sdlite has no such option of {kind}")
+            )
+    _check_fixed(config, fixed, where)
+    return {key: config.get(key, default) for key, default in mapped.items()}
+
+
+def _check_fixed(config: Config, fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    for key, allowed in fixed.items():
+        if key not in config:
+            continue
+        values = config[key] if isinstance(config[key], list) else [config[key]]
+        if any(not any((type(v) is not bool and v == a) or v is a for a in allowed) for v in values):
+            raise _unsupported(where, key, config[key], allowed)
+
+
+def _refuse_hooks(config: Config, where: str) -> None:
+    """Raises CheckpointError if a config asks for code. We would not run it, but it is no file to trust."""
+    for key, value in config.items():
+        hook = key in ("auto_map", "trust_remote_code", "custom_pipelines") or "attn_implementation" in key
+        if hook and not _is_inert_hook(key, value):
+            raise CheckpointError(
+                f"{where}: {key}={value!r:.80} asks for code of its own, which sdlite never runs; "
+                "remove the key if you trust the rest of the model"
+            )
+
+
+def _is_inert_hook(key: str, value: Any) -> bool:
+    """Whether a key that can ask for code does not: transformers itself writes some of them."""
+    plain = value is None or isinstance(value, bool) or value in ("eager", "sdpa")
+    return plain and ("attn_implementation" in key or (key == "trust_remote_code" and not value))
+
+
+def _same_everywhere(found: Config, key: str, where: str) -> Any:
+    """The value of a key that may have one entry per stage."""
+    value = found[key]
+    if not isinstance(value, list):
+        return value
+    if not value or any(entry != value[0] for entry in value):
+        raise _unsupported(where, key, value, ("the same at every stage",))
+    return value[0]
+
+
+def _record(record: type[R], fields: Config, where: str) -> R:
+    try:
+        return record(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _key_of(table: Mapping[str, str], value: str) -> str:
+    return next(key for key, known in table.items() if known == value)
+
+
+def _unsupported(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {key}={value!r:.200} is not supported; sdlite implements {', '.join(map(str, allowed))}"
+    )
