@@ -55,6 +55,7 @@ Output = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 DType = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
+DTypeName = Literal["float32", "float16", "bfloat16"]
 Override = Annotated[Prediction | None, typer.Option(help="What the model predicts, if its files do not say so.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the PNG.")]
@@ -195,6 +196,41 @@ def info(
     margin = max(map(len, rows), default=0) + 2
     for key, value in rows.items():
         print(f"{shown(key):{margin}}" + shown(str(value)).replace("\n", "\n" + " " * margin))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="What --model takes, or an old .ckpt.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="NAME.safetensors for one file, else a new folder.")],
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read a .ckpt, whose maker you trust: a pickle can carry code.")
+    ] = False,
+    prediction: Override = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged UNet of a single file that has both.")] = False,
+    dtype: Annotated[DTypeName | None, typer.Option(show_default="as in SRC")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model in the other form: a folder as diffusers has it, or one file in the original layout.
+
+    Prints DST. Nothing is replaced: DST must not exist, or be an empty folder.
+    """
+    check_free([target], force=True)
+    import torch
+
+    from sdlite.checkpoints.load import random_model
+    from sdlite.checkpoints.save import convert, save_folder, save_single_file
+    from sdlite.pipeline import PRESETS
+
+    kind = None if dtype is None else getattr(torch, dtype)
+    if source in PRESETS:
+        parts = random_model(PRESETS[source](), seed=0)
+        save = save_single_file if target.suffix == ".safetensors" else save_folder
+        save(parts, target, dtype=kind)
+    else:
+        parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind)
+    for note in parts.notes:
+        Report(quiet, False).note(note)
+    print(target)
 
 
 @app.command()

@@ -373,6 +373,22 @@ def test_info_of_a_model(run: Run):
     assert code == 0 and "64x64" in out
 
 
+def test_convert_there_and_back(run: Run):
+    assert run("convert", "tiny", "folder")[:2] == (0, "folder\n")
+    assert run("convert", "folder", "half", "--dtype", "float16", "-q") == (0, "half\n", "")
+    hashes = [json.loads(run("info", model, "--json")[1])["model"]["model_hash"] for model in ("tiny", "folder")]
+    assert hashes[0] == hashes[1]
+    sizes = [sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) for folder in ("half", "folder")]
+    assert sizes[0] < 0.6 * sizes[1]
+    code, out, err = run("convert", "tiny", "folder")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("sdlite: error: folder ")
+    torch.save({"state_dict": {}}, "old.ckpt")
+    code, out, err = run("convert", "old.ckpt", "new")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--trust-pickle" in err
+    code, out, err = run("convert", "old.ckpt", "new", "--trust-pickle")
+    assert (code, out, err.count("\n")) == (2, "", 1) and not Path("new").exists()
+
+
 def test_real_interrupts(tmp_path: Path):
     """One Ctrl-C, and two, while a picture is drawn, in processes of their own."""
     flags = ("--model", "tiny", "--steps", 40, "--num-images", 50, "--json", "-q")
