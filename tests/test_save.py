@@ -1,0 +1,272 @@
+"""What is written: read back by diffusers and transformers, by ourselves, and whole or not at all."""
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from sdlite.checkpoints import save
+from sdlite.checkpoints.load import ModelParts, load_model, random_model
+from sdlite.checkpoints.save import convert, save_folder, save_single_file
+from sdlite.checkpoints.weights import CheckpointError
+from sdlite.config import AutoencoderTinyConfig, ModelConfig, tiny
+
+SD2_LIKE = tiny(prediction="v").replace(
+    denoiser=tiny(prediction="v").denoiser.replace(use_linear_projection=True, layers_per_block=2),
+    text=tiny().text.replace(hidden_act="gelu", pad_token_id=0),
+    schedule=tiny().schedule.replace(spacing="trailing", zero_terminal_snr=True, final_abar_one=True),
+)
+CONFIGS = {"sd1": tiny(), "sd2": SD2_LIKE, "inpainting": tiny(9)}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def parts(request: pytest.FixtureRequest) -> ModelParts:
+    return random_model(CONFIGS[request.param], seed=3)
+
+
+@pytest.fixture(scope="module")
+def sd1() -> ModelParts:
+    return random_model(tiny(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def folder(parts: ModelParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("folder") / "model"
+    save_folder(parts, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(parts: ModelParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    save_single_file(parts, path)
+    return path
+
+
+def assert_same_weights(parts: ModelParts, theirs: StableDiffusionPipeline) -> None:
+    pairs = {
+        "unet": (parts.denoiser, theirs.unet),
+        "vae": (parts.codec.model, theirs.vae),
+        "text": (parts.text.model, theirs.text_encoder),
+    }
+    for part, (our, their) in pairs.items():
+        a, b = our.state_dict(), their.state_dict()
+        assert set(a) == set(b), part
+        for name in a:
+            assert torch.equal(a[name], b[name]), f"{part}.{name}"
+
+
+def assert_same(a: ModelParts, b: ModelParts) -> None:
+    assert a.config == b.config
+    assert a.hash == b.hash
+
+
+def test_diffusers_loads_the_folder(parts: ModelParts, folder: Path):
+    theirs = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    assert_same_weights(parts, theirs)
+    config, schedule = theirs.scheduler.config, parts.config.schedule
+    assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+    assert (config.steps_offset, config.clip_sample) == (1, False)
+    assert config.timestep_spacing == (schedule.spacing or "leading")
+    assert config.prediction_type == ("v_prediction" if parts.denoiser.prediction == "v" else "epsilon")
+    assert theirs.tokenizer.pad_token_id == parts.config.text.pad_token_id
+    ids = theirs.tokenizer(["a red apple"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = theirs.text_encoder(ids).last_hidden_state
+    torch.testing.assert_close(parts.text.encode(["a red apple"]), expected, rtol=1e-5, atol=1e-5)
+    x, t = torch.randn(2, parts.config.denoiser.in_channels, 9, 6), torch.tensor([3, 800])
+    with torch.no_grad():
+        ours = parts.denoiser(x, t, parts.denoiser.prepare(expected.repeat(2, 1, 1)))
+        other = theirs.unet(x, t, expected.repeat(2, 1, 1)).sample
+    torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_loads_the_single_file(parts: ModelParts, folder: Path, single: Path):
+    theirs = StableDiffusionPipeline.from_single_file(single, config=str(folder), local_files_only=True)
+    assert_same_weights(parts, theirs)
+
+
+def test_we_load_both(parts: ModelParts, folder: Path, single: Path):
+    for path in (folder, single):
+        loaded = load_model(path)
+        assert_same(loaded, parts)
+        assert loaded.notes == parts.notes and "untrained" in loaded.notes[0]
+        assert not any(p.is_meta for m in (loaded.text, loaded.denoiser, loaded.codec) for p in m.parameters())
+
+
+def test_both_ways(parts: ModelParts, folder: Path, tmp_path: Path):
+    convert(folder, tmp_path / "one.safetensors")
+    convert(tmp_path / "one.safetensors", tmp_path / "two")
+    assert_same(load_model(tmp_path / "two"), parts)
+    before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    after = {file.relative_to(tmp_path / "two"): file.read_bytes() for file in (tmp_path / "two").rglob("*.*")}
+    assert after == before
+
+
+def test_shards(sd1: ModelParts, tmp_path: Path):
+    save_folder(sd1, tmp_path / "model", max_shard_size=300_000)
+    sizes = [file.stat().st_size for file in (tmp_path / "model" / "unet").glob("*.safetensors")]
+    assert len(sizes) > 2
+    assert_same(load_model(tmp_path / "model"), sd1)
+    assert_same_weights(sd1, StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True))
+
+
+def test_half_precision(sd1: ModelParts, tmp_path: Path):
+    save_folder(sd1, tmp_path / "model", dtype=torch.float16)
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    loaded = load_model(tmp_path / "model")
+    assert loaded.denoiser.conv_in.weight.dtype == torch.float32
+    assert torch.equal(loaded.denoiser.conv_in.weight, sd1.denoiser.conv_in.weight.half().float())
+
+
+def test_tiny_autoencoder(tmp_path: Path):
+    codec = AutoencoderTinyConfig(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1, 1, 1, 1)
+    )
+    parts = random_model(tiny().replace(codec=codec), seed=1)
+    save_folder(parts, tmp_path / "model")
+    assert_same(load_model(tmp_path / "model"), parts)
+    assert_same_weights(parts, StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True))
+    with pytest.raises(CheckpointError, match="AutoencoderTiny; save a folder"):
+        save_single_file(parts, tmp_path / "one.safetensors")
+
+
+def test_never_overwrites(sd1: ModelParts, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        save_folder(sd1, tmp_path / "model")
+    (tmp_path / "one.safetensors").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists"):
+        save_single_file(sd1, tmp_path / "one.safetensors")
+    assert (tmp_path / "one.safetensors").read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["model", "one.safetensors", "precious.txt"]
+    (tmp_path / "empty").mkdir()
+    save_folder(sd1, tmp_path / "empty")
+    assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) & 0o500 == 0o500
+
+
+def test_whole_or_not_at_all(sd1: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def fails_later(tensors: object, path: Path, metadata: object) -> None:
+        calls.append(path)
+        path.write_bytes(b"half")
+        if len(calls) != 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "save_file", fails_later)
+    for write, name in ((save_folder, "model"), (save_single_file, "one.safetensors")):
+        with pytest.raises(OSError, match="No space left"):
+            write(sd1, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_offset_cannot_be_lost(sd1: ModelParts, tmp_path: Path):
+    config = sd1.config.replace(schedule=sd1.config.schedule.replace(steps_offset=0))
+    other = ModelParts(sd1.text, sd1.denoiser, sd1.codec, config, "", "")
+    with pytest.raises(CheckpointError, match="steps_offset=0"):
+        save_folder(other, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_models_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    a, b, c = (random_model(tiny(), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert a.hash == b.hash != c.hash
+    assert a.name == "untrained (random weights)" and "untrained" in a.notes[0]
+
+
+@pytest.fixture
+def original(sd1: ModelParts, tmp_path: Path) -> dict[str, torch.Tensor]:
+    save_single_file(sd1, tmp_path / "original.safetensors")
+    tensors = load_file(tmp_path / "original.safetensors")
+    (tmp_path / "original.safetensors").unlink()
+    return tensors
+
+
+def test_trusted_pickle(sd1: ModelParts, original: dict[str, torch.Tensor], tmp_path: Path):
+    content = {"epoch": 3, "state_dict": {"state_dict": {**original, "betas": torch.ones(1000)}}}
+    torch.save(content, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match="trust-pickle"):
+        convert(tmp_path / "old.ckpt", tmp_path / "new", config=tiny())
+    assert not (tmp_path / "new").exists()
+    parts = convert(tmp_path / "old.ckpt", tmp_path / "new", trust_pickle=True, config=tiny())
+    assert parts.hash == sd1.hash
+    assert load_model(tmp_path / "new").hash == sd1.hash
+
+
+def test_trusted_pickle_still_runs_no_code(tmp_path: Path):
+    class Gadget:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"state_dict": {"a": Gadget()}}, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read as weights alone") as error:
+        convert(tmp_path / "old.ckpt", tmp_path / "new", trust_pickle=True)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["old.ckpt"]
+
+
+def save_original(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def test_original_spellings_and_unused_keys(sd1: ModelParts, original: dict[str, torch.Tensor], tmp_path: Path):
+    variants = {
+        "novelai": {
+            k.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): v
+            for k, v in original.items()
+        },
+        "sgm": {k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in original.items()},
+        "unused": original
+        | {
+            "betas": torch.ones(1000),
+            "loss.logvar": torch.ones(1),
+            "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(3),
+            "cond_stage_model.logit_scale": torch.ones(()),
+        },
+        "2-d attention": {k: v[:, :, 0, 0] if ".attn_1." in k and v.ndim == 4 else v for k, v in original.items()},
+    }
+    for name, tensors in variants.items():
+        loaded = load_model(save_original(tmp_path / f"{name}.safetensors", tensors), config=tiny())
+        assert loaded.hash == sd1.hash, name
+
+
+def test_ema(sd1: ModelParts, original: dict[str, torch.Tensor], tmp_path: Path):
+    unet = {k: v for k, v in original.items() if k.startswith("model.diffusion_model.")}
+    averages = {"model_ema." + k.removeprefix("model.").replace(".", ""): v + 1 for k, v in unet.items()}
+    path = save_original(tmp_path / "both.safetensors", original | averages)
+    assert load_model(path, config=tiny()).hash == sd1.hash
+    averaged = load_model(path, config=tiny(), ema=True)
+    assert torch.equal(averaged.denoiser.conv_out.bias, sd1.denoiser.conv_out.bias + 1)
+    assert torch.equal(averaged.codec.model.quant_conv.bias, sd1.codec.model.quant_conv.bias)
+    with pytest.raises(CheckpointError, match="moving average"):
+        load_model(save_original(tmp_path / "one.safetensors", original), config=tiny(), ema=True)
+
+
+def test_custom_tokenizer_stays_in_folders(sd1: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(save, "load_tokenizer", lambda: type("T", (), {"get_vocab": lambda self: {}})())
+    with pytest.raises(CheckpointError, match="tokenizer that is not CLIP's"):
+        save_single_file(sd1, tmp_path / "one.safetensors")
+
+
+def test_configs_of_any_structure_survive(tmp_path: Path):
+    base = tiny()
+    denoiser = base.denoiser.replace(
+        block_out_channels=(16, 32, 32), attention_stages=(False, True, True), num_heads=(2, 4, 8), layers_per_block=2
+    )
+    config: ModelConfig = base.replace(denoiser=denoiser, sample_size=12)
+    parts = random_model(config, seed=5)
+    for target in ("folder", "one.safetensors"):
+        (save_folder if target == "folder" else save_single_file)(parts, tmp_path / target)
+        assert_same(load_model(tmp_path / target), parts)
