@@ -53,8 +53,8 @@ Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-DType = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of text encoder and UNet.")]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Override = Annotated[Prediction | None, typer.Option(help="What the model predicts, if its files do not say so.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
@@ -166,8 +166,7 @@ def regen(
     }
     request = _regenerated(picture, recipe, changed, sources, anyway)
     names, report = Names(output, 1, force), Report(quiet, as_json)
-    preset = recipe.model if recipe.model in ("tiny", "sd15", "sd21") else None  # never a path out of a foreign file
-    pipe = _load(preset if model is None else model, device, dtype, prediction, report)
+    pipe = _load(model, device, dtype, prediction, report)
     if pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(
             f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "
@@ -177,7 +176,9 @@ def regen(
     if not set(changed) - {"image", "mask"}:
         difference = largest_difference(pictures[0], open_image(picture))
         report.event("compared", largest_difference=difference)
-        report.note(f"same as {picture}" if not difference else f"differs from {picture} by up to {difference} of 255")
+        hint = "from another device, --dtype, --prediction or version" if difference > 1 else "which is rounding"
+        differs = f"differs from {picture} by up to {difference} of 255, {hint}; `sdlite info {picture}` says more"
+        report.note(differs if difference else f"same as {picture}")
     report.event("done", images=1, interrupted=interrupted)
     raise typer.Exit(INTERRUPTED if interrupted else 0)
 
@@ -266,11 +267,23 @@ def bench(
 def _load(model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report) -> "Pipeline":
     from sdlite.pipeline import Pipeline
 
+    _check_device(device)
     _limit_threads()
     pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction)
     for note in pipe.notes:
         report.note(note)
     return pipe
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    kind, _, number = device.partition(":")
+    counts = {"auto": 1, "cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts:
+        raise ValueError(f"--device={device} must be one of {', '.join(counts)}")
+    if not (number or "0").isdecimal() or int(number or "0") >= counts[kind]:
+        raise ValueError(f"--device={device} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
 
 
 def _limit_threads(share: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:

@@ -346,7 +346,7 @@ def test_real_model_draws_and_draws_again(run: Run):
     code, out, err = run("generate", "a (red:1.2) apple, 猫", "--model", "tiny", "--steps", 3, "-s", 5)
     assert (code, out) == (0, "000000-5.png\n") and "untrained" in err
     assert images.open_image("000000-5.png").size == (64, 64)
-    code, out, err = run("regen", "000000-5.png", "-o", "again.png")
+    code, out, err = run("regen", "000000-5.png", "--model", "tiny", "-o", "again.png")
     assert (code, out) == (0, "again.png\n") and "same as 000000-5.png" in err
     assert Path("again.png").read_bytes() == Path("000000-5.png").read_bytes()
 
@@ -359,10 +359,31 @@ def test_real_model_paints_from_a_picture(run: Run):
     assert run(*arguments, "-o", "a.png", "--strength", 0.5)[:2] == (0, "a.png\n")
     assert run(*arguments, "-o", "b.png", "--mask", "mask.png")[:2] == (0, "b.png\n")
     assert images.open_image("b.png").size == (72, 56)
-    err = run("regen", "b.png", "--set", "image=in.png", "--set", "mask=mask.png")[2]
+    err = run("regen", "b.png", "-m", "tiny", "--set", "image=in.png", "--set", "mask=mask.png")[2]
     assert "same as b.png" in err
-    code, out, err = run("generate", "x", "--model", "tiny", "-W", 500)
-    assert (code, out) == (2, "") and "496 or 504" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--model tiny -W 500", "use 496 or 504"),
+        ("--model tiny --clip-skip 9", "clip_skip=9"),
+        ("--model empty", "model_index.json is missing"),
+        ("--model none", "none does not exist"),
+        ("--model none.safetensors", "none.safetensors does not exist"),
+        ("--model junk.safetensors", "is not a safetensors file"),
+        ("--model tiny --device warp", "--device=warp must be one of auto, cpu, cuda, mps"),
+        ("--model tiny --device cuda:99", "--device=cuda:99 is not there"),
+        ("--model tiny --device cpu:x", "--device=cpu:x is not there"),
+        ("--model tiny --dtype int8", "--dtype"),
+    ],
+)
+def test_what_a_real_model_refuses(run: Run, flags: str, reason: str):
+    Path("empty").mkdir()
+    Path("junk.safetensors").write_bytes(b"junk")
+    code, out, err = run("generate", "x", *flags.split(), "-q")
+    assert (code, out, err.count("\n")) == (2, "", 1) and reason in err, err
+    assert names() == ["empty", "junk.safetensors"]
 
 
 def test_info_of_a_model(run: Run):
