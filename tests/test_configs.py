@@ -1,0 +1,253 @@
+"""config.json files: those that are published, those that differ, those that attack."""
+
+import inspect
+import json
+from typing import Any
+
+import diffusers
+import pytest
+from transformers import CLIPTextConfig
+
+from sdlite.checkpoints import configs
+from sdlite.checkpoints.configs import codec_config, schedule_config, text_config, to_diffusers, unet_config
+from sdlite.checkpoints.known_keys import KL_MAPPED, SCHEDULE_MAPPED, SCHEDULERS, TEXT_MAPPED, TINY_MAPPED, UNET_MAPPED
+from sdlite.checkpoints.weights import CheckpointError
+from sdlite.config import AutoencoderTinyConfig, ModelConfig, sd15, sd21, tiny
+
+IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+
+# unet/config.json, vae/config.json, text_encoder/config.json and the scheduler's of Stable Diffusion 1.5, as published.
+SD15_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD21_UNET = SD15_UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "upcast_attention": True,
+    "sample_size": 96,
+}
+SD15_VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SD15_TEXT = {
+    "_name_or_path": "openai/clip-vit-large-patch14",
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "torch_dtype": "float32",
+    "transformers_version": "4.22.0.dev0",
+    "vocab_size": 49408,
+}
+SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def test_published_configs_are_the_presets():
+    sd1, sd2 = sd15(), sd21()
+    assert unet_config(SD15_UNET, "epsilon", "") == sd1.denoiser
+    assert unet_config(SD21_UNET, "v", "") == sd2.denoiser
+    assert unet_config(SD15_UNET | {"in_channels": 9}, "epsilon", "") == sd15(9).denoiser
+    assert codec_config(SD15_VAE, "") == sd1.codec
+    assert text_config(SD15_TEXT, IDS, "") == sd1.text
+    assert schedule_config(SD15_SCHEDULER, "") == (sd1.schedule, None, [])
+    assert configs.sample_size(SD21_UNET, "") == 96
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    return {k: list(p.default) if isinstance(p.default, tuple) else p.default for k, p in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mapped"),
+    [("UNet2DConditionModel", UNET_MAPPED), ("AutoencoderKL", KL_MAPPED), ("AutoencoderTiny", TINY_MAPPED)]
+    + [(name, SCHEDULE_MAPPED | changes) for name, changes in SCHEDULERS.items() if name != "DPMSolverSDEScheduler"],
+)
+def test_missing_keys_have_the_defaults_of_diffusers(kind: str, mapped: dict[str, Any]):
+    theirs = defaults(kind)
+    for key in set(mapped) & set(theirs) - {"timestep_spacing"}:  # None: left to the solver
+        ours = list(mapped[key]) if isinstance(mapped[key], tuple) else mapped[key]
+        assert ours == theirs[key], key
+
+
+def test_text_defaults_are_those_of_transformers():
+    theirs = CLIPTextConfig()
+    assert {key: getattr(theirs, key) for key in TEXT_MAPPED} == TEXT_MAPPED
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "CLIPTextConfig"])
+def test_every_key_of_the_libraries_is_known(kind: str):
+    """A config that the installed libraries write with their defaults is understood."""
+    if kind == "CLIPTextConfig":
+        config = json.loads(CLIPTextConfig(architectures=["CLIPTextModel"]).to_json_string())
+        text_config(config, IDS, "")
+    elif kind == "UNet2DConditionModel":
+        unet_config({k: v for k, v in defaults(kind).items() if k != "self"}, "epsilon", "")
+    else:
+        codec_config({k: v for k, v in defaults(kind).items() if k != "self"} | {"_class_name": kind}, "")
+
+
+@pytest.mark.parametrize("config", [sd15(), sd21(), sd15(9), tiny(), sd21(prediction="epsilon")])
+def test_round_trip(config: ModelConfig):
+    files = json.loads(json.dumps(to_diffusers(config)))
+    schedule, prediction, unknown = schedule_config(files["scheduler/scheduler_config.json"], "")
+    ids = {key: getattr(config.text, key) for key in IDS}
+    assert not unknown and prediction is not None
+    assert config == ModelConfig(
+        denoiser=unet_config(files["unet/config.json"], prediction, ""),
+        schedule=schedule,
+        text=text_config(files["text_encoder/config.json"], ids, ""),
+        codec=codec_config(files["vae/config.json"], ""),
+        sample_size=configs.sample_size(files["unet/config.json"], ""),
+    )
+    configs.check_model_index(files["model_index.json"], "")
+
+
+def test_lists_of_equal_entries():
+    lists = {"layers_per_block": [2] * 4, "cross_attention_dim": [768] * 4, "only_cross_attention": [False] * 4}
+    assert unet_config(SD15_UNET | lists | {"transformer_layers_per_block": [1] * 4}, "epsilon", "") == sd15().denoiser
+    assert unet_config(SD15_UNET | {"num_attention_heads": 5}, "epsilon", "").num_heads == (5,) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil/repo--model.Model"}}, "auto_map.* asks for code"),
+        ({"_attn_implementation": "evil/kernels"}, "_attn_implementation='evil/kernels' asks for code"),
+        ({"_attn_implementation_internal": "evil/kernels:attention"}, "asks for code"),
+        ({"attn_implementation": {"": "evil/kernels"}}, "asks for code"),
+        ({"trust_remote_code": True}, "trust_remote_code=True asks for code"),
+        ({"_class_name": "EvilUNet"}, "_class_name='EvilUNet' is not supported"),
+        ({"_class_name": ["evil", "UNet"]}, "_class_name="),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
+        ({"norm_eps": 1e-6}, "norm_eps=1e-06"),
+        ({"transformer_layers_per_block": [1, 2, 10, 1]}, "transformer_layers_per_block"),
+        ({"layers_per_block": [2, 2, 2, 3]}, "layers_per_block.*the same at every stage"),
+        ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types"),
+        ({"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "down_block_types"),
+        ({"down_block_types": 3}, "down_block_types"),
+        ({"block_out_channels": [10**7] * 4}, "block_out_channels"),
+        ({"block_out_channels": [320, 640, float("nan"), 1280]}, "block_out_channels"),
+        ({"block_out_channels": "320"}, "block_out_channels"),
+        ({"layers_per_block": 10**6}, "layers_per_block"),
+        ({"attention_head_dim": 7}, "num_heads=7"),
+        ({"attention_heads_dim": 8}, "unknown key 'attention_heads_dim'=8; did you mean 'attention_head_dim'"),
+        ({"sample\nsize": 8}, "unknown key"),
+    ],
+)
+def test_refused_unets(changes: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message) as error:
+        unet_config(SD15_UNET | changes, "epsilon", "unet/config.json")
+    assert "\n" not in str(error.value) and str(error.value).startswith("unet/config.json: ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"_attn_implementation_autoset": True}, {"_attn_implementation": "sdpa"}, {"trust_remote_code": False}],
+)
+def test_inert_hooks_are_left_alone(changes: dict[str, Any]):
+    assert text_config(SD15_TEXT | changes, IDS, "") == sd15().text
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (lambda c: text_config(c, IDS, "x"), SD15_TEXT | {"hidden_size": 10**7}, "hidden_size=10000000"),
+        (lambda c: text_config(c, IDS, "x"), SD15_TEXT | {"hidden_act": "relu"}, "hidden_act='relu'"),
+        (lambda c: text_config(c, IDS, "x"), SD15_TEXT | {"model_type": "t5"}, "model_type='t5'"),
+        (lambda c: codec_config(c, "x"), SD15_VAE | {"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
+        (lambda c: codec_config(c, "x"), SD15_VAE | {"scaling_factor": float("inf")}, "scaling_factor"),
+        (lambda c: codec_config(c, "x"), SD15_VAE | {"latents_mean": [0.1]}, "latents_mean"),
+        (
+            lambda c: schedule_config(c, "x"),
+            SD15_SCHEDULER | {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "Flow",
+        ),
+        (lambda c: schedule_config(c, "x"), SD15_SCHEDULER | {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        (lambda c: schedule_config(c, "x"), SD15_SCHEDULER | {"trained_betas": [0.1]}, "trained_betas"),
+        (lambda c: schedule_config(c, "x"), SD15_SCHEDULER | {"prediction_type": ["v"]}, "prediction_type"),
+        (lambda c: schedule_config(c, "x"), SD15_SCHEDULER | {"auto_map": "evil"}, "asks for code"),
+        (lambda c: configs.check_model_index(c, "x"), {"_class_name": "StableDiffusionXLPipeline"}, "XL"),
+        (lambda c: configs.check_model_index(c, "x"), {"unet": ["evil", "UNet2DConditionModel"]}, "unet="),
+        (lambda c: configs.check_model_index(c, "x"), {"custom_pipelines": "evil"}, "asks for code"),
+        (lambda c: configs.check_model_index(c, "x"), {"text_encoder_2": [None, None]}, "unknown part"),
+        (lambda c: configs.sample_size(c, "x"), {"sample_size": 10**6}, "sample_size"),
+    ],
+)
+def test_other_refused_configs(make: Any, config: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message) as error:
+        make(config)
+    assert "\n" not in str(error.value) and str(error.value).startswith("x: ")
+
+
+def test_bomb_of_tiny_blocks():
+    with pytest.raises(CheckpointError, match="num_encoder_blocks"):
+        codec_config({"_class_name": "AutoencoderTiny", "num_encoder_blocks": [8000] * 4}, "x")
+    assert codec_config({"_class_name": "AutoencoderTiny"}, "x") == AutoencoderTinyConfig()
+
+
+def test_schedulers():
+    ztsnr = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule, prediction, unknown = schedule_config(ztsnr | {"timestep_spacing": "trailing", "mystery": 1}, "")
+    assert (schedule.zero_terminal_snr, schedule.spacing, prediction, unknown) == (True, "trailing", "v", ["mystery"])
+    # diffusers' DDIM defaults, and what StableDiffusionPipeline makes of steps_offset
+    assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (0.0001, 0.02, "linear")
+    assert (schedule.final_abar_one, schedule.steps_offset) == (True, 1)
+    assert not schedule_config({"_class_name": "PNDMScheduler"}, "")[0].final_abar_one
