@@ -239,6 +239,8 @@ class Pipeline:
 
     def resolve(self, request: Request) -> Request:
         """The request with its size filled in. Raises ValueError if this model cannot draw it."""
+        if self.inpainting and request.mask is None:
+            raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
         width, height = self.default_size
         request = request.replace(width=request.width or width, height=request.height or height)
         for name, side in (("width", request.width or 0), ("height", request.height or 0)):

@@ -8,6 +8,7 @@ from sdlite.config import UNetConfig
 def reference_unet(config: UNetConfig) -> UNet2DConditionModel:
     attention = config.attention_stages
     return UNet2DConditionModel(
+        sample_size=8,  # which no output depends on
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         down_block_types=["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention],

@@ -1,0 +1,281 @@
+"""Whole images against diffusers' pipelines on the same weights, pixel by pixel, and what must not change them."""
+
+import math
+import socket
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdlite
+from sdlite.checkpoints.load import load_model, random_model
+from sdlite.checkpoints.save import convert
+from sdlite.config import Request, sd21, tiny
+from sdlite.diffusion.schedule import Schedule
+from sdlite.pipeline import Pipeline
+from sdlite.schedulers import SCHEDULERS
+from tests.references.diffusers_pipeline import generators, reference_pipeline
+
+GREY_LEVEL = 1  # pixels may differ by the rounding of one level
+
+
+def make(config) -> Pipeline:
+    parts = random_model(config, seed=0)
+    schedule = Schedule(config.schedule)
+    return Pipeline(
+        parts.text, parts.denoiser, parts.codec, schedule, sample_size=8, name="random", model_hash="0" * 64
+    )
+
+
+def sd2_like():
+    """SD2's structure at toy size: linear projection, own head widths, v, gelu, its pad token."""
+    small, large = tiny(prediction="v"), sd21()
+    text = large.text.replace(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    denoiser = small.denoiser.replace(use_linear_projection=True, num_heads=(1, 2), layers_per_block=2)
+    return small.replace(text=text, denoiser=denoiser)
+
+
+@pytest.fixture(scope="module")
+def sd1():
+    return make(tiny())
+
+
+@pytest.fixture(scope="module")
+def sd2():
+    return make(sd2_like())
+
+
+@pytest.fixture(scope="module")
+def inpainting():
+    return make(tiny(in_channels=9))
+
+
+def picture(seed: int, size: tuple[int, int] = (80, 64)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def mask(size: tuple[int, int] = (80, 64)) -> Image.Image:
+    cells = np.zeros((4, 5), dtype=np.uint8)
+    cells[1:3, 2:] = 255
+    return Image.fromarray(cells).resize(size, Image.Resampling.NEAREST)
+
+
+def difference(ours: Image.Image, theirs: Image.Image) -> int:
+    assert ours.size == theirs.size
+    assert np.asarray(theirs).std() > 2, "a flat picture would hide differences"
+    return int(np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+def test_text_to_image_equals_diffusers(family, scale, request):
+    pipe = request.getfixturevalue(family)
+    prompts, negatives, seeds = ["a red apple", "two cats"], ["blurry", "text"], (3, 4)
+    requests = [
+        Request(prompt=p, negative_prompt=n, seed=s, steps=10, guidance_scale=scale, width=80, height=72)
+        for p, n, s in zip(prompts, negatives, seeds, strict=True)
+    ]
+    theirs = reference_pipeline(pipe)(
+        prompts,
+        negative_prompt=negatives,
+        width=80,
+        height=72,
+        num_inference_steps=10,
+        guidance_scale=scale,
+        generator=generators(*seeds),
+    ).images
+    for ours, expected in zip(pipe.generate(requests), theirs, strict=True):
+        assert difference(ours, expected) <= GREY_LEVEL
+
+
+@pytest.mark.parametrize("solver", ["ddpm", *SCHEDULERS])
+def test_every_solver_equals_diffusers(sd1, solver):
+    scheduler, options = SCHEDULERS.get(solver, ("DDPMScheduler", {}))
+    theirs = reference_pipeline(sd1, "txt2img", scheduler, **options)
+    expected = theirs("a cat", num_inference_steps=9, width=64, height=64, generator=generators(5)).images[0]
+    assert difference(sd1("a cat", seed=5, steps=9, solver=solver)[0], expected) <= GREY_LEVEL
+
+
+def test_eta_and_guidance_rescale_equal_diffusers(sd2):
+    expected = reference_pipeline(sd2)(
+        "a cat", num_inference_steps=10, width=64, height=64, eta=0.7, guidance_rescale=0.7, generator=generators(5)
+    ).images[0]
+    assert difference(sd2("a cat", seed=5, steps=10, eta=0.7, guidance_rescale=0.7)[0], expected) <= GREY_LEVEL
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(("solver", "strength"), [("ddim", 0.6), ("ddim", 1.0), ("euler_a", 0.45), ("dpmpp_2m", 0.8)])
+def test_image_to_image_equals_diffusers(family, solver, strength, request):
+    pipe = request.getfixturevalue(family)
+    scheduler, options = SCHEDULERS.get(solver, ("DDIMScheduler", {}))
+    expected = reference_pipeline(pipe, "img2img", scheduler, **options)(
+        ["a dog", "a hat"],
+        image=[picture(0), picture(0)],
+        strength=strength,
+        num_inference_steps=10,
+        generator=generators(8, 9),
+    ).images
+    fields = {"steps": 10, "solver": solver, "strength": strength, "width": 80, "height": 64}
+    found = pipe(["a dog", "a hat"], seed=[8, 9], image=picture(0), **fields)
+    assert max(map(difference, found, expected)) <= GREY_LEVEL
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "inpainting"])
+@pytest.mark.parametrize(("solver", "strength"), [("ddim", 1.0), ("ddim", 0.7), ("euler_a", 1.0), ("ddpm", 0.7)])
+def test_inpainting_equals_diffusers(family, solver, strength, request):
+    pipe = request.getfixturevalue(family)
+    default = ("DDPMScheduler" if solver == "ddpm" else "DDIMScheduler", {})
+    scheduler, options = SCHEDULERS.get(solver, default)
+    expected = reference_pipeline(pipe, "inpaint", scheduler, **options)(
+        "a dog",
+        image=picture(1, (90, 70)),
+        mask_image=mask((90, 70)),
+        strength=strength,
+        width=80,
+        height=64,
+        num_inference_steps=10,
+        generator=generators(8),
+    ).images[0]
+    fields = {"steps": 10, "solver": solver, "strength": strength, "width": 80, "height": 64}
+    found = pipe("a dog", seed=8, image=picture(1, (90, 70)), mask=mask((90, 70)), **fields)[0]
+    assert difference(found, expected) <= GREY_LEVEL
+
+
+def test_an_image_does_not_depend_on_its_batch(sd1):
+    requests = [Request(prompt=p, seed=s, steps=5) for p, s in zip("abcd", (9, 1, 5, 9), strict=True)]
+    together = sd1.generate(requests)
+    for request, image in zip(requests, together, strict=True):
+        assert difference(sd1.generate(request)[0], image) <= GREY_LEVEL
+
+
+def test_requests_that_cannot_share_a_batch_come_back_in_order(sd1):
+    long = ", ".join(["a very long prompt"] * 30)
+    variants = [
+        {},
+        {"width": 80},
+        {"steps": 3},
+        {"guidance_scale": 1.0},
+        {"solver": "euler"},
+        {"prompt": long},
+        {"clip_skip": 1},
+    ]
+    requests = [Request(**{"prompt": "a", "steps": 2, "seed": i} | fields) for i, fields in enumerate(variants * 2)]
+    assert sorted(map(len, sd1.batches(requests))) == [2] * 7
+    for request, image in zip(requests, sd1.generate(requests), strict=True):
+        assert difference(image, sd1.generate(request)[0]) <= GREY_LEVEL
+    with pytest.raises(ValueError, match="cannot share a batch"):
+        next(sd1.sample_latents(requests[:2]))
+
+
+def test_guidance_scales_may_differ_within_a_batch(sd1):
+    requests = [Request(prompt="a", seed=1, steps=4, guidance_scale=scale) for scale in (2.0, 9.0)]
+    assert len(sd1.batches(requests)) == 1
+    for request, image in zip(requests, sd1.generate(requests), strict=True):
+        assert difference(image, sd1.generate(request)[0]) <= GREY_LEVEL
+
+
+def test_call_counts_seeds_up_and_keeps_the_order_of_prompts(sd1):
+    images = sd1(["a", "b"], seed=[10, 20], num_images=2, steps=1)
+    recipes = [sdlite.Request(**__import__("json").loads(image.info["sdlite"])["request"]) for image in images]
+    assert [(r.prompt, r.seed) for r in recipes] == [("a", 10), ("a", 11), ("b", 20), ("b", 21)]
+    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+        sd1(["a", "b"], seed=[1, 2, 3])
+    with pytest.raises(ValueError, match="num_images=0"):
+        sd1("a", num_images=0)
+
+
+def test_steps_are_yielded_as_they_are_made(sd1):
+    request = Request(prompt="a", steps=6)
+    latents = list(sd1.sample_latents([request]))
+    assert len(latents) == sd1.num_evaluations(request) == 6
+    assert difference(sd1.decode(latents[-1], [request])[0], sd1.generate(request)[0]) == 0
+    assert sd1.num_evaluations(request.replace(solver="pndm")) == 7
+    assert sd1.num_evaluations(request.replace(image="x", strength=0.5)) == 3
+
+
+def test_a_denoiser_can_be_wrapped(sd1):
+    calls = []
+
+    class Counted:
+        def __init__(self, denoiser):
+            self.denoiser, self.prediction, self.prepare = denoiser, denoiser.prediction, denoiser.prepare
+
+        def __call__(self, x, t, memory):
+            calls.append(len(x))
+            return self.denoiser(x, t, memory)
+
+    wrapped = sd1.with_denoiser(Counted)
+    assert difference(wrapped("a", steps=3)[0], sd1("a", steps=3)[0]) == 0
+    assert calls == [1, 1, 1]
+    with pytest.raises(ValueError, match="a wrapped denoiser cannot be saved"):
+        wrapped.save("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 500}, "width=500 must be a multiple of 8.*use 496 or 504"),
+        ({"height": 12}, "height=12 must be a multiple of 8.*use 8 or 16"),
+        ({"width": 10**6}, "width=1000000 must be less than or equal to 4096"),
+        ({"steps": 0}, "steps=0 must be greater"),
+        ({"steps": 10**9}, "steps=1000000000 must be less"),
+        ({"seed": -1}, "seed=-1 must be greater"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be less"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number"),
+        ({"guidance": 3}, "unknown field 'guidance'; did you mean 'guidance_scale'"),
+        ({"eta": 0.5, "solver": "euler"}, "eta=0.5 has no effect with solver='euler'"),
+        ({"clip_skip": 3}, "clip_skip=3 must be 0 to 2"),
+        ({"strength": 0.01, "image": picture(0), "steps": 10}, "strength=0.01 of 10 steps runs none; use 0.1 or more"),
+        ({"mask": mask()}, "mask needs an image"),
+    ],
+)
+def test_bad_requests_are_one_line_errors(sd1, fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        sd1("a", **fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_inpainting_model_needs_a_mask(inpainting):
+    for fields in ({}, {"image": picture(0)}):
+        with pytest.raises(ValueError, match=r"inpainting model.*give image and mask"):
+            inpainting("a", **fields)
+
+
+def test_values_that_are_not_finite_are_an_error_and_not_a_black_image(sd1):
+    latents = torch.full((1, 4, 8, 8), math.nan)
+    with pytest.raises(FloatingPointError, match="seed=7: the image is not finite"):
+        sd1.decode(latents, [Request(prompt="a", seed=7)])
+
+
+def test_drawing_opens_no_socket(sd1, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("network"))
+    sd1("a", steps=1)
+
+
+def test_large_images_are_decoded_in_tiles_close_to_one_piece(sd1):
+    latents = torch.randn(1, 4, 80, 80, generator=generators(0)[0]) / 4
+    whole, tiled = sd1.codec.decode(latents), sd1.codec.decode(latents, tiled=True)
+    assert whole.shape == tiled.shape == (1, 3, 640, 640)
+    assert not torch.equal(whole, tiled)
+    assert (whole - tiled).abs().mean() < 0.1 * whole.std()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_saved_folder_and_single_file_draw_what_diffusers_draws_from_them(family, request, tmp_path):
+    """Saved and loaded again in both layouts, and in diffusers through its own loaders of each."""
+    pipe = request.getfixturevalue(family)
+    folder, file = tmp_path / "folder", tmp_path / "single.safetensors"
+    pipe.save(folder)
+    convert(folder, file)
+    drawing = {"width": 64, "height": 64, "num_inference_steps": 10}
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    single = diffusers.StableDiffusionPipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    expected = [each("a cat", generator=generators(5), **drawing).images[0] for each in (reference, single)]
+    assert difference(*expected) <= GREY_LEVEL
+    for path in (folder, file):
+        loaded = Pipeline.load(path)
+        assert loaded.model_hash == load_model(folder).hash
+        assert difference(loaded("a cat", seed=5, steps=10, width=64, height=64)[0], expected[0]) <= GREY_LEVEL
