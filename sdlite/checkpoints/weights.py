@@ -152,7 +152,8 @@ def _checked_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, in
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"has a damaged header at {name}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in (known := FLOATS | BUFFERS):
+    known = FLOATS | BUFFERS
+    if not isinstance(dtype, str) or dtype not in known:
         raise ValueError(f"has {name} in {dtype!r:.20}; weights must be {', '.join(FLOATS)}")
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else []
     if len(numbers) < 2 or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
