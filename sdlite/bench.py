@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -138,10 +139,12 @@ def _seconds(call: Callable[[int], Any], numbers: range) -> float:
 def _diffusers(unet: UNet, folder: Path) -> Any:
     """diffusers' pipeline of the saved model; its UNet uses our tensors, not a copy."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers.utils import logging
 
-    theirs = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=unet.conv_in.weight.dtype, local_files_only=True
-    )
+    logging.disable_progress_bar()
+    dtype = unet.conv_in.weight.dtype
+    with warnings.catch_warnings(action="ignore"):  # torch_dtype has a new name, which diffusers 0.36 does not know
+        theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     theirs.to(unet.conv_in.weight.device)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,7 +230,8 @@ def test_threads_stay_within_the_share_of_a_container(tmp_path: Path, monkeypatc
     threads = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
-        for share, expected in (("max 100000\n", threads), ("1000000000 1\n", threads), ("50000 100000\n", 1)):
+        torch.set_num_threads(4)
+        for share, expected in (("max 100000\n", 4), ("900000 100000\n", 4), ("150000 100000\n", 2), ("1 100000\n", 1)):
             (tmp_path / "cpu.max").write_text(share)
             cli._limit_threads(tmp_path / "cpu.max")
             assert torch.get_num_threads() == expected
@@ -332,17 +334,11 @@ def start(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Popen
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=one_thread)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Toy models gain nothing from more, and on a busy machine threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def test_real_model_draws_and_draws_again(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def no_network(*_: object) -> None:
+        raise AssertionError("the network was used")
 
-
-@pytest.mark.usefixtures("one_thread")
-def test_real_model_draws_and_draws_again(run: Run):
+    monkeypatch.setattr(socket.socket, "connect", no_network)
     code, out, err = run("generate", "a (red:1.2) apple, 猫", "--model", "tiny", "--steps", 3, "-s", 5)
     assert (code, out) == (0, "000000-5.png\n") and "untrained" in err
     assert images.open_image("000000-5.png").size == (64, 64)
@@ -351,7 +347,6 @@ def test_real_model_draws_and_draws_again(run: Run):
     assert Path("again.png").read_bytes() == Path("000000-5.png").read_bytes()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_real_model_paints_from_a_picture(run: Run):
     Image.new("RGB", (100, 80), "red").save("in.png")
     Image.linear_gradient("L").save("mask.png")
@@ -408,6 +403,24 @@ def test_convert_there_and_back(run: Run):
     assert (code, out, err.count("\n")) == (2, "", 1) and "--trust-pickle" in err
     code, out, err = run("convert", "old.ckpt", "new", "--trust-pickle")
     assert (code, out, err.count("\n")) == (2, "", 1) and not Path("new").exists()
+
+
+def test_bench_passes_on_what_was_asked(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
+    from sdlite import bench
+
+    asked: list[object] = []
+
+    def measure(pipe: object, request: Request, **options: object) -> dict:
+        asked.extend((pipe, request, options))
+        row = {"what": "one image", "unit": "s", "median": {"sdlite": 1.5}, "ratio": None}
+        return {"rows": [row], "setting": {}, "machine": {"publishable": True}}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    code, out, _ = run("bench", "--vs", "diffusers", "--runs", 3, "--steps", 2, "-W", 72, "--json", "a.json")
+    assert code == 0 and "| one image | 1.5 s |" in out
+    assert asked == [model, Request(prompt="a red apple", steps=2, width=72), {"versus": "diffusers", "runs": 3}]
+    assert json.loads(Path("a.json").read_text())["rows"][0]["median"] == {"sdlite": 1.5}
+    assert run("bench", "--json", "a.json")[2].startswith("sdlite: error: a.json exists") and len(asked) == 3
 
 
 def test_real_interrupts(tmp_path: Path):
