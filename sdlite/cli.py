@@ -117,8 +117,8 @@ def generate(
     request = Request(**fields | {name: fields[name] and str(fields[name]) for name in ("image", "mask")})
     requests = [request.replace(seed=seed + i) for i in range(num_images)]
     names = Names(output, num_images, force)
-    if contact_sheet is not None:
-        Names(str(contact_sheet), 1, force)
+    if contact_sheet is not None and Names(str(contact_sheet), 1, force).paths != [contact_sheet]:
+        raise ValueError(f"--contact-sheet={contact_sheet} must be a file, e.g. {contact_sheet / 'sheet.png'}")
     sources = {name: _open(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
     report = Report(quiet, as_json)
     pipe = _load(model, device, dtype, prediction, report)

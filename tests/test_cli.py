@@ -190,6 +190,7 @@ BAD = {
     "image missing": (["generate", "x", "--image", "none.png"], "none.png does not exist"),
     "image broken": (["generate", "x", "--image", "bad.png"], "bad.png is not a PNG, JPEG or WebP"),
     "other format": (["generate", "x", "-o", "a.jpg"], "use a.png or a folder"),
+    "contact sheet no file": (["generate", "x", "--contact-sheet", "new"], "e.g. new/sheet.png"),
     "folder is a file": (["generate", "x", "-o", "bad.png/a.png"], "cannot write into"),
     "folder read-only": (["generate", "x", "-o", "/proc/new/a.png"], "cannot write into /proc"),
     "name too long": (["generate", "x", "-o", "n" * 300 + ".png"], "File name too long"),
