@@ -1,0 +1,1 @@
+"""Training: one loop, a data folder, and a task per network."""

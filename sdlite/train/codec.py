@@ -1,0 +1,183 @@
+"""The codec task: an autoencoder from scratch, small enough that decoding costs less than denoising.
+
+    image --encode--> mean, variance --noise--> z --decode--> image';  loss = difference of image' and image + KL
+
+Trained on crops; at the end every latent channel is brought to mean 0 and deviation 1 by folding both into the 1x1
+convolutions on either side of the latents, so that the denoiser needs no scaling factor.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdlite.config import AutoencoderKLConfig
+from sdlite.images import contact_sheet, to_pil
+from sdlite.models.codec import LatentCodec
+from sdlite.train.data import composed, load_pixels, normal, on_white, read_records, sample_generator
+
+KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reach, costs no sharpness
+MIN_DEVIATION = 1e-3  # of a latent channel; below it the channel is dead
+WHOLE = 0.2  # part of the samples that are a whole picture at half size instead of a crop
+COLOURED = 0.3  # part of the samples on a random background instead of white
+HELD_OUT = 256  # pictures that are measured
+SHOWN = 24  # pictures of the preview
+
+
+def emoji_codec() -> AutoencoderKLConfig:
+    """The shipped model's: 128-pixel images in 8x8 latents of 16 channels, 0.6 GFLOP to decode one."""
+    return AutoencoderKLConfig(
+        block_out_channels=(8, 16, 32, 96, 160),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
+    """Residual branches start at zero, the convolutions between them as (near) orthogonal maps or identities.
+
+    So the fresh autoencoder is almost linear and lets the picture through, and learns several times faster at first
+    than from PyTorch's defaults, which damp the signal in every layer.
+    """
+    with torch.no_grad():
+        for name, conv in codec.named_modules():
+            if not isinstance(conv, nn.Conv2d):
+                continue
+            assert conv.bias is not None
+            conv.bias.zero_()
+            fan_in = conv.weight[0].numel()
+            conv.weight.normal_(0, fan_in**-0.5, generator=generator)
+            if name.endswith("conv2"):
+                conv.weight.zero_()
+            elif "upsamplers" in name:
+                conv.weight.mul_(0.3)
+                conv.weight[:, :, 1, 1] += torch.eye(len(conv.weight))
+
+
+def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
+    """L1 of pixels, of their gradients at two scales, and of a quarter-size picture, (B, 3, H, W) -> scalar."""
+    loss = F.l1_loss(output, images) + F.l1_loss(F.avg_pool2d(output, 4), F.avg_pool2d(images, 4))
+    for scale in (1, 2):
+        difference = F.avg_pool2d(output - images, scale)
+        loss = loss + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return loss
+
+
+def psnr(output: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, (B,) dB; the range of values is 2."""
+    error = (output.clamp(-1, 1) - images).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error)
+
+
+class CodecTask(nn.Module):
+    """Reconstruction of the pictures of a data folder.
+
+    size: pixels of a picture; crop: of the square that one sample is. seed: of the first weights and all samples.
+    """
+
+    def __init__(
+        self, data: Path, config: AutoencoderKLConfig, *, size: int = 128, crop: int = 64, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if crop % config.factor or not config.factor <= crop <= size:
+            raise ValueError(f"crop={crop} must be a multiple of {config.factor}, and at most size={size}")
+        records = read_records(data)
+        held_out = (read_records(data, "validation") or records)[:HELD_OUT]
+        self.crop, self.seed = crop, seed
+        self.pixels = load_pixels(data, records, size)
+        self.held_out = load_pixels(data, held_out, size)
+        self.codec = LatentCodec(config)
+        self.codec.train()
+        initialize(self.codec, torch.Generator().manual_seed(seed))
+
+    @property
+    def size(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
+        generators = [sample_generator(self.seed, int(n)) for n in numbers]
+        images = torch.cat([self._sample(i, g) for i, g in zip(indices, generators, strict=True)]).to(self.device)
+        posterior = self.codec.model.encode(images).latent_dist
+        noise = normal(generators, tuple(posterior.mean.shape[1:])).to(self.device)
+        output = self.codec.decode(posterior.mean + posterior.std * noise)  # (B, 3, crop, crop)
+        return reconstruction_loss(output, images) + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
+
+    def _sample(self, index: Tensor, generator: np.random.Generator) -> Tensor:
+        """(1, 3, crop, crop) in [-1, 1]: a crop, or the whole picture made smaller, mirrored or not."""
+        colour = generator.random((1, 3)) if generator.random() < COLOURED else np.ones((1, 3))
+        image = composed(self.pixels[index][None], torch.from_numpy(colour).float())
+        image = image.flip(-1) if generator.random() < 0.5 else image
+        if generator.random() < WHOLE:
+            return F.interpolate(image, size=(self.crop, self.crop), mode="area")
+        top, left = generator.integers(0, image.shape[-1] - self.crop + 1, 2)
+        return image[:, :, top : top + self.crop, left : left + self.crop]
+
+    def _held_out(self, pictures: int) -> tuple[Tensor, Tensor]:
+        images = on_white(self.held_out[:pictures]).to(self.device)
+        return images, torch.cat([self.codec.decode(self.codec.encode(part)) for part in torch.split(images, 16)])
+
+    def evaluate(self) -> dict[str, float]:
+        images, output = self._held_out(HELD_OUT)
+        return {"held_out_psnr": psnr(output, images).mean().item()}
+
+    def preview(self, path: Path) -> None:
+        images, output = self._held_out(SHOWN)
+        contact_sheet(to_pil(torch.cat([images, output]))).save(path)
+
+    def export(self, folder: Path) -> None:
+        save_codec(normalized(self.codec, self.pixels), folder)
+
+
+@torch.no_grad()
+def normalized(codec: LatentCodec, pixels: Tensor, pictures: int = 2048) -> LatentCodec:
+    """A copy whose latents of `pictures` of the pictures have mean 0 and deviation 1 in each channel."""
+    other = LatentCodec(codec.config)
+    other.load_state_dict(codec.state_dict())
+    chosen = pixels[:: max(1, len(pixels) // pictures)]
+    z = torch.cat([other.encode(on_white(part)) for part in torch.split(chosen, 32)])  # (N, C, h, w)
+    mean, deviation = z.mean((0, 2, 3)), z.std((0, 2, 3)).clamp(min=MIN_DEVIATION)
+    channels = len(mean)
+    before, after = other.model.quant_conv, other.model.post_quant_conv
+    before.weight[:channels] /= deviation[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / deviation
+    before.bias[channels:] -= 2 * deviation.log()  # log variance
+    after.bias += after.weight[:, :, 0, 0] @ mean  # before its weight takes the deviation in
+    after.weight *= deviation[None, :, None, None]
+    return other
+
+
+def save_codec(codec: LatentCodec, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in codec.state_dict().items()}, folder / "codec.safetensors")
+    (folder / "codec.json").write_text(codec.config.model_dump_json(indent=1) + "\n")
+
+
+def load_codec(folder: Path) -> LatentCodec:
+    """What `sdlite train codec` exported, frozen."""
+    if not (folder / "codec.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no codec; run `sdlite train codec` first and give its export folder")
+    codec = LatentCodec(AutoencoderKLConfig.model_validate_json((folder / "codec.json").read_text()))
+    codec.load_state_dict(load_file(folder / "codec.safetensors"))
+    return codec.eval().requires_grad_(False)
+
+
+def decoder_gflop(config: AutoencoderKLConfig, size: int) -> float:
+    """Billions of floating-point operations (two per multiply-add) to decode one size x size image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    codec = LatentCodec(config)
+    side = math.ceil(size / config.factor)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        codec.decode(torch.zeros(1, config.latent_channels, side, side))
+    return float(counter.get_total_flops()) / 1e9

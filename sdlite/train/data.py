@@ -1,0 +1,117 @@
+"""A folder of pictures and captions, in memory: what `sdlite data emoji` writes, or any "imagefolder" of your own.
+
+    DIR/train/metadata.jsonl   one line per picture: {"file_name": "a.png", "text": "a red apple", ...}
+    DIR/train/a.png            any size; transparency is kept, so that backgrounds can vary
+
+validation/ and test/ are alike and optional. Without splits, DIR/metadata.jsonl is the training data. Beyond "text",
+"concept", "style" and "keywords" make more captions, if they are there.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Records = list[dict[str, Any]]
+Generator = np.random.Generator
+
+
+def sample_generator(seed: int, number: int) -> Generator:
+    """All randomness of one training sample."""
+    return np.random.default_rng((seed, int(number)))
+
+
+def normal(generators: Sequence[Generator], shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) standard normal noise, each row from its own generator."""
+    return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
+
+
+def read_records(folder: Path, split: str = "train") -> Records:
+    """Lines of a split's metadata.jsonl, "file_name" made relative to folder; none for an absent held-out split.
+
+    Raises FileNotFoundError without training data, ValueError for a line that is no record.
+    """
+    inside = folder / split if (folder / "train").is_dir() else folder
+    path = inside / "metadata.jsonl"
+    if split != "train" and (inside == folder or not path.is_file()):
+        return []
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make the data with `sdlite data emoji -o {folder}`")
+    records = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        record = json.loads(line)
+        if not isinstance(record, dict) or not {"file_name", "text"} <= record.keys():
+            raise ValueError(f'{path}:{i} must be an object with "file_name" and "text"')
+        name = (inside / record["file_name"]).relative_to(folder).as_posix()
+        records.append(record | {"file_name": name})
+    return records
+
+
+def load_pixels(folder: Path, records: Records, size: int) -> Tensor:
+    """(N, 4, size, size) uint8 RGBA of all records, scaled to fit and centred on transparency."""
+    pixels = np.zeros((len(records), size, size, 4), np.uint8)
+    for row, record in zip(pixels, records, strict=True):
+        with Image.open(folder / record["file_name"]) as image:
+            row[:] = np.asarray(fitted(image.convert("RGBA"), size))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """The whole picture in a square of size x size pixels."""
+    if image.size == (size, size):
+        return image
+    scale = size / max(image.size)
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGBA", (size, size))
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return square
+
+
+def composed(pixels: Tensor, colours: Tensor) -> Tensor:
+    """RGBA (B, 4, H, W) uint8 on background colours (B, 3) in [0, 1]: images (B, 3, H, W) in [-1, 1]."""
+    rgba = pixels.float() / 255
+    alpha = rgba[:, 3:]  # (B, 1, H, W)
+    return (rgba[:, :3] * alpha + colours[:, :, None, None] * (1 - alpha)) * 2 - 1
+
+
+def on_white(pixels: Tensor) -> Tensor:
+    return composed(pixels, torch.ones(len(pixels), 3))
+
+
+TEMPLATES = (
+    "{a} {concept}, {style} style",
+    "{concept}, {style} style",
+    "{concept} in {style} style",
+    "{a} {concept}",
+    "{concept}",
+    "a picture of {a} {concept}",
+    "{keyword}, {style} style",
+)
+TEMPLATE_WEIGHTS = (0.3, 0.2, 0.1, 0.15, 0.1, 0.05, 0.1)
+
+
+def article(noun: str) -> str:
+    return "an" if noun[:1] in "aeiou" else "a"
+
+
+def subject_of(record: dict[str, Any], generator: Generator) -> str:
+    """The concept, or in one case of ten one of its keywords."""
+    keywords = record.get("keywords") or []
+    subject = record.get("concept", record["text"])
+    return str(generator.choice(keywords)) if keywords and generator.random() < 0.1 else str(subject)
+
+
+def caption_of(record: dict[str, Any], generator: Generator) -> str:
+    """One of several ways to ask for the picture; "text" as it is where the record has no concept and style."""
+    if "concept" not in record or "style" not in record:
+        return str(record["text"])
+    template = str(generator.choice(TEMPLATES, p=TEMPLATE_WEIGHTS))
+    keywords = record.get("keywords") or [record["concept"]]
+    fill = partial(template.format, concept=record["concept"], style=record["style"])
+    return fill(a=article(record["concept"]), keyword=str(generator.choice(keywords)))

