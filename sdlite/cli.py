@@ -166,7 +166,7 @@ def regen(
     }
     request = _regenerated(picture, recipe, changed, sources, anyway)
     names, report = Names(output, 1, force), Report(quiet, as_json)
-    pipe = _load(model, device, dtype, prediction, report)
+    pipe = _load(model, device, dtype, prediction or recipe.prediction, report)
     if pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(
             f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "
@@ -376,7 +376,7 @@ def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
         return {"picture": {"parameters": texts["parameters"]}}
     recipe = read_metadata(path)
     return {
-        "model": {"model": recipe.model, "model_hash": recipe.model_hash},
+        "model": {"model": recipe.model, "model_hash": recipe.model_hash, "prediction": recipe.prediction},
         "request": recipe.request.model_dump(),
         "versions": {str(name): found for name, found in recipe.versions.items()},
     }

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from torch import Tensor
 
-from sdlite.config import Record, Request
+from sdlite.config import Prediction, Record, Request
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of a picture that is read: the largest that can be drawn, MAX_SIDE squared
@@ -52,6 +52,7 @@ class Recipe(Record):
     request: Request
     model: str = Field(max_length=200)
     model_hash: str = Field(pattern=r"^[0-9a-f]{0,64}$")
+    prediction: Prediction  # not in the weights, which the hash is of
     versions: dict[Literal["sdlite", "torch", "diffusers", "transformers"], Annotated[str, Field(max_length=64)]]
 
 
@@ -127,13 +128,16 @@ def _decoded(path: str | Path) -> Image.Image:
     raise ValueError(f"{path} {fault}")
 
 
-def metadata(request: Request, *, model: str, model_hash: str, width: int, height: int) -> dict[str, str]:
+def metadata(
+    request: Request, *, model: str, model_hash: str, prediction: Prediction, width: int, height: int
+) -> dict[str, str]:
     """The two PNG texts of a picture; width and height are those drawn, model_hash is hexadecimal."""
     sources = {name: _source(getattr(request, name)) for name in ("image", "mask")}
     recipe = Recipe(
         request=request.replace(width=width, height=height, **sources),
         model=re.split(r"[/\\]", model.rstrip("/\\"))[-1],  # a name, never where it lies
         model_hash=model_hash,
+        prediction=prediction,
         versions={name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": _version()},
     )
     return {"parameters": _infotext(recipe), "sdlite": recipe.model_dump_json(ensure_ascii=True)}

@@ -81,6 +81,8 @@ class Pipeline:
         float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or what is guessed.
         Raises CheckpointError, a ValueError, with one line that says what is wrong with which file.
         """
+        if path == "":
+            raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = torch.device(_auto_device() if device == "auto" else device)
         kind = _dtype(dtype, place)
         name = "tiny" if path is None else str(path)
@@ -228,7 +230,8 @@ class Pipeline:
                     f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
                 )
             picture = to_pil(images)[0]
-            texts = metadata(request, model=self.name, model_hash=self.model_hash, width=width, height=height)
+            model = {"model": self.name, "model_hash": self.model_hash}
+            texts = metadata(request, **model, prediction=self.denoiser.prediction, width=width, height=height)
             picture.info.update(texts.items())
             pictures.append(picture)
         return pictures

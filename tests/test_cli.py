@@ -57,6 +57,7 @@ class StandIn:
                 request,
                 model=self.name,
                 model_hash=self.model_hash,
+                prediction="epsilon",
                 width=picture.width,
                 height=picture.height,
             )

@@ -33,7 +33,7 @@ def noise_picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> 
 
 
 def texts(request: Request = PLAIN, **changes: object) -> dict[str, str]:
-    fields = {"model": "toy", "model_hash": "0123456789abcdef", "width": 64, "height": 48} | changes
+    fields = {"model": "toy", "model_hash": "0123456789abcdef", "prediction": "v", "width": 64, "height": 48} | changes
     return images.metadata(request, **fields)
 
 
