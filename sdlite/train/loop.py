@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from pydantic import Field
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
@@ -194,9 +194,7 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
     assert isinstance(task, nn.Module), "a task is a module, so that its parameters are found"
     if config.samples is None and config.minutes is None:
         raise ValueError("give minutes or samples, or training would never end")
-    accelerator = Accelerator(
-        mixed_precision=config.precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
+    accelerator = Accelerator(mixed_precision=config.precision)
     main = accelerator.is_main_process
     task.to(accelerator.device)
     state = State(task, config)
