@@ -82,8 +82,9 @@ def main_hue(image: Image.Image) -> float | None:
     hues = hsv[..., 0][coloured] * (360 / 256)
     histogram, _ = np.histogram(hues, 36, (0, 360))
     peak = float(histogram.argmax() * 10 + 5)
-    near = np.abs((hues - peak + 180) % 360 - 180) < HUE_WIDTH
-    return peak if near.sum() > MAIN_PART * covered.sum() else None
+    away = (hues - peak + 180) % 360 - 180
+    near = np.abs(away) < HUE_WIDTH
+    return peak + float(away[near].mean()) if near.sum() > MAIN_PART * covered.sum() else None
 
 
 def recoloured(example: Example, generator: Generator) -> Example:

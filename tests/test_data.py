@@ -1,0 +1,162 @@
+"""Data: names, splits, copies, the folder, and what compositions show, on drawings made here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from sdlite.train import augment
+from sdlite.train.augment import Example
+from sdlite.train.copies import near_copies
+from sdlite.train.data import caption_of, composed, fitted, load_pixels, on_white, read_records, sample_generator
+from sdlite.train.emoji import SOURCES, Names, _purified, card, concept_of, fetch, make, split_of, write
+
+NAMES = Names(
+    {"1f34e": "red apple", "1f1e6": "regional indicator A"},
+    {"redapple": "red apple", "manrunning": "man running", "keycap1": "keycap: 1", "flagjapan": "flag: Japan"},
+    {"red apple": ["fruit"]},
+)
+
+
+def disc(colour="red", size=64, box=(8, 8, 56, 56)):
+    image = Image.new("RGBA", (size, size))
+    ImageDraw.Draw(image).ellipse(box, fill=colour)
+    return image
+
+
+def choices(seed=0):
+    return sample_generator(seed, 0)
+
+
+def record(concept, style, split):
+    return {"file_name": f"{concept}-{style}.png", "text": concept, "concept": concept, "style": style, "split": split}
+
+
+@pytest.mark.parametrize("name", ["red-apple", "redapple", "1f34e", "1F34E-fe0f"])
+def test_all_spellings_of_a_name_are_one_concept(name):
+    assert concept_of(name, NAMES) == "red apple"
+
+
+@pytest.mark.parametrize("name", ["man-running", "keycap-1", "flag-japan", "1f1e6", "unknown"])
+def test_people_by_sex_keycaps_letters_and_flags_are_left_out(name):
+    assert concept_of(name, NAMES) is None
+
+
+def test_the_split_is_by_hash_and_holds_out_whole_concepts():
+    splits = {(c, s): split_of(c, s) for c in map(str, range(2000)) for s in "abc"}
+    held = {c for (c, _), split in splits.items() if split == "test"}
+    assert all(splits[c, s] == "test" for c in held for s in "abc")
+    assert 30 < len(held) < 70  # one of 40
+    assert 350 < sum(split == "validation" for split in splits.values()) < 650  # one pair of 12
+    assert split_of("red apple", "noto") == split_of("red apple", "noto")
+
+
+def test_of_near_copies_the_trained_one_goes():
+    shifted = Image.fromarray(np.clip(np.asarray(disc()).astype(int) - [1, 0, 0, 0], 0, 255).astype(np.uint8))
+    pictures = [disc(), disc("blue"), shifted, disc("blue")]
+    assert near_copies(pictures, [False, False, True, False]) == {0, 3}
+    assert near_copies(pictures, [False] * 4) == {2, 3}
+
+
+def test_no_held_out_picture_nor_a_near_copy_is_trained():
+    records = [record("sun", "a", "train"), record("sun", "b", "validation"), record("moon", "a", "validation")]
+    kept, _ = _purified(records, [disc("yellow"), disc("yellow"), disc("grey")])
+    assert [(r["concept"], r["style"], r["split"]) for r in kept] == [
+        ("sun", "b", "validation"),
+        ("moon", "a", "train"),
+    ]
+
+
+def test_a_written_folder_is_read_back(tmp_path):
+    records = [record("sun", "a", "train"), record("moon", "a", "test")]
+    assert write(tmp_path, records, [disc("yellow"), disc("grey")]) == {"train": 1, "test": 1}
+    (found,) = read_records(tmp_path)
+    assert found["concept"] == "sun" and found["file_name"] == "train/sun-a.png"
+    assert not read_records(tmp_path, "validation")
+    pixels = load_pixels(tmp_path, [found], 64)
+    np.testing.assert_array_equal(pixels[0].permute(1, 2, 0).numpy(), np.asarray(disc("yellow")))
+
+
+def test_a_folder_of_ones_own_without_splits_trains(tmp_path):
+    disc().convert("RGB").resize((90, 60)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a disc"}) + "\n")
+    records = read_records(tmp_path)
+    assert load_pixels(tmp_path, records, 32).shape == (1, 4, 32, 32)
+    assert caption_of(records[0], choices()) == "a disc"
+    assert not read_records(tmp_path, "test")
+
+
+def test_wrong_folders_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="sdlite data emoji"):
+        read_records(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(ValueError, match=r'metadata.jsonl:1 must be an object with "file_name" and "text"'):
+        read_records(tmp_path)
+    with pytest.raises(ValueError, match="is not empty"):
+        make(tmp_path)
+    with pytest.raises(ValueError, match="from 64 to 512"):
+        make(tmp_path / "new", size=32)
+    with pytest.raises(ValueError, match="style 'cubist' is not known; choose from: noto"):
+        make(tmp_path / "new", styles=["cubist"])
+
+
+def test_without_its_client_a_package_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="needs npm, which is not installed; or give --sources"):
+        fetch(tmp_path / "sources", SOURCES[:1])
+
+
+def test_the_card_counts_and_names_licences():
+    text = card([{"source": "@iconify-json/twemoji", "split": "train"}])
+    assert "| @iconify-json/twemoji 1.2.5 | Twemoji, Twitter | CC-BY-4.0 | twemoji | 1 | 0 | 0 |" in text
+
+
+def test_transparency_shows_the_background():
+    pixels = torch.from_numpy(np.array(disc("red"))).permute(2, 0, 1)[None].contiguous()
+    blue = composed(pixels, torch.tensor([[0.0, 0.0, 1.0]]))
+    assert blue[0, :, 0, 0].tolist() == [-1, -1, 1] and blue[0, :, 32, 32].tolist() == [1, -1, -1]
+    assert on_white(pixels)[0, :, 0, 0].tolist() == [1, 1, 1]
+    assert fitted(disc().resize((64, 32)), 32).getpixel((16, 4))[3] == 0  # kept its shape
+
+
+def test_compositions_show_what_their_captions_say():
+    apple, pear = Example(disc(), "apple", "noto"), Example(disc("green"), "pear", "noto")
+    colour = augment.recoloured(apple, choices())
+    name = colour.subject.split()[0]
+    hue = colour.image.convert("RGB").convert("HSV").getpixel((32, 32))[0] * 360 / 256
+    assert abs((hue - augment.COLOURS[name] + 180) % 360 - 180) < 3
+    assert colour.caption == f"{'an' if name == 'orange' else 'a'} {name} apple, noto style"
+
+    back = augment.on_background(apple, choices(1))
+    shown = next(name for name, rgb in augment.BACKGROUNDS.items() if back.image.getpixel((0, 0)) == (*rgb, 255))
+    assert back.caption.endswith(f"{shown} background, noto style")
+
+    corner = augment.in_corner(apple, choices(2))
+    place = corner.caption.split(" in the ")[1].split(" corner")[0]
+    x, y = 48 if "right" in place else 16, 48 if "bottom" in place else 16
+    assert corner.image.getpixel((x, y))[3] == 255 and corner.image.getpixel((64 - x, y))[3] == 0
+
+    both = augment.side_by_side(apple, pear, choices())
+    assert both.image.getpixel((16, 32))[:3] == (255, 0, 0) and both.image.getpixel((48, 32))[:3] == (0, 128, 0)
+    assert both.caption in ("an apple and a pear, noto style", "an apple left of a pear, noto style")
+
+    many = augment.several(apple, choices(4))
+    number = {"two": 2, "three": 3, "four": 4}[many.subject.split()[0]]
+    discs = (np.asarray(many.image)[..., 3] > 127).sum() / ((np.asarray(apple.image)[..., 3] > 127).sum() / 4)
+    assert many.caption.endswith("apples, noto style") and discs == pytest.approx(number, abs=0.1)
+
+
+def test_what_would_be_wrong_is_left_as_it_is():
+    arrow, rainbow = Example(disc(), "right arrow"), Example(disc(), "rainbow")
+    assert all(augment.mirrored(arrow, choices(seed)) is arrow for seed in range(8))
+    assert augment.recoloured(rainbow, choices()) is rainbow
+    grey = Example(disc("grey"), "moon")
+    assert augment.recoloured(grey, choices()) is grey
+    assert [augment.plural(noun) for noun in ("box", "cherry", "toy", "cat")] == ["boxes", "cherries", "toys", "cats"]
+
+
+def test_a_sample_depends_on_its_number_alone():
+    draws = [sample_generator(1, n).random(3) for n in (5, 5, 6)]
+    assert np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], draws[2])
