@@ -1,0 +1,153 @@
+"""What a model draws, measured offline against held-out pictures; a figure stands between its floor and its ceiling.
+
+For held-out pairs of concept and style: R-precision of the concept (is it the likeliest of 100 candidates, and of all,
+to the judge) and accuracy of the style. The ceiling is the same of the real held-out pictures, the floor that of drawn
+pictures with shuffled captions. MMD compares sets of pictures, copy rate looks for training pictures drawn again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdlite.config import Request
+from sdlite.images import contact_sheet, to_pil
+from sdlite.pipeline import Pipeline
+from sdlite.train.codec import psnr
+from sdlite.train.data import load_pixels, on_white, read_records
+from sdlite.train.judge import JudgeTask, load_judge
+from sdlite.train.loop import TrainConfig, fit
+
+CANDIDATES = 100  # of R-precision, as in published text-to-image evaluations
+BATCH = 16
+RESAMPLES = 1_000  # of the bootstrap
+BLANK = 0.02  # deviation of a picture's values, of a range of 2, below which nothing is on it
+JUDGE_SETTINGS = {"batch_size": 64, "lr": 2e-3, "warmup": 3_000, "half_life": 20_000}
+
+
+def interval(values: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % bootstrap interval (percentiles)."""
+    generator = np.random.default_rng(seed)
+    array = values.double().numpy()
+    means = array[generator.integers(0, len(array), (RESAMPLES, len(array)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(array.mean()), float(low), float(high)
+
+
+def ranks(logits: Tensor, wanted: Tensor, candidates: int, seed: int = 0) -> Tensor:
+    """Rank, from 0, of the wanted class among itself and candidates - 1 others of each row. (B, N), (B,) -> (B,)"""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for row, label in zip(logits, wanted.tolist(), strict=True):
+        others = np.delete(np.arange(len(row)), label)
+        chosen = generator.choice(others, min(candidates, len(row)) - 1, replace=False)
+        rows.append(int((row[torch.from_numpy(chosen)] >= row[label]).sum()))
+    return torch.tensor(rows)
+
+
+def mmd(first: Tensor, second: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy, KID's cubic kernel (Binkowski et al. 2018). (N, D), (M, D)"""
+    n, m, d = len(first), len(second), first.shape[1]
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / d + 1) ** 3
+
+    own = [
+        (k.sum() - k.diagonal().sum()) / (c * (c - 1))
+        for k, c in ((kernel(first, first), n), (kernel(second, second), m))
+    ]
+    return float(own[0] + own[1] - 2 * kernel(first, second).mean())
+
+
+def named(logits: tuple[Tensor, Tensor], wanted: Tensor) -> dict[str, tuple[float, float, float]]:
+    """R-precision and style accuracy of pictures whose (concept, style) is `wanted`, (B, 2)."""
+    concepts, styles = logits
+    among, total = ranks(concepts, wanted[:, 0], CANDIDATES), ranks(concepts, wanted[:, 0], concepts.shape[1])
+    return {
+        "concept_at_1_of_100": interval(among < 1),
+        "concept_at_5_of_100": interval(among < 5),
+        "concept_at_1_of_all": interval(total < 1),
+        "concept_at_5_of_all": interval(total < 5),
+        "style": interval(styles.argmax(1) == wanted[:, 1]),
+    }
+
+
+def nearest(images: Tensor, references: Tensor) -> Tensor:
+    """Distance of each image, at 32 pixels, to the nearest reference: mean absolute difference. (B,)"""
+    small, others = (
+        torch.nn.functional.interpolate(x, size=(32, 32), mode="area").flatten(1) for x in (images, references)
+    )
+    return torch.cdist(small, others, p=1).min(1).values / small.shape[1]
+
+
+def draw(pipe: Pipeline, prompts: Sequence[str], fields: Mapping[str, Any]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], prompt i with seed i."""
+    requests = [Request(prompt=prompt, seed=i, **fields) for i, prompt in enumerate(prompts)]
+    drawn = [picture for i in range(0, len(requests), BATCH) for picture in pipe.generate(requests[i : i + BATCH])]
+    return (
+        torch.from_numpy(np.stack([np.asarray(picture, np.float32) for picture in drawn])).permute(0, 3, 1, 2) / 127.5
+        - 1
+    )
+
+
+@torch.no_grad()
+def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float, fields: Mapping[str, Any]) -> str:
+    """Writes report.json, report.md and sheets into `out`, which keeps the judge; returns the table in Markdown."""
+    if not (out / "judge" / "export").is_dir():
+        with torch.enable_grad():
+            fit(JudgeTask(data), TrainConfig(minutes=minutes, **JUDGE_SETTINGS), out / "judge")
+    judge, names, styles, digest = load_judge(out / "judge" / "export")
+    pipe = Pipeline.load(model)
+    trained = read_records(data)
+    held = [r for r in read_records(data, "validation") if r["concept"] in names and r["style"] in styles]
+    held = [held[i] for i in np.random.default_rng(0).permutation(len(held))[:pictures]]
+    if len(held) < 2:
+        raise ValueError(f"{data} has no held-out pairs; make it with `sdlite data emoji`")
+    wanted = torch.tensor([[names.index(r["concept"]), styles.index(r["style"])] for r in held])
+    side = pipe.default_size[0]
+    real = on_white(load_pixels(data, held, side))
+    known = on_white(load_pixels(data, trained[:: max(1, len(trained) // 2000)], side))
+    drawn = draw(pipe, [r["text"] for r in held], fields)
+    decoded = torch.cat([pipe.codec.decode(pipe.codec.encode(part)) for part in torch.split(real, BATCH)])
+    shuffled = wanted.roll(1, 0)
+    rows = {
+        "real": named(judge(real), wanted),
+        "through the codec": named(judge(decoded), wanted),
+        "drawn": named(judge(drawn), wanted),
+        "shuffled": named(judge(drawn), shuffled),
+    }
+    features = {name: judge.features(x) for name, x in (("real", real), ("drawn", drawn), ("known", known))}
+    closest = nearest(drawn, known)
+    figures = {
+        "codec_psnr": psnr(decoded, real).mean().item(),
+        "mmd_drawn_to_real": mmd(features["drawn"], features["real"]),
+        "mmd_known_to_real": mmd(features["known"], features["real"]),
+        "copy_rate": (closest < nearest(real, known).quantile(0.01)).float().mean().item(),
+        "blank_rate": (drawn.flatten(1).std(1) < BLANK).float().mean().item(),
+    }
+    report = {
+        "model": pipe.name, "model_hash": pipe.model_hash, "judge": digest, "pictures": len(held), **dict(fields),
+        "judged": rows, "measured": figures,
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(report)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.md").write_text(text + "\n")
+    contact_sheet(to_pil(drawn), [r["text"] for r in held]).save(out / "drawn.png")
+    return text
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report in Markdown: means in per cent with 95 % intervals, then the other figures."""
+    judged = report["judged"]
+    heads = list(judged["real"])
+    lines = ["| pictures | " + " | ".join(h.replace("_", " ") for h in heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, row in judged.items():
+        cells = [f"{100 * mean:.0f} ({100 * low:.0f}-{100 * high:.0f})" for mean, low, high in row.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in report["measured"].items())]
+    return "\n".join([*lines, f"- {report['pictures']} held-out pairs, judge {report['judge'][:12]}"])
