@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes; the second is a shell's 128 + SIGINT
 MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better record
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 DEFAULT = Request(prompt="")
 
 app = typer.Typer(
@@ -117,8 +118,8 @@ def generate(
     request = Request(**fields | {name: fields[name] and str(fields[name]) for name in ("image", "mask")})
     requests = [request.replace(seed=seed + i) for i in range(num_images)]
     names = Names(output, num_images, force)
-    if contact_sheet is not None and Names(str(contact_sheet), 1, force).paths != [contact_sheet]:
-        raise ValueError(f"--contact-sheet={contact_sheet} must be a file, e.g. {contact_sheet / 'sheet.png'}")
+    if contact_sheet is not None:
+        _check_sheet(contact_sheet, names, force)
     sources = {name: _open(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
     report = Report(quiet, as_json)
     pipe = _load(model, device, dtype, prediction, report)
@@ -127,6 +128,7 @@ def generate(
         from sdlite.images import contact_sheet as sheet_of, save_png
 
         labels = [f"seed {request.seed}" for request in requests]
+        contact_sheet.parent.mkdir(parents=True, exist_ok=True)
         save_png(sheet_of(pictures, labels), contact_sheet, force=force)
         report.path(contact_sheet, "contact_sheet")
     report.event("done", images=len(pictures), interrupted=interrupted)
@@ -216,6 +218,8 @@ def convert(
     Prints DST. Nothing is replaced: DST must not exist, or be an empty folder.
     """
     check_free([target], force=True)
+    if target.suffix.lower() in NOT_WRITTEN:
+        raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
     import torch
 
     from sdlite.checkpoints.load import random_model
@@ -224,7 +228,7 @@ def convert(
 
     kind = None if dtype is None else getattr(torch, dtype)
     if source in PRESETS:
-        parts = random_model(PRESETS[source](), seed=0)
+        parts = random_model(PRESETS[source](**({} if prediction is None else {"prediction": prediction})), seed=0)
         save = save_single_file if target.suffix == ".safetensors" else save_folder
         save(parts, target, dtype=kind)
     else:
@@ -262,6 +266,13 @@ def bench(
     print(table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _check_sheet(sheet: Path, names: Names, force: bool) -> None:
+    if Names(str(sheet), 1, force).paths != [sheet]:
+        raise ValueError(f"--contact-sheet={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
+    if sheet.absolute() in [path.absolute() for path in names.paths]:
+        raise ValueError(f"--contact-sheet={sheet} is where a picture goes; give it another name")
 
 
 @app.command()
@@ -329,23 +340,11 @@ def evaluate(
 def _load(model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report) -> "Pipeline":
     from sdlite.pipeline import Pipeline
 
-    _check_device(device)
     _limit_threads()
     pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction)
     for note in pipe.notes:
         report.note(note)
     return pipe
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    kind, _, number = device.partition(":")
-    counts = {"auto": 1, "cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in counts:
-        raise ValueError(f"--device={device} must be one of {', '.join(counts)}")
-    if not (number or "0").isdecimal() or int(number or "0") >= counts[kind]:
-        raise ValueError(f"--device={device} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
 
 
 def _limit_threads(share: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
@@ -376,7 +375,7 @@ def _draw(
     from sdlite.images import digest
 
     digests = {name: digest(source) for name, source in sources.items()}
-    requests = [pipe.resolve(request.replace(**digests)) for request in requests]
+    requests = [pipe.resolve(request.replace(**digests), sources.get("image")) for request in requests]
     report.event(
         "start", model=pipe.name, model_hash=pipe.model_hash, images=len(requests), request=requests[0].model_dump()
     )

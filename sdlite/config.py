@@ -19,6 +19,16 @@ Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Annotated[int, Field(ge=1, le=8192)]
 Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
+ELSEWHERE = {  # names of fields in diffusers and Automatic1111
+    "num_inference_steps": "steps",
+    "generator": "seed",
+    "num_images_per_prompt": "num_images",
+    "cfg_scale": "guidance_scale",
+    "sampler": "solver",
+    "scheduler": "solver",
+    "mask_image": "mask",
+    "denoising_strength": "strength",
+}
 
 
 def _one_line(error: ValidationError, fields: list[str]) -> str:
@@ -26,11 +36,12 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
     fault = error.errors()[0]
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, fields, 1)
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, fields, 1)
         return f"unknown field {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}")
     if fault["type"] == "missing":
         return f"{name} is required"
     rule = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    rule = rule.replace("String should have at most", "at most")
     return rule if not name else f"{name}={fault['input']!r:.80} must be {rule}"
 
 
@@ -180,7 +191,7 @@ class AutoencoderTinyConfig(Record):
     encoder_block_out_channels: Stages = (64, 64, 64, 64)
     decoder_block_out_channels: Stages = (64, 64, 64, 64)
     latent_channels: Channels = 4
-    upsampling_scaling_factor: int = Field(2, ge=1, le=8)
+    upsampling_scaling_factor: Literal[2] = 2
     num_encoder_blocks: Stages = (1, 3, 3, 3)
     num_decoder_blocks: Stages = (3, 3, 3, 1)
     latent_magnitude: int = Field(3, ge=1)

@@ -43,6 +43,7 @@ A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 c
     "pndm": ("PLMS", None),
     "lcm": ("LCM", None),
 }
+MAX_NAME = 200  # characters of a model's name
 UNKNOWN_SOURCE = "sha256:unknown"
 
 
@@ -50,7 +51,7 @@ class Recipe(Record):
     """All that a picture records about itself; sizes in the request are resolved, sources are digests."""
 
     request: Request
-    model: str = Field(max_length=200)
+    model: str = Field(max_length=MAX_NAME)
     model_hash: str = Field(pattern=r"^[0-9a-f]{0,64}$")
     prediction: Prediction  # not in the weights, which the hash is of
     versions: dict[Literal["sdlite", "torch", "diffusers", "transformers"], Annotated[str, Field(max_length=64)]]
@@ -135,7 +136,7 @@ def metadata(
     sources = {name: _source(getattr(request, name)) for name in ("image", "mask")}
     recipe = Recipe(
         request=request.replace(width=width, height=height, **sources),
-        model=re.split(r"[/\\]", model.rstrip("/\\"))[-1],  # a name, never where it lies
+        model=re.split(r"[/\\]", model.rstrip("/\\"))[-1][:MAX_NAME],  # a name, never where it lies
         model_hash=model_hash,
         prediction=prediction,
         versions={name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": _version()},

@@ -1,12 +1,11 @@
 """From requests to images: text encoder, denoiser and codec in the order of the README's data-flow line.
 
 A Pipeline is its parts and nothing else: it holds no seed, prints nothing and writes no file. Requests that may share
-a batch (`same_batch`) run together; the noise of an image comes from its own seed, so the picture does not depend on
-its batch.
+a batch (`batches`) run together; the noise of an image comes from its own seed, so the picture does not depend on its
+batch.
 """
 
 import copy
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,17 +13,16 @@ from typing import Any, Self
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from sdlite.checkpoints.load import ModelParts, load_model, random_model
 from sdlite.checkpoints.save import save_folder
-from sdlite.config import ModelConfig, Prediction, Request, sd15, sd21, tiny
+from sdlite.config import MAX_SIDE, ModelConfig, Prediction, Request, sd15, sd21, tiny
 from sdlite.diffusion.guidance import Guided
-from sdlite.diffusion.inpainting import WithChannels, keep_known
-from sdlite.diffusion.sampling import Constrain, denoise
+from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import Solver
-from sdlite.images import digest, from_pil, mask_from_pil, metadata, to_pil
+from sdlite.images import digest, metadata, to_pil
+from sdlite.initial import Job, begin, first_step
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
 from sdlite.models.text import TextEncoder
@@ -33,7 +31,8 @@ from sdlite.noise import ImageNoise
 from sdlite.schedulers import solver_for
 
 TILED_ABOVE = 1024 * 1024  # pixels from which an image is decoded in tiles, to bound memory
-PRESETS: dict[str, Callable[[], ModelConfig]] = {"tiny": tiny, "sd15": sd15, "sd21": sd21}
+PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "sd15": sd15, "sd21": sd21}
+Pictures = Sequence[Image | None] | None
 
 
 class Pipeline:
@@ -83,10 +82,14 @@ class Pipeline:
         """
         if path == "":
             raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
-        place = torch.device(_auto_device() if device == "auto" else device)
+        place = find_device(device)
         kind = _dtype(dtype, place)
         name = "tiny" if path is None else str(path)
-        parts = random_model(PRESETS[name](), seed=0) if name in PRESETS else load_model(name, prediction=prediction)
+        if name in PRESETS:
+            changes = {} if prediction is None else {"prediction": prediction}
+            parts = random_model(PRESETS[name](**changes), seed=0)
+        else:
+            parts = load_model(name, prediction=prediction)
         return cls(
             parts.text.to(place, kind),
             parts.denoiser.to(place, kind),
@@ -99,7 +102,10 @@ class Pipeline:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model as a folder that this class and diffusers' StableDiffusionPipeline load."""
+        """Writes the model as a folder that this class and diffusers' StableDiffusionPipeline load.
+
+        In the dtype it was loaded in: float16 rounds the weights, and the copy then has another hash.
+        """
         if not isinstance(self.denoiser, UNet):
             raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
         config = ModelConfig(
@@ -134,96 +140,71 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         num_images: int = 1,
-        image: Image | None = None,
-        mask: Image | None = None,
+        image: Image | Sequence[Image] | None = None,
+        mask: Image | Sequence[Image] | None = None,
         **fields: Any,
     ) -> list[Image]:
-        """Draws `num_images` of every prompt, with seeds counting up from `seed`, or from each prompt's own of a list.
+        """Draws `num_images` of every prompt, with seeds counting up from the prompt's seed.
 
         image: start from this picture (img2img), changing it by `strength`. mask: repaint its white part only
-        (inpainting). fields: those of Request. Raises ValueError with one line for whatever cannot be drawn.
+        (inpainting). fields: those of Request. Whatever is given as a list holds one for each prompt. Raises ValueError
+        with one line for what cannot be drawn.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one for each prompt")
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1")
-        requests = [
-            Request(prompt=p, seed=s + i, **fields)
-            for p, s in zip(prompts, seeds, strict=True)
-            for i in range(num_images)
-        ]
-        return self.generate(requests, images=[image] * len(requests), masks=[mask] * len(requests))
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        count = _whole("num_images", num_images)
+        if count < 1:
+            raise ValueError(f"num_images={count} must be at least 1")
+        columns = {"seed": seed, "image": image, "mask": mask} | fields
+        rows = zip(*(_each(name, value, len(prompts)) for name, value in columns.items()), strict=True)
+        requests, images, masks = [], [], []
+        for text, row in zip(prompts, rows, strict=True):
+            values = dict(zip(columns, row, strict=True))
+            first, picture, repaint = _whole("seed", values.pop("seed")), values.pop("image"), values.pop("mask")
+            values |= {"image": _named(picture), "mask": _named(repaint)}
+            requests += [Request(prompt=text, seed=first + i, **values) for i in range(count)]
+            images += [picture] * count
+            masks += [repaint] * count
+        return self.generate(requests, images=images, masks=masks)
 
     def generate(
-        self,
-        requests: Request | Sequence[Request],
-        *,
-        images: Sequence[Image | None] | None = None,
-        masks: Sequence[Image | None] | None = None,
+        self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None
     ) -> list[Image]:
         """Images in the order of the requests, each with its recipe in `.info`.
 
         images, masks: one picture or None per request, for img2img and inpainting. Raises ValueError with one line for
         what cannot be drawn, FloatingPointError when the latents of an image are not finite.
         """
-        requests = [requests] if isinstance(requests, Request) else list(requests)
-        images, masks = list(images or [None] * len(requests)), list(masks or [None] * len(requests))
-        requests = [with_sources(*job) for job in zip(requests, images, masks, strict=True)]
+        jobs = self.jobs(requests, images, masks)
         drawn: dict[int, Image] = {}
-        for batch in self.batches(requests):
-            mine = [requests[i] for i in batch]
-            *_, latents = self.sample_latents(mine, images=[images[i] for i in batch], masks=[masks[i] for i in batch])
-            drawn |= zip(batch, self.decode(latents, mine), strict=True)
-        return [drawn[i] for i in range(len(requests))]
+        for batch in self.batches([job.request for job in jobs]):
+            mine = [jobs[i] for i in batch]
+            for x_t in self._sample(mine):
+                latents = x_t
+            drawn |= zip(batch, self.decode(latents, [job.request for job in mine]), strict=True)
+        return [drawn[i] for i in range(len(jobs))]
 
-    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of the requests, grouped by what may run together: all but prompt, seed and strength of guidance."""
-        groups: dict[Hashable, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(self._batch_key(request), []).append(i)
-        return list(groups.values())
-
-    @torch.no_grad()
     def sample_latents(
-        self,
-        requests: Sequence[Request],
-        *,
-        images: Sequence[Image | None] | None = None,
-        masks: Sequence[Image | None] | None = None,
+        self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None
     ) -> Iterator[Tensor]:
         """Yields the latents (B, C, H/f, W/f) of a batch after every step: for progress, previews, stopping early.
 
-        Raises ValueError if the requests may not share a batch (see `batches`).
+        images, masks: as for `generate`. Raises ValueError if the requests may not share a batch (see `batches`).
         """
-        if len({self._batch_key(request) for request in requests}) != 1:
+        jobs = self.jobs(requests, images, masks)
+        if len(self.batches([job.request for job in jobs])) > 1:
             raise ValueError("these requests cannot share a batch; group them with Pipeline.batches")
-        first = self.resolve(requests[0])
-        noise = self._noise(requests)
-        solver, denoiser, constrain = self._solver(first, noise.generators), self.denoiser, None
-        if first.image is not None:
-            pixels = self._pixels(first, images, from_pil)
-            mask = None if first.mask is None else self._pixels(first, masks, mask_from_pil)
-            x, denoiser, constrain = self._from_images(first, pixels, mask, noise, solver)
-        else:
-            x = noise.draw() * solver.initial_scale  # (B, C, H/f, W/f)
-        if first.guidance_scale > 1:
-            scale, rescale = self._per_image([(r.guidance_scale, r.guidance_rescale) for r in requests])
-            denoiser = Guided(denoiser, scale, rescale)
-        memory = denoiser.prepare(self._context(requests))
-        yield from denoise(denoiser, solver, x, memory, noise.draw, start=self._start(first), constrain=constrain)
+        return self._sample(jobs)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, requests: Sequence[Request]) -> list[Image]:
+    def decode(self, latents: Tensor, requests: Request | Sequence[Request]) -> list[Image]:
         """Pictures of final latents (B, C, H/f, W/f), one at a time, with the recipe of each in `.info`.
 
         Raises FloatingPointError for latents that are not finite, rather than giving a black picture.
         """
+        requests = [requests] if isinstance(requests, Request) else requests
         pictures = []
         for z, request in zip(latents.chunk(len(latents)), requests, strict=True):
-            request = self.resolve(request)
-            width, height = request.width or 0, request.height or 0
+            height, width = z.shape[-2] * self.codec.factor, z.shape[-1] * self.codec.factor
             images = self.codec.decode(z.float(), tiled=width * height > TILED_ABOVE)  # (1, 3, H, W)
             if not images.isfinite().all():
                 raise FloatingPointError(
@@ -238,38 +219,81 @@ class Pipeline:
 
     def num_evaluations(self, request: Request) -> int:
         """How many steps `sample_latents` will yield."""
-        return len(self._solver(request, []).timesteps) - self._start(request)
+        return len(self._solver(request, []).timesteps) - first_step(request)
 
-    def resolve(self, request: Request) -> Request:
-        """The request with its size filled in. Raises ValueError if this model cannot draw it."""
+    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of the requests, grouped by what may run together: all but prompt, seed and strength of guidance."""
+        groups: dict[Hashable, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(self._batch_key(request), []).append(i)
+        return list(groups.values())
+
+    def jobs(self, requests: Request | Sequence[Request], images: Pictures = None, masks: Pictures = None) -> list[Job]:
+        """Requests with their pictures, sizes filled in and pictures recorded by their digests.
+
+        Raises ValueError for what this model cannot draw and for pictures that do not fit the requests.
+        """
+        requests = [requests] if isinstance(requests, Request) else list(requests)
+        if not requests:
+            raise ValueError("there are no requests; give at least one")
+        columns = [_each(name, value, len(requests)) for name, value in (("images", images), ("masks", masks))]
+        jobs = []
+        for request, image, mask in zip(requests, *columns, strict=True):
+            for name, named, given in (("image", request.image, image), ("mask", request.mask, mask)):
+                if named is not None and given is None:
+                    raise ValueError(f"{name}={named!r}: open the picture and give it as well")
+            request = request.replace(image=image and digest(image), mask=mask and digest(mask))
+            jobs.append(Job(self.resolve(request, image), image, mask))
+        return jobs
+
+    def resolve(self, request: Request, image: Image | None = None) -> Request:
+        """The request with its size filled in: the picture's, cut to what the codec can, or the model's own.
+
+        Raises ValueError if this model cannot draw it.
+        """
         if self.inpainting and request.mask is None:
             raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
-        width, height = self.default_size
-        request = request.replace(width=request.width or width, height=request.height or height)
-        for name, side in (("width", request.width or 0), ("height", request.height or 0)):
-            if side % self.codec.factor:
-                lower = side // self.codec.factor * self.codec.factor
+        factor = self.codec.factor
+        cut = [min(side // factor * factor or factor, MAX_SIDE) for side in image.size] if image else self.default_size
+        width = cut[0] if request.width is None else request.width
+        height = cut[1] if request.height is None else request.height
+        for name, side in (("width", width), ("height", height)):
+            if side % factor:
+                lower = side // factor * factor
                 raise ValueError(
-                    f"{name}={side} must be a multiple of {self.codec.factor}, by which the codec shrinks images; "
-                    f"use {f'{lower} or ' if lower else ''}{lower + self.codec.factor}"
+                    f"{name}={side} must be a multiple of {factor}, by which the codec shrinks images; "
+                    f"use {f'{lower} or ' if lower else ''}{lower + factor}"
                 )
-        return request
+        return request.replace(width=width, height=height)
+
+    @torch.no_grad()
+    def _sample(self, jobs: Sequence[Job]) -> Iterator[Tensor]:
+        requests = [job.request for job in jobs]
+        noise = self._noise(requests)
+        solver = self._solver(requests[0], noise.generators)
+        x, denoiser, constrain = begin(jobs, solver, noise, self.codec, self.denoiser, self.inpainting)
+        if requests[0].guidance_scale > 1:
+            scale, rescale = (
+                torch.tensor(column, device=self.device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+                for column in zip(*((r.guidance_scale, r.guidance_rescale) for r in requests), strict=True)
+            )
+            denoiser = Guided(denoiser, scale, rescale)
+        memory = denoiser.prepare(self._context(requests))
+        start = first_step(requests[0])
+        yield from denoise(denoiser, solver, x, memory, noise.draw, start=start, constrain=constrain)
 
     def _batch_key(self, request: Request) -> Hashable:
-        request = self.resolve(request)
-        chunks = max(self.text.num_chunks(request.prompt), self.text.num_chunks(request.negative_prompt))
-        alike = {
-            "prompt": "",
-            "negative_prompt": "",
-            "seed": 0,
-            "guidance_scale": 1.0 if request.guidance_scale <= 1 else 2.0,
-        }
-        alike |= {"guidance_rescale": 0.0, "image": request.image and "given", "mask": request.mask and "given"}
-        return request.replace(**alike), chunks
+        """Equal for requests that may share a batch. Guidance counts by being on, pictures by being there."""
+        guided = request.guidance_scale > 1
+        texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
+        chunks = max(map(self.text.num_chunks, texts))
+        alike = {"prompt": "", "negative_prompt": "", "seed": 0, "guidance_scale": float(guided), "guidance_rescale": 0}
+        sources = {"image": _named(request.image), "mask": _named(request.mask)}
+        return self.resolve(request).replace(**alike, **sources), chunks
 
     def _noise(self, requests: Sequence[Request]) -> ImageNoise:
-        first = self.resolve(requests[0])
-        height, width = (first.height or 0) // self.codec.factor, (first.width or 0) // self.codec.factor
+        resolved = self.resolve(requests[0]).model_dump()
+        height, width = resolved["height"] // self.codec.factor, resolved["width"] // self.codec.factor
         shape = (self.codec.config.latent_channels, height, width)
         return ImageNoise([request.seed for request in requests], shape, self.device)
 
@@ -280,71 +304,21 @@ class Pipeline:
             prompts = [request.negative_prompt for request in requests] + prompts
         return self.text.encode(prompts, clip_skip=requests[0].clip_skip)
 
-    def _per_image(self, values: Sequence[tuple[float, ...]]) -> tuple[Tensor, ...]:
-        """One (B, 1, 1, 1) tensor per column."""
-        return tuple(torch.tensor(values, device=self.device).T[:, :, None, None, None])
-
-    def _pixels(
-        self,
-        request: Request,
-        pictures: Sequence[Image | None] | None,
-        convert: Callable[[Image, tuple[int, int]], Tensor],
-    ) -> Tensor:
-        """(B, C, H, W) of the pictures, resized to what the requests draw."""
-        size = (request.width or 0, request.height or 0)
-        return torch.cat([convert(picture, size) for picture in pictures or [] if picture]).to(self.device)
-
-    def _start(self, request: Request) -> int:
-        """Index of the first step: 0 from noise, later from a picture (as diffusers rounds it)."""
-        if request.image is None:
-            return 0
-        run = min(int(request.steps * request.strength), request.steps)
-        if run == 0:
-            least = math.ceil(100 / request.steps) / 100
-            raise ValueError(f"strength={request.strength:g} of {request.steps} steps runs none; use {least:g} or more")
-        return request.steps - run
-
     def _solver(self, request: Request, generators: Sequence[torch.Generator]) -> Solver:
-        return solver_for(request, self.schedule, self.denoiser.prediction, generators, self._start(request))
-
-    def _encode(self, pixels: Tensor, noise: ImageNoise) -> Tensor:
-        """Latents sampled from the posterior, one image at a time so that none depends on its neighbours."""
-        drawn = [None] * len(pixels) if self.codec.deterministic else noise.draw().chunk(len(pixels))
-        return torch.cat(
-            [self.codec.encode(image, n) for image, n in zip(pixels.chunk(len(pixels)), drawn, strict=True)]
-        )
-
-    def _from_images(
-        self, request: Request, pixels: Tensor, mask: Tensor | None, noise: ImageNoise, solver: Solver
-    ) -> tuple[Tensor, Denoiser, Constrain | None]:
-        """Latents to start from, the denoiser to use, and what holds the known part: for img2img and inpainting.
-
-        pixels: (B, 3, H, W). mask: (B, 1, H, W) or None. Draws noise in diffusers' order, so that seeds mean the same.
-        """
-        from_noise = mask is not None and request.strength == 1
-        x_0 = torch.empty(0) if from_noise and self.inpainting else self._encode(pixels, noise)
-        eps = noise.draw()
-        x = eps * solver.initial_scale if from_noise else solver.noised(x_0, eps, self._start(request))
-        if mask is None:
-            return x, self.denoiser, None
-        cells = F.interpolate(mask, size=x.shape[-2:])  # (B, 1, H/f, W/f), nearest
-        masked = self._encode(pixels * (mask < 0.5), noise)
-        if self.inpainting:
-            return x, WithChannels(self.denoiser, torch.cat([cells, masked], dim=1)), None
-        return x, self.denoiser, keep_known(solver, x_0, eps, cells)
+        return solver_for(request, self.schedule, self.denoiser.prediction, generators, first_step(request))
 
 
-def with_sources(request: Request, image: Image | None, mask: Image | None) -> Request:
-    """The request with the digests of its pictures, as metadata records them."""
-    if (request.image is not None and image is None) or (request.mask is not None and mask is None):
-        raise ValueError(f"image={request.image!r}, mask={request.mask!r}: open the pictures and give them as well")
-    return request.replace(image=image and digest(image), mask=mask and digest(mask))
-
-
-def _auto_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def find_device(name: str) -> torch.device:
+    """The device of that name: "auto", "cpu", "cuda", "cuda:1", "mps". Raises ValueError if it is not there."""
+    kind, _, number = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if counts[kind]))
+    if kind not in counts:
+        raise ValueError(f"device={name!r} must be one of auto, {', '.join(counts)}")
+    if not (number or "0").isdecimal() or int(number or "0") >= counts[kind]:
+        raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
+    return torch.device(name)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -353,3 +327,28 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ValueError(f"dtype={name!r} must be one of {', '.join(known)}")
     return known[name]
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each of count prompts: a list's own, or the same for all. Pictures are checked to be pictures."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one for each")
+    if name in ("image", "mask", "images", "masks"):
+        for picture in values:
+            if picture is not None and not isinstance(picture, Image):
+                kind = type(picture).__name__
+                raise ValueError(f"{name} must be a PIL image, not {kind}; open a file with sdlite.images.open_image")
+    return values
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return value.__index__()  # also the integers of numpy and torch
+    except (AttributeError, TypeError):
+        raise ValueError(f"{name}={value!r:.40} must be a whole number") from None
+
+
+def _named(picture: Any) -> str | None:
+    """A stand-in for a picture's name in requests that are compared or not yet resolved."""
+    return None if picture is None else "given"

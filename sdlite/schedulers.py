@@ -19,18 +19,35 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lcm": ("LCMScheduler", {}),
 }
+LCM_STEPS = 50  # diffusers' original_inference_steps: LCM visits a part of that grid
+NO_ZERO_SNR = ("pndm",)  # has no rescale_betas_zero_snr
 
 
 def solver_for(
     request: Request, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
 ) -> Solver:
-    """The request's solver over its steps. generators: one per image. start: index of the first step that is run."""
+    """The request's solver over its steps. generators: one per image. start: index of the first step that is run.
+
+    Raises ValueError for steps, or a schedule, that the solver cannot do.
+    """
+    _check(request, schedule)
     if request.solver == "ddim":
         return DDIM(schedule, request.steps, request.eta, prediction)
     if request.solver == "ddpm":
         return DDPM(schedule, request.steps, prediction)
     scheduler = diffusers_scheduler(request.solver, schedule.config, prediction)
     return DiffusersSolver(scheduler, request.steps, generators, start)
+
+
+def _check(request: Request, schedule: Schedule) -> None:
+    """Says in our words what diffusers' schedulers would fail at, some of them only after the last step."""
+    steps, train_steps = request.steps, schedule.config.num_train_steps
+    most = {"lcm": LCM_STEPS, "pndm": train_steps - 1, "dpmpp_2m": train_steps - 1, "unipc": train_steps - 1}
+    limit = most.get(request.solver, train_steps)
+    if steps > limit:
+        raise ValueError(f"steps={steps} must be up to {limit} with solver={request.solver!r}")
+    if schedule.config.zero_terminal_snr and request.solver in NO_ZERO_SNR:
+        raise ValueError(f"solver={request.solver!r} knows no zero terminal SNR, which this model has; use 'ddim'")
 
 
 def diffusers_scheduler(solver: str, config: ScheduleConfig, prediction: Prediction) -> Any:

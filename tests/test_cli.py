@@ -31,7 +31,7 @@ class StandIn:
         self.interrupt_in: int | None = None  # batch
         self.interrupts = 1
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, image: Image.Image | None = None) -> Request:
         if (request.width or 64) % 8:
             raise ValueError(f"width={request.width} must be a multiple of 8; use 496 or 504")
         return request.replace(width=request.width or 64, height=request.height or 64)
@@ -369,9 +369,9 @@ def test_real_model_paints_from_a_picture(run: Run):
         ("--model none", "none does not exist"),
         ("--model none.safetensors", "none.safetensors does not exist"),
         ("--model junk.safetensors", "is not a safetensors file"),
-        ("--model tiny --device warp", "--device=warp must be one of auto, cpu, cuda, mps"),
-        ("--model tiny --device cuda:99", "--device=cuda:99 is not there"),
-        ("--model tiny --device cpu:x", "--device=cpu:x is not there"),
+        ("--model tiny --device warp", "device='warp' must be one of auto, cpu, cuda, mps"),
+        ("--model tiny --device cuda:99", "device='cuda:99' is not there"),
+        ("--model tiny --device cpu:x", "device='cpu:x' is not there"),
         ("--model tiny --dtype int8", "--dtype"),
     ],
 )

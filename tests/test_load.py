@@ -477,9 +477,9 @@ def test_full_size_files_are_recognised(expected: Any, tmp_path: Path):
     keys = {key: key for key in file.shapes}
     config, stated, notes = single_file.find_config(tmp_path / "m.safetensors", file, keys, None)
     prediction, reasons = single_file.find_prediction(tmp_path / "m.safetensors", file, keys, config, stated)
-    assert config.replace(denoiser=config.denoiser.replace(prediction=prediction), sample_size=1) == expected.replace(
-        sample_size=1
-    )
+    assert config.replace(
+        denoiser=config.denoiser.replace(prediction=prediction), sample_size=expected.sample_size
+    ) == (expected)
     assert not stated and not notes
     assert "is a guess" in reasons[0] and "--prediction" in reasons[0]
 

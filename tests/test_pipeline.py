@@ -151,6 +151,16 @@ def test_an_image_does_not_depend_on_its_batch(sd1):
         assert difference(sd1.generate(request)[0], image) <= GREY_LEVEL
 
 
+def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
+    """Without guidance it is not encoded, so its length must not pad the prompt either."""
+    long = ", ".join(["red apple"] * 60)
+    requests = [
+        Request(prompt="a cat", negative_prompt=long, guidance_scale=1, steps=2, seed=1),
+        Request(prompt=long, guidance_scale=1, steps=2, seed=2),
+    ]
+    assert len(sd1.batches(requests)) == 2
+
+
 def test_requests_that_cannot_share_a_batch_come_back_in_order(sd1):
     long = ", ".join(["a very long prompt"] * 30)
     variants = [
@@ -181,7 +191,7 @@ def test_call_counts_seeds_up_and_keeps_the_order_of_prompts(sd1):
     images = sd1(["a", "b"], seed=[10, 20], num_images=2, steps=1)
     recipes = [sdlite.Request(**__import__("json").loads(image.info["sdlite"])["request"]) for image in images]
     assert [(r.prompt, r.seed) for r in recipes] == [("a", 10), ("a", 11), ("b", 20), ("b", 21)]
-    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+    with pytest.raises(ValueError, match="seed has 3 entries for 2 prompts"):
         sd1(["a", "b"], seed=[1, 2, 3])
     with pytest.raises(ValueError, match="num_images=0"):
         sd1("a", num_images=0)
@@ -214,9 +224,54 @@ def test_a_denoiser_can_be_wrapped(sd1):
         wrapped.save("nowhere")
 
 
+def test_pictures_must_fit_the_requests(sd1):
+    plain, started = Request(prompt="a", steps=2), Request(prompt="a", steps=2, image="photo.png")
+    for requests, images, message in [
+        ([started, started], [picture(0)], "images has 1 entries for 2 prompts"),
+        ([started, started], [picture(0), None], "image='photo.png': open the picture"),
+        (started, None, "image='photo.png': open the picture"),
+        ([], None, "there are no requests"),
+    ]:
+        for draw in (sd1.generate, sd1.sample_latents):
+            with pytest.raises(ValueError, match=message):
+                draw(requests, images=images)
+    with_picture, without = (list(sd1.sample_latents(plain, images=images)) for images in ([picture(0)], None))
+    assert len(with_picture) < len(without), "a picture that is given is used"
+
+
+def test_image_to_image_keeps_the_size_of_the_picture(sd1):
+    assert sd1("a", image=picture(0, (100, 70)), steps=2)[0].size == (96, 64)
+
+
+def test_encoding_does_not_depend_on_what_was_decoded_before(sd1):
+    images = torch.rand(1, 3, 640, 640, generator=generators(1)[0]) * 2 - 1
+    before = sd1.codec.encode(images)
+    sd1.codec.decode(before, tiled=True)
+    assert torch.equal(sd1.codec.encode(images), before)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", *SCHEDULERS])
+@pytest.mark.parametrize("steps", [1, 2, 51, 999, 1000])
+def test_every_number_of_steps_gives_an_image_or_one_line(sd1, solver, steps):
+    solver_of = sd1.num_evaluations
+    request = Request(prompt="a", solver=solver, steps=steps)
+    if steps > {"lcm": 50, "pndm": 999, "dpmpp_2m": 999, "unipc": 999}.get(solver, 1000):
+        with pytest.raises(ValueError, match=f"steps={steps} must be up to .* with solver={solver!r}"):
+            solver_of(request)
+    else:
+        assert solver_of(request) >= steps
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"seed": None}, "seed=None must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"num_images": "2"}, "num_images='2' must be a whole number"),
+        ({"image": "a.png"}, "image must be a PIL image, not str"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
+        ({"num_inference_steps": 3}, "unknown field 'num_inference_steps'; did you mean 'steps'"),
+        ({"solver": "lcm", "steps": 60}, "steps=60 must be up to 50 with solver='lcm'"),
         ({"width": 500}, "width=500 must be a multiple of 8.*use 496 or 504"),
         ({"height": 12}, "height=12 must be a multiple of 8.*use 8 or 16"),
         ({"width": 10**6}, "width=1000000 must be less than or equal to 4096"),
@@ -228,7 +283,7 @@ def test_a_denoiser_can_be_wrapped(sd1):
         ({"guidance": 3}, "unknown field 'guidance'; did you mean 'guidance_scale'"),
         ({"eta": 0.5, "solver": "euler"}, "eta=0.5 has no effect with solver='euler'"),
         ({"clip_skip": 3}, "clip_skip=3 must be 0 to 2"),
-        ({"strength": 0.01, "image": picture(0), "steps": 10}, "strength=0.01 of 10 steps runs none; use 0.1 or more"),
+        ({"strength": 0.01, "image": picture(0), "steps": 10}, "strength=0.01 of 10 steps runs none; use strength 0.1"),
         ({"mask": mask()}, "mask needs an image"),
     ],
 )
@@ -279,3 +334,16 @@ def test_saved_folder_and_single_file_draw_what_diffusers_draws_from_them(family
         loaded = Pipeline.load(path)
         assert loaded.model_hash == load_model(folder).hash
         assert difference(loaded("a cat", seed=5, steps=10, width=64, height=64)[0], expected[0]) <= GREY_LEVEL
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("bogus", "must be one of auto, cpu"), ("cuda:99", "is not there"), ("auto:0", "one of")]
+)
+def test_devices_that_are_not_there_are_one_line_errors(device, message):
+    with pytest.raises(ValueError, match=message):
+        Pipeline.load("tiny", device=device)
+
+
+def test_prediction_overrides_an_untrained_model_too():
+    assert Pipeline.load("tiny", prediction="v").denoiser.prediction == "v"
+    assert Pipeline.load("tiny").denoiser.prediction == "epsilon"

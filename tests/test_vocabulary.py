@@ -134,3 +134,10 @@ def test_errors_name_the_file(tokenizer, tmp_path, spoil, error, message):
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_learned_tokens_are_refused_and_not_read_as_letters(tmp_path):
+    save_tokenizer(load_tokenizer(), tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<cat-toy>": 49408}')
+    with pytest.raises(ValueError, match=r"has learned tokens \('<cat-toy>'\)"):
+        load_tokenizer(tmp_path)

@@ -27,7 +27,7 @@ from sdlite.checkpoints.weights import (
     shapes_of,
     weights_hash,
 )
-from sdlite.config import AutoencoderKLConfig, ModelConfig, Prediction
+from sdlite.config import AutoencoderKLConfig, ModelConfig, Prediction, sd21
 from sdlite.models.codec import LatentCodec
 from sdlite.models.text import TextEncoder, load_tokenizer, text_state_dict
 from sdlite.models.unet import UNet
@@ -114,6 +114,8 @@ def load_single_file(
         raise CheckpointError(f"{path} has some weights twice, under two spellings of their names")
     found, is_stated, notes = find_config(path, weights, keys, config)
     guess, reasons = find_prediction(path, weights, keys, found, is_stated)
+    if not is_stated and found.denoiser.context_dim == sd21().denoiser.context_dim:
+        found = found.replace(sample_size=sd21(prediction=prediction or guess).sample_size)
     found = found.replace(
         denoiser=found.denoiser.replace(prediction=prediction or guess),
         schedule=found.schedule.replace(zero_terminal_snr=found.schedule.zero_terminal_snr or "ztsnr" in keys),

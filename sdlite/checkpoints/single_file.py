@@ -114,10 +114,12 @@ def find_prediction(
     guess: Prediction = "epsilon"
     by = "what Stable Diffusion 1 and inpainting models predict"
     if config.denoiser.context_dim == sd21().denoiser.context_dim and config.denoiser.in_channels == 4:
-        (bias,) = weights.read([keys[SD2_V_KEY]]).values() if SD2_V_KEY in keys else [torch.zeros(1)]
-        spread = bias.std(correction=0).item()
-        guess = "v" if spread > SD2_V_SPREAD else "epsilon"
-        by = f"a norm in its last block has a spread of {spread:.3f}, which in v models of SD2 is above {SD2_V_SPREAD}"
+        by = "nothing in the file, since the norm that tells them apart is not there"
+        if SD2_V_KEY in keys:
+            (bias,) = weights.read([keys[SD2_V_KEY]]).values()
+            spread = bias.std(correction=0).item()
+            guess = "v" if spread > SD2_V_SPREAD else "epsilon"
+            by = f"a norm in its last block has a spread of {spread:.3f}; in v models of SD2 it is above {SD2_V_SPREAD}"
     other = "v" if guess == "epsilon" else "epsilon"
     return guess, [
         f"prediction {guess} is a guess, by {by}; if images are noise or blotches, give --prediction {other}"
@@ -134,7 +136,10 @@ def _sidecar(path: Path) -> str | None:
         if re.search(r"^model\s*:", text, re.MULTILINE):
             return "epsilon"  # CompVis's default
     if other.is_file() and other.stat().st_size <= MAX_SIDECAR_BYTES:
-        stated = read_json(other)
+        try:
+            stated = read_json(other)
+        except CheckpointError:  # often another program's notes on the model
+            return None
         for key in ("prediction_type", "parameterization"):
             if isinstance(stated.get(key), str):
                 return str(stated[key])

@@ -41,5 +41,5 @@ def diffusion_loss(
     abar_t = schedule.abar(t)  # (B,)
     output = denoiser(add_noise(x_0, noise, abar_t), t, denoiser.prepare(context))
     error = (output - training_target(x_0, noise, abar_t, denoiser.prediction)).float().square().flatten(1).mean(1)
-    weight = 1.0 if gamma is None else min_snr_weight(abar_t, denoiser.prediction, gamma).to(error.dtype)
+    weight = 1.0 if gamma is None else min_snr_weight(abar_t, denoiser.prediction, gamma).to(error)
     return (weight * error).mean()

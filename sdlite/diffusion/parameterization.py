@@ -15,7 +15,8 @@ from sdlite.config import Prediction
 def signal_and_noise(abar_t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), taken in abar_t's float64, then shaped and cast to multiply `like`."""
     abar_t = abar_t.reshape(abar_t.shape + (1,) * (like.ndim - 1)) if abar_t.ndim else abar_t  # (B, 1, 1, 1) or ()
-    return abar_t.sqrt().to(like.dtype), (1 - abar_t).sqrt().to(like.dtype)
+    device = like.device if abar_t.ndim else abar_t.device  # a number may stay on the CPU
+    return abar_t.sqrt().to(device, like.dtype), (1 - abar_t).sqrt().to(device, like.dtype)
 
 
 def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ def denoise(
     memory: `denoiser.prepare(context)`. noise: draws what stochastic solvers add.
     constrain: inpainting puts the known part of the image back with it.
     """
-    for i in range(start, len(solver.timesteps)):
-        t = solver.timesteps[i].to(x.device).expand(len(x))  # (B,)
+    timesteps = solver.timesteps.to(x.device)
+    for i in range(start, len(timesteps)):
+        t = timesteps[i].expand(len(x))  # (B,)
         output = denoiser(solver.scale_input(x, i), t, memory)  # (B, C, H, W)
         x = solver.step(i, x, output, noise)
         x = x if constrain is None else constrain(x, i + 1)

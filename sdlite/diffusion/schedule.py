@@ -68,9 +68,8 @@ class Schedule:
         self.final_abar = torch.ones_like(self.abars[0]) if config.final_abar_one else self.abars[0]
 
     def abar(self, t: Tensor) -> Tensor:
-        """abar at integer timesteps t of any shape, float64 on t's device. t = -1 stands for the end of a run."""
-        table = torch.cat([self.abars, self.final_abar[None]]).to(t.device)  # index -1 is the end
-        return table[t]
+        """abar at integer timesteps t of any shape, float64 on the CPU. t = -1 stands for the end of a run."""
+        return torch.cat([self.abars, self.final_abar[None]])[t.cpu()]  # index -1 is the end
 
     def timesteps(self, steps: int) -> Tensor:
         """The grid of a run, (steps,) int64 descending; "leading" where the config leaves the choice open."""

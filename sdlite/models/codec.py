@@ -46,6 +46,7 @@ class LatentCodec(nn.Module):
 
         images: (B, 3, H, W) in [-1, 1], H and W multiples of `factor`. noise: (B, C, H/f, W/f).
         """
+        self.model.use_tiling = False  # diffusers has one switch for both directions
         encoded = self.model.encode(images)
         if isinstance(self.config, AutoencoderKLConfig):
             posterior = encoded.latent_dist

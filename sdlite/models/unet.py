@@ -131,6 +131,7 @@ class UNet(nn.Module):
                 f"context has shape {tuple(context.shape)}, but this UNet needs (B, T, {self.config.context_dim}); "
                 "use the text encoder that belongs to it"
             )
+        context = context.to(self.conv_in.weight.dtype)
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         return tuple(block.attn2.project_kv(context) for block in blocks)
 

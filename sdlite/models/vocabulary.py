@@ -6,6 +6,7 @@ files. Nothing here runs or fetches what a file names. Errors are FileNotFoundEr
 
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,22 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
         raise ValueError(f"{source}: must map tokens to ids, each id once")
     if bad := [pair for pair in merges if not _is_pair(pair)]:
         raise ValueError(f"{source}: merge {bad[0]!r:.80} must be a pair of tokens")
+    _refuse_learned_tokens(folder, vocab)
     return vocab, [tuple(pair) for pair in merges]
+
+
+def _refuse_learned_tokens(folder: Path, vocab: Mapping[str, int]) -> None:
+    """Tokens added to the vocabulary (textual inversion) would be read as their letters, without a word."""
+    paths = [folder / name for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")]
+    added, settings, whole = [_read_json(path) if path.is_file() else {} for path in paths]
+    decoder = settings.get("added_tokens_decoder")
+    entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *(whole.get("added_tokens") or ())]
+    names = [*added, *(str(entry.get("content")) for entry in entries if isinstance(entry, dict))]
+    if learned := [name for name in names if name not in vocab]:
+        raise ValueError(
+            f"{folder}: has learned tokens ({learned[0]!r:.40}), which sdlite does not read; give the tokenizer of the "
+            "model that they were added to"
+        )
 
 
 def _is_pair(merge: Any) -> bool:
