@@ -22,7 +22,7 @@ from sdlite.train.data import composed, load_pixels, normal, on_white, read_reco
 
 KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reach, costs no sharpness
 MIN_DEVIATION = 1e-3  # of a latent channel; below it the channel is dead
-COLOUR_WEIGHT = 3.0  # of colour's share of the error in the loss
+COLOUR_WEIGHT = 10.0  # of the squared error in colour, which is small beside that in brightness
 WHOLE = 0.6  # part of the samples that are a whole picture at half size instead of a crop
 COLOURED = 0.3  # part of the samples on a random background instead of white
 HELD_OUT = 256  # pictures that are measured
@@ -71,7 +71,7 @@ def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
     difference = output - images
     small = F.avg_pool2d(difference, 4)
     colour = small - small.mean(1, keepdim=True)  # what is left of it beside grey
-    loss = difference.abs().mean() + small.abs().mean() + COLOUR_WEIGHT * colour.abs().mean()
+    loss = difference.abs().mean() + small.abs().mean() + COLOUR_WEIGHT * colour.square().mean()
     for scale in (1, 2):
         scaled = F.avg_pool2d(difference, scale)
         loss = loss + scaled.diff(dim=-1).abs().mean() + scaled.diff(dim=-2).abs().mean()

@@ -60,9 +60,11 @@ class JudgeTask(nn.Module):
         self.judge = Judge(len(self.names), len(self.style_names))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for weight in self.judge.parameters():
+            for name, weight in self.judge.named_parameters():
                 if weight.ndim > 1:
                     weight.normal_(0, (2 / weight[0].numel()) ** 0.5, generator=generator)  # He et al. 2015
+                elif name.endswith("bias"):
+                    weight.zero_()
 
     @property
     def size(self) -> int:

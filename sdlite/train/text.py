@@ -29,6 +29,7 @@ from sdlite.train.data import Records, caption_of, load_pixels, on_white, read_r
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2's sentence vectors
 TOWER_SIZE = 32  # pixels that the image tower sees: enough to tell concepts and styles apart
+NEAREST = 6  # pictures shown for each of the QUERIES
 TEMPERATURE = 0.07  # of InfoNCE at the start, as in CLIP
 QUERIES = ("apple", "puppy", "automobile", "love", "noto style", "happy face", "red", "fruit")
 
@@ -213,11 +214,12 @@ class TextTask(nn.Module):
         return figures | {"keyword_recall_5": (self._ranks(synonyms) < 5).float().mean().item()}
 
     def preview(self, path: Path) -> None:
-        """The six pictures nearest to each of some words."""
-        images = self.held_images if len(self.held_images) >= 6 else self.images
-        found = (self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(self.device)), dim=-1).T).topk(6).indices
+        """The pictures nearest to each of some words."""
+        images = self.held_images if len(self.held_images) >= NEAREST else self.images
+        scores = self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(self.device)), dim=-1).T
+        found = scores.topk(min(NEAREST, len(images))).indices
         shown = to_pil(F.interpolate(images[found.flatten().cpu()], scale_factor=2))
-        contact_sheet(shown, [query for query in QUERIES for _ in range(6)], columns=6).save(path)
+        contact_sheet(shown, [query for query in QUERIES for _ in found[0]], columns=len(found[0])).save(path)
 
     def export(self, folder: Path) -> None:
         save_text(self.encoder, folder)
@@ -229,13 +231,15 @@ def _small(pixels: Tensor) -> Tensor:
 
 
 def _initialize(module: nn.Module, seed: int) -> None:
-    """New weights from a generator of their own: matrices as PyTorch scales them, CLIP's embeddings at 0.02."""
+    """New weights from a generator of their own: matrices keep variance, CLIP's embeddings have 0.02, biases are 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
             if weight.ndim > 1:
                 deviation = 0.02 if "embedding" in name else weight[0].numel() ** -0.5
                 weight.normal_(0, deviation, generator=generator)
+            elif name.endswith("bias"):
+                weight.zero_()
 
 
 def save_text(encoder: TextEncoder, folder: Path) -> None:

@@ -1,0 +1,74 @@
+"""Evaluation: figures by hand, and the whole report on a toy model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sdlite.train.evaluate import interval, mmd, named, nearest, ranks, table
+from sdlite.train.judge import JudgeTask, load_judge
+from sdlite.train.loop import TrainConfig, fit
+from tests.test_train_tasks import folder  # noqa: F401
+
+
+def test_ranks_count_who_is_at_least_as_likely():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    assert ranks(logits, torch.tensor([0, 0, 0]), 3).tolist() == [0, 1, 2]
+    assert ranks(torch.zeros(4, 200), torch.arange(4), 100).tolist() == [99] * 4  # undecided is wrong
+
+
+def test_a_random_judge_is_right_as_often_as_chance():
+    logits = torch.randn(3000, 300, generator=torch.Generator().manual_seed(0))
+    right = (ranks(logits, torch.randint(0, 300, (3000,)), 100) < 1).float()
+    mean, low, high = interval(right)
+    assert low < 0.01 < high and mean == pytest.approx(right.mean().item())
+
+
+def test_interval_has_the_textbook_width():
+    values = (torch.arange(400) % 2).float()
+    mean, low, high = interval(values)
+    assert mean == 0.5
+    np.testing.assert_allclose([low, high], [0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], atol=0.005)
+
+
+def test_mmd_is_about_zero_for_one_distribution_and_positive_for_two():
+    x = torch.randn(3, 400, 16, generator=torch.Generator().manual_seed(0)).double()
+    assert abs(mmd(x[0], x[1])) < 0.02 < mmd(x[0], x[2] + 1)
+
+
+def test_a_copy_is_near_and_others_are_not():
+    known = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distances = nearest(torch.stack([known[2], -known[2]]), known)
+    assert distances[0] < 1e-6 < 0.05 < distances[1]
+
+
+def test_named_sees_both_sides():
+    wanted = torch.tensor([[0, 1], [1, 0]])
+    right = named((torch.eye(2) * 5, torch.eye(2).flip(0) * 5), wanted)
+    wrong = named((torch.eye(2).flip(0) * 5, torch.eye(2) * 5), wanted)
+    assert {row[0] for row in right.values()} == {1.0}
+    assert wrong["concept_at_1_of_all"][0] == 0 and wrong["style"][0] == 0
+
+
+def test_the_judge_learns_and_is_frozen(folder, tmp_path):  # noqa: F811
+    fit(JudgeTask(folder), TrainConfig(batch_size=10, samples=600, lr=2e-3, warmup=10, half_life=50), tmp_path)
+    judge, concepts, styles, digest = load_judge(tmp_path / "export")
+    assert concepts == ["box", "disc"] and styles == ["cold", "green", "warm"] and len(digest) == 64
+    assert not any(p.requires_grad for p in judge.parameters())
+    figures = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert figures["trained_concepts"] >= 0.8 and figures["trained_styles"] >= 0.8
+
+
+def test_the_table_shows_means_and_intervals():
+    report = {
+        "judged": {
+            "real": {"concept_at_1_of_100": (0.5, 0.4, 0.6)},
+            "drawn": {"concept_at_1_of_100": (0.25, 0.2, 0.3)},
+        },
+        "measured": {"codec_psnr": 20.0},
+        "pictures": 9,
+        "judge": "abc",
+    }
+    text = table(report)
+    assert "| real | 50 (40-60) |" in text and "| drawn | 25 (20-30) |" in text and "- codec psnr: 20" in text

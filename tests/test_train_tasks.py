@@ -1,0 +1,196 @@
+"""The tasks at toy size: every stage from drawings to a picture, and each stage's own promise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdlite.checkpoints.load import load_model
+from sdlite.config import AutoencoderKLConfig
+from sdlite.models.codec import LatentCodec
+from sdlite.models.text import TextEncoder
+from sdlite.pipeline import Pipeline
+from sdlite.train.codec import CodecTask, decoder_gflop, emoji_codec, load_codec, normalized, psnr, reconstruction_loss
+from sdlite.train.data import on_white
+from sdlite.train.denoiser import DenoiserTask, emoji_unet, encode_captions
+from sdlite.train.emoji import write
+from sdlite.train.loop import TrainConfig, checkpoints, fit
+from sdlite.train.stages import train
+from sdlite.train.text import TextTask, emoji_text, load_text, small_vocabulary
+
+CODEC = AutoencoderKLConfig(
+    block_out_channels=(8, 8, 8),
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=4,
+    scaling_factor=1.0,
+    mid_block_add_attention=False,
+)
+TEXT = emoji_text(1024).replace(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
+)
+UNET = emoji_unet(4, 32).replace(block_out_channels=(16, 32), num_heads=(1, 2), num_groups=8)
+SHAPES = {
+    "disc": "<circle cx='8' cy='8' r='6' fill='{c}'/>",
+    "box": "<rect x='3' y='3' width='10' height='10' fill='{c}'/>",
+}
+COLOURS = {"warm": "#d33", "cold": "#36c", "green": "#3a5"}
+
+
+def brief(**changes):
+    return TrainConfig(**{"batch_size": 2, "lr": 1e-3, "warmup": 4, "half_life": 8, "samples": 8} | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Raw SVGs to a data folder; the green box is held out."""
+    resvg = pytest.importorskip("resvg_py")
+    assert resvg
+    from sdlite.train.emoji import _svg, render_svg
+
+    out = tmp_path_factory.mktemp("data")
+    records, pictures = [], []
+    for concept, body in SHAPES.items():
+        for style, colour in COLOURS.items():
+            split = "validation" if (concept, style) == ("box", "green") else "train"
+            text = f"{concept}, {style} style"
+            records.append({"file_name": f"{concept}-{style}.png", "text": text, "concept": concept, "style": style,
+                            "keywords": ["shape"], "split": split})  # fmt: skip
+            pictures.append(render_svg(_svg(body.format(c=colour), 16, 16), 32))
+    write(out, records, pictures)
+    return out
+
+
+def codec_task(folder):
+    return CodecTask(folder, CODEC, size=32, crop=16)
+
+
+def text_task(folder):
+    return TextTask(folder, TEXT, small_vocabulary(1024))
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """A run of every stage."""
+    out = tmp_path_factory.mktemp("runs")
+    fit(codec_task(folder), brief(), out / "codec")
+    fit(text_task(folder), brief(), out / "text")
+    parts = load_codec(out / "codec" / "export"), load_text(out / "text" / "export")
+    task = DenoiserTask(folder, parts, UNET, size=32, views=3, cache=out / "denoiser" / "cache.safetensors")
+    fit(task, brief(), out / "denoiser")
+    return out
+
+
+def test_from_drawings_to_a_picture(runs):
+    pipe = Pipeline.load(runs / "denoiser" / "export")
+    (picture,) = pipe("a disc, warm style", steps=2, guidance_scale=2.0)
+    assert picture.size == (32, 32)
+    figures = json.loads((runs / "denoiser" / "log.jsonl").read_text().splitlines()[-1])
+    assert figures["samples"] == 8 and 0 < figures["held_out_loss"] < 10
+    for stage in ("codec", "text", "denoiser"):
+        Image.open(next((runs / stage).glob("preview-*.png"))).verify()
+
+
+def test_diffusers_draws_the_same_picture_from_the_export(runs):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(runs / "denoiser" / "export", safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    image = theirs(
+        "a disc, warm style", num_inference_steps=4, guidance_scale=3.0, height=32, width=32,
+        generator=[torch.Generator().manual_seed(5)],
+    ).images[0]  # fmt: skip
+    (ours,) = Pipeline.load(runs / "denoiser" / "export")("a disc, warm style", steps=4, guidance_scale=3.0, seed=5)
+    assert np.abs(np.asarray(image, int) - np.asarray(ours, int)).max() <= 1
+
+
+def test_a_weight_file_that_was_changed_is_noticed(runs, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(runs / "denoiser" / "export", tmp_path / "copy")
+    file = next((copy / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=r"is not the file that sha256sums.txt lists"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("make", [codec_task, text_task])
+def test_a_stopped_task_resumes_bit_for_bit(folder, tmp_path, make):
+    fit(make(folder), brief(), tmp_path / "straight")
+    for samples in (2, 8):
+        fit(make(folder), brief(samples=samples), tmp_path / "resumed")
+    assert_same(tmp_path / "straight", tmp_path / "resumed")
+
+
+def assert_same(*runs):
+    first, second = (
+        {k: v for file in checkpoints(run)[-1].glob("*.safetensors") for k, v in load_file(file).items()}
+        for run in runs
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_denoiser_resumes_bit_for_bit_from_its_cache(folder, runs, tmp_path):
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    for samples in (4, 8):
+        cache = tmp_path / "cache.safetensors"
+        fit(DenoiserTask(folder, parts, UNET, size=32, views=3, cache=cache), brief(samples=samples), tmp_path / "run")
+    assert_same(runs / "denoiser", tmp_path / "run")
+
+
+@torch.no_grad()
+def test_normalized_latents_have_unit_variance_and_decode_to_the_same(folder):
+    codec = codec_task(folder).codec
+    for parameter in codec.model.quant_conv.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    pixels = torch.randint(0, 256, (40, 4, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    other = normalized(codec, pixels)
+    z = other.encode(on_white(pixels))
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(other.decode(z), codec.decode(codec.encode(on_white(pixels))), atol=1e-4, rtol=1e-4)
+
+
+def test_codec_figures_by_hand():
+    black, white = -torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    assert psnr(white, black).item() == pytest.approx(0)
+    assert psnr(black + 0.2, black).item() == pytest.approx(20, abs=1e-4)
+    assert reconstruction_loss(white, black).item() == pytest.approx(
+        4
+    )  # 2 of pixels, 2 of the small; no colour, no edge
+    red = black.clone()
+    red[:, 0] = 1
+    assert reconstruction_loss(red, black).item() > 2 * reconstruction_loss(black + 2 / 3, black).item()
+
+
+def test_the_shipped_sizes_fit():
+    assert decoder_gflop(emoji_codec(), 128) < 8
+    sizes = [LatentCodec(emoji_codec()), TextEncoder(emoji_text(), small_vocabulary()).model]
+    from sdlite.models.unet import UNet
+
+    parameters = sum(p.numel() for module in [*sizes, UNet(emoji_unet())] for p in module.parameters())
+    assert 2 * parameters < 48 * 10**6
+
+
+def test_contexts_are_those_of_the_pipeline(runs):
+    text = load_text(runs / "text" / "export")
+    prompts = ["a disc", "", "a very long prompt of words"]
+    torch.testing.assert_close(encode_captions(text, prompts), text.encode(prompts), atol=1e-5, rtol=1e-5)
+
+
+def test_a_small_vocabulary_spells_everything():
+    tokenizer = small_vocabulary(1024)
+    text = "a red apple, žluťoučký 苹果!"
+    assert len(tokenizer) == 1024
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).replace(" ", "") == text.replace(
+        " ", ""
+    )
+
+
+def test_stages_ask_for_what_they_need(folder, tmp_path):
+    with pytest.raises(ValueError, match="needs --codec"):
+        train("denoiser", folder, tmp_path, options={"samples": 1})
+    with pytest.raises(FileNotFoundError, match="holds no codec; run `sdlite train codec`"):
+        train("denoiser", folder, tmp_path, codec=tmp_path, text=tmp_path, options={"samples": 1})
