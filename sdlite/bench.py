@@ -50,12 +50,19 @@ pipe.to(device)(prompt, num_inference_steps=int(steps), width=int(width), height
 Timings = dict[str, list[float]]
 
 
-def measure(pipe: Pipeline, request: Request, *, versus: str | None = None, runs: int = 5) -> dict[str, Any]:
+def machine_load() -> float:
+    """Processes that wanted a core, on average over the last minute; to be asked before we load a model ourselves."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def measure(
+    pipe: Pipeline, request: Request, *, load: float, versus: str | None = None, runs: int = 5
+) -> dict[str, Any]:
     """Times one UNet evaluation, one image and a cold start; request says what to draw, versus is None or "diffusers".
 
+    load: `machine_load` before the model was loaded.
     Returns {"machine": ..., "setting": ..., "rows": [...]}, ready for JSON and for `table`.
     """
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # before we make our own
     request, unet = pipe.resolve(request), pipe.denoiser
     assert isinstance(unet, UNet), "Pipeline.load gives UNets"
     with tempfile.TemporaryDirectory(prefix="sdlite-bench-") as folder:

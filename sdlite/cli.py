@@ -259,10 +259,11 @@ def bench(
     request = Request(prompt=prompt, steps=steps, width=width, height=height)
     if json_file is not None:
         check_free([json_file], force)
-    pipe = _load(model, device, dtype, None, Report(False, False))
-    from sdlite.bench import measure, table
+    from sdlite.bench import machine_load, measure, table
 
-    result = measure(pipe, request, versus=vs, runs=runs)
+    load = machine_load()
+    pipe = _load(model, device, dtype, None, Report(False, False))
+    result = measure(pipe, request, load=load, versus=vs, runs=runs)
     print(table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -64,9 +64,10 @@ def test_child_reports_its_own_memory():
 def test_tiny_model_against_diffusers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "COLD_RUNS", 1)
     monkeypatch.setattr(bench, "MIN_SECONDS", 0)
-    monkeypatch.setattr(bench.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     request = Request(prompt="a red apple", steps=3)
-    result = json.loads(json.dumps(bench.measure(Pipeline.load("tiny"), request, versus="diffusers", runs=2)))
+    result = json.loads(
+        json.dumps(bench.measure(Pipeline.load("tiny"), request, load=99.0, versus="diffusers", runs=2))
+    )
     assert [row["what"].split(",")[0] for row in result["rows"]] == [
         "one UNet evaluation",
         "one image",
