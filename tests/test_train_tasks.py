@@ -153,6 +153,15 @@ def test_normalized_latents_have_unit_variance_and_decode_to_the_same(folder):
     torch.testing.assert_close(other.decode(z), codec.decode(codec.encode(on_white(pixels))), atol=1e-4, rtol=1e-4)
 
 
+def test_a_decoder_trains_on_under_the_same_latents(folder, runs, tmp_path):
+    start = runs / "codec" / "export"
+    fit(CodecTask(folder, CODEC, size=32, crop=16, start=start), brief(), tmp_path)
+    before, after = load_codec(start), load_codec(tmp_path / "export")
+    images = on_white(codec_task(folder).pixels)
+    z = before.encode(images)
+    assert torch.equal(after.encode(images), z) and not torch.equal(after.decode(z), before.decode(z))
+
+
 def test_codec_figures_by_hand():
     black, white = -torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
     assert psnr(white, black).item() == pytest.approx(0)

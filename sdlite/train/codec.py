@@ -88,10 +88,19 @@ class CodecTask(nn.Module):
     """Reconstruction of the pictures of a data folder.
 
     size: pixels of a picture; crop: of the square that one sample is. seed: of the first weights and all samples.
+    start: an exported codec to begin with, of which only the decoder is trained: the latents stay what they are, and a
+    denoiser that was trained on them stays right.
     """
 
     def __init__(
-        self, data: Path, config: AutoencoderKLConfig, *, size: int = 128, crop: int = 64, seed: int = 0
+        self,
+        data: Path,
+        config: AutoencoderKLConfig,
+        *,
+        size: int = 128,
+        crop: int = 64,
+        seed: int = 0,
+        start: Path | None = None,
     ) -> None:
         super().__init__()
         if crop % config.factor or not config.factor <= crop <= size:
@@ -104,6 +113,11 @@ class CodecTask(nn.Module):
         self.codec = LatentCodec(config)
         self.codec.train()
         initialize(self.codec, torch.Generator().manual_seed(seed))
+        if start is not None:
+            self.codec.load_state_dict(load_codec(start).state_dict())
+            self.codec.model.encoder.requires_grad_(False)
+            self.codec.model.quant_conv.requires_grad_(False)
+        self.keeps_latents = start is not None
 
     @property
     def size(self) -> int:
@@ -144,7 +158,7 @@ class CodecTask(nn.Module):
         contact_sheet(to_pil(torch.cat([images, output]))).save(path)
 
     def export(self, folder: Path) -> None:
-        save_codec(normalized(self.codec, self.pixels), folder)
+        save_codec(self.codec if self.keeps_latents else normalized(self.codec, self.pixels), folder)
 
 
 @torch.no_grad()

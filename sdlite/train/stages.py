@@ -31,7 +31,8 @@ def train(
 ) -> None:
     """Trains a stage into `out`, from where it was left if `out` holds a run.
 
-    codec, text: the export folders of those stages, for the denoiser. teacher: folder of a sentence encoder, for text.
+    codec, text: the export folders of those stages, for the denoiser. codec, for the codec: train its decoder further,
+    under the same latents. teacher: folder of a sentence encoder, for text.
     styles: for the denoiser, only these of the data. options: fields of TrainConfig; those left out or None are the
     stage's. Raises ValueError or FileNotFoundError with what is missing.
     """
@@ -47,7 +48,7 @@ def _task(
     if stage == "codec":
         from sdlite.train.codec import CodecTask, emoji_codec
 
-        return CodecTask(data, emoji_codec(), seed=seed)
+        return CodecTask(data, emoji_codec(), seed=seed, start=folders["codec"])
     if stage == "text":
         from sdlite.train.text import TextTask, emoji_text, small_vocabulary
 
