@@ -144,11 +144,23 @@ def test_inpainting_equals_diffusers(family, solver, strength, request):
     assert difference(found, expected) <= GREY_LEVEL
 
 
-def test_an_image_does_not_depend_on_its_batch(sd1):
-    requests = [Request(prompt=p, seed=s, steps=5) for p, s in zip("abcd", (9, 1, 5, 9), strict=True)]
-    together = sd1.generate(requests)
-    for request, image in zip(requests, together, strict=True):
-        assert difference(sd1.generate(request)[0], image) <= GREY_LEVEL
+@pytest.mark.parametrize(
+    "fields", [{}, {"eta": 1.0}, {"guidance_scale": 1.0}, {"image": "a"}, {"image": "a", "mask": "b"}]
+)
+def test_an_image_does_not_depend_on_its_batch(sd1, fields):
+    prompts, seeds = ("a red apple", "cat", "two (blue:1.3) hats", ""), (9, 1, 5, 9)
+    negatives = ("", "blurry, text", "x", "")
+    requests = [
+        Request(prompt=p, negative_prompt=n, seed=s, steps=5, width=64, height=64, **fields)
+        for p, n, s in zip(prompts, negatives, seeds, strict=True)
+    ]
+    images = [picture(i) if "image" in fields else None for i in range(4)]
+    masks = [mask() if "mask" in fields else None for _ in range(4)]
+    assert len(sd1.batches(requests)) == 1
+    together = sd1.generate(requests, images=images, masks=masks)
+    for i, request in enumerate(requests):
+        alone = sd1.generate(request, images=images[i : i + 1], masks=masks[i : i + 1])[0]
+        assert difference(alone, together[i]) <= GREY_LEVEL
 
 
 def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
