@@ -258,6 +258,8 @@ def bench(
     """
     request = Request(prompt=prompt, steps=steps, width=width, height=height)
     if json_file is not None:
+        if json_file.is_dir():
+            raise ValueError(f"--json={json_file} must be a file, e.g. {json_file / 'bench.json'}")
         check_free([json_file], force)
     from sdlite.bench import machine_load, measure, table
 
@@ -266,6 +268,7 @@ def bench(
     result = measure(pipe, request, load=load, versus=vs, runs=runs)
     print(table(result))
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=1) + "\n")
 
 
