@@ -420,9 +420,10 @@ def test_bench_passes_on_what_was_asked(run: Run, model: StandIn, monkeypatch: p
     monkeypatch.setattr(bench, "measure", measure)
     code, out, _ = run("bench", "--vs", "diffusers", "--runs", 3, "--steps", 2, "-W", 72, "--json", "a.json")
     assert code == 0 and "| one image | 1.5 s |" in out
-    assert asked == [model, Request(prompt="a red apple", steps=2, width=72), {"versus": "diffusers", "runs": 3}]
+    assert asked.pop(2).items() >= {"versus": "diffusers", "runs": 3}.items()
+    assert asked == [model, Request(prompt="a red apple", steps=2, width=72)]
     assert json.loads(Path("a.json").read_text())["rows"][0]["median"] == {"sdlite": 1.5}
-    assert run("bench", "--json", "a.json")[2].startswith("sdlite: error: a.json exists") and len(asked) == 3
+    assert run("bench", "--json", "a.json")[2].startswith("sdlite: error: a.json exists") and len(asked) == 2
 
 
 def test_real_interrupts(tmp_path: Path):

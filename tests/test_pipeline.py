@@ -342,6 +342,11 @@ def test_saved_folder_and_single_file_draw_what_diffusers_draws_from_them(family
     single = diffusers.StableDiffusionPipeline.from_single_file(file, config=str(folder), local_files_only=True)
     expected = [each("a cat", generator=generators(5), **drawing).images[0] for each in (reference, single)]
     assert difference(*expected) <= GREY_LEVEL
+    convert(folder, tmp_path / "half", dtype=torch.float16)
+    rounded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "half", local_files_only=True)
+    from_half = rounded("a cat", generator=generators(5), **drawing).images[0]
+    ours = Pipeline.load(tmp_path / "half")("a cat", seed=5, steps=10, width=64, height=64)[0]
+    assert difference(ours, from_half) <= GREY_LEVEL
     for path in (folder, file):
         loaded = Pipeline.load(path)
         assert loaded.model_hash == load_model(folder).hash

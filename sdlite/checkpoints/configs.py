@@ -202,6 +202,7 @@ def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "model_type": "clip_text_model",
             **text.model_dump(),
             "projection_dim": text.hidden_size,
+            "dtype": "float32",  # else transformers 5 computes in that of the file, and diffusers in float32
         },
         "scheduler/scheduler_config.json": scheduler
         | ({} if schedule.spacing is None else {"timestep_spacing": schedule.spacing}),

@@ -8,7 +8,6 @@ for. One sample in ten has the empty prompt, which guidance needs (Ho and Salima
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -223,13 +222,7 @@ class DenoiserTask(nn.Module):
         shutil.rmtree(folder, ignore_errors=True)
         parts = assembled(text, self.denoiser, codec, config, folder.name, [])
         save_folder(parts, folder, dtype=torch.float16, max_shard_size=SHARD_BYTES)
-        compute_in_float32(folder / "text_encoder" / "config.json")
         write_sums(folder)
-
-
-def compute_in_float32(config: Path) -> None:
-    """Says so in a config of transformers, which would otherwise compute in what is stored, unlike diffusers."""
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def write_sums(folder: Path) -> None:
