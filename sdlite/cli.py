@@ -222,17 +222,10 @@ def convert(
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
     import torch
 
-    from sdlite.checkpoints.load import random_model
-    from sdlite.checkpoints.save import convert, save_folder, save_single_file
-    from sdlite.pipeline import PRESETS
+    from sdlite.checkpoints.save import convert
 
     kind = None if dtype is None else getattr(torch, dtype)
-    if source in PRESETS:
-        parts = random_model(PRESETS[source](**({} if prediction is None else {"prediction": prediction})), seed=0)
-        save = save_single_file if target.suffix == ".safetensors" else save_folder
-        save(parts, target, dtype=kind)
-    else:
-        parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind)
+    parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind)
     for note in parts.notes:
         Report(quiet, False).note(note)
     print(target)

@@ -14,9 +14,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from sdlite.checkpoints.load import ModelParts, load_model, random_model
+from sdlite.checkpoints.load import ModelParts, load_model
 from sdlite.checkpoints.save import save_folder
-from sdlite.config import MAX_SIDE, ModelConfig, Prediction, Request, sd15, sd21, tiny
+from sdlite.config import MAX_SIDE, ModelConfig, Prediction, Request
 from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
@@ -31,7 +31,6 @@ from sdlite.noise import ImageNoise
 from sdlite.schedulers import solver_for
 
 TILED_ABOVE = 1024 * 1024  # pixels from which an image is decoded in tiles, to bound memory
-PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "sd15": sd15, "sd21": sd21}
 Pictures = Sequence[Image | None] | None
 
 
@@ -84,12 +83,7 @@ class Pipeline:
             raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = find_device(device)
         kind = _dtype(dtype, place)
-        name = "tiny" if path is None else str(path)
-        if name in PRESETS:
-            changes = {} if prediction is None else {"prediction": prediction}
-            parts = random_model(PRESETS[name](**changes), seed=0)
-        else:
-            parts = load_model(name, prediction=prediction)
+        parts = load_model("tiny" if path is None else path, prediction=prediction)
         return cls(
             parts.text.to(place, kind),
             parts.denoiser.to(place, kind),

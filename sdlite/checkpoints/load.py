@@ -27,7 +27,7 @@ from sdlite.checkpoints.weights import (
     shapes_of,
     weights_hash,
 )
-from sdlite.config import AutoencoderKLConfig, ModelConfig, Prediction, sd21
+from sdlite.config import AutoencoderKLConfig, ModelConfig, Prediction, sd15, sd21, tiny
 from sdlite.models.codec import LatentCodec
 from sdlite.models.text import TextEncoder, load_tokenizer, text_state_dict
 from sdlite.models.unet import UNet
@@ -36,6 +36,8 @@ T = TypeVar("T")
 UNTRAINED = "untrained (random weights)"
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 OLD_CODEC_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
+
+PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "sd15": sd15, "sd21": sd21}
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,13 @@ def load_model(
 ) -> ModelParts:
     """The model of a diffusers folder, an original .safetensors file or a hub id, in float32 on the CPU.
 
+    "tiny", "sd15" and "sd21" are untrained models of those sizes.
     prediction: overrides what the files say. config: of a single file whose size is not Stable Diffusion's. ema: the
     moving average of the UNet of a single file that has both. Raises CheckpointError with one line.
     """
+    if str(path) in PRESETS:
+        preset = PRESETS[str(path)]
+        return random_model(preset() if prediction is None else preset(prediction=prediction), seed=0)
     location = Path(path)
     if location.is_file():
         return load_single_file(location, open_safetensors(location), prediction=prediction, config=config, ema=ema)
