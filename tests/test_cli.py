@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from sdlite import cli, images
+from sdlite.cli.app import limit_threads
 from sdlite.config import Request
+from sdlite.pipeline import Pipeline
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -70,12 +72,7 @@ class StandIn:
 def model(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
 
-    def load(name: object, device: str, dtype: str, prediction: object, report: cli.Report) -> StandIn:
-        for note in stand_in.notes:
-            report.note(note)
-        return stand_in
-
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: stand_in)
     return stand_in
 
 
@@ -235,7 +232,7 @@ def test_threads_stay_within_the_share_of_a_container(tmp_path: Path, monkeypatc
         torch.set_num_threads(4)
         for share, expected in (("max 100000\n", 4), ("900000 100000\n", 4), ("150000 100000\n", 2), ("1 100000\n", 1)):
             (tmp_path / "cpu.max").write_text(share)
-            cli._limit_threads(tmp_path / "cpu.max")
+            limit_threads(tmp_path / "cpu.max")
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,19 @@
+"""The `sdlite` command. This folder is the only place that reads flags and the environment.
+
+stdout holds the paths of the pictures, or with --json one event per line; notes and the progress bar go to stderr.
+Heavy modules are imported inside the commands, so that `--help` is immediate.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sdlite.cli import draw, learn, models  # noqa: F401  each adds its commands to the app, in the order of --help
+from sdlite.cli.app import run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code; whatever the user got wrong is one line on stderr."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    sys.exit(run(arguments))

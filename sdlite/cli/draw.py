@@ -1,0 +1,223 @@
+"""`sdlite generate` and `sdlite regen`: flags to Requests, Requests to pictures, pictures to files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdlite.cli.app import (
+    INTERRUPTED,
+    AsJson,
+    Device,
+    DType,
+    Force,
+    Model,
+    NoMetadata,
+    Output,
+    Override,
+    Quiet,
+    app,
+    load,
+)
+from sdlite.cli.output import Interrupts, Names, Report, shown
+from sdlite.config import Request, SolverName
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sdlite.images import Recipe
+    from sdlite.pipeline import Pipeline
+
+MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better record
+DEFAULT = Request(prompt="")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw. (word:1.3) and [word] weigh, BREAK splits.")],
+    output: Output = None,
+    model: Model = None,
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt", "-n", help="What to keep out.")] = "",
+    seed: Annotated[
+        int, typer.Option("--seed", "-s", help="Of the first picture; the others count up.")
+    ] = DEFAULT.seed,
+    num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="How many pictures.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, max=64, help="Drawn at the same time.")] = 1,
+    steps: Annotated[int, typer.Option(help="Of the solver.")] = DEFAULT.steps,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance-scale", "--cfg-scale", help="Up to 1: none.")
+    ] = DEFAULT.guidance_scale,
+    guidance_rescale: Annotated[float, typer.Option(help="0 to 1, against washed-out colours.")] = 0.0,
+    solver: Annotated[SolverName, typer.Option(help="How to step from noise to image.")] = DEFAULT.solver,
+    eta: Annotated[float, typer.Option(help="Noise added per step by ddim, 0 to 1.")] = DEFAULT.eta,
+    width: Annotated[int | None, typer.Option("--width", "-W", show_default="the model's")] = None,
+    height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Of --image, repaint what is white here.")] = None,
+    strength: Annotated[float, typer.Option(help="How far to leave --image, 0 to 1.")] = DEFAULT.strength,
+    clip_skip: Annotated[int, typer.Option(help="Text layers left out at the end.")] = DEFAULT.clip_skip,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    prediction: Override = None,
+    contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
+    no_metadata: NoMetadata = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures from a prompt.
+
+    Prints the path of each PNG. Without -o they are named 000000-SEED.png, 000001-SEED.png, ... in this folder; with
+    -o FOLDER in that folder; with -o NAME.png and --num-images above 1, NAME-1.png, NAME-2.png, ... No file is ever
+    replaced without --force. Ctrl-C finishes the picture in hand; a second one stops at once.
+    """
+    fields = {name: value for name, value in locals().items() if name in Request.model_fields}
+    request = Request(**fields | {name: fields[name] and str(fields[name]) for name in ("image", "mask")})
+    requests = [request.replace(seed=seed + i) for i in range(num_images)]
+    names = Names(output, num_images, force)
+    if contact_sheet is not None:
+        _check_sheet(contact_sheet, names, force)
+    sources = {name: _open(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
+    report = Report(quiet, as_json)
+    pipe = load(model, device, dtype, prediction, report)
+    pictures, interrupted = _draw(pipe, requests, sources, names, report, batch_size, not no_metadata)
+    if contact_sheet is not None and pictures:
+        from sdlite.images import contact_sheet as sheet_of, save_png
+
+        labels = [f"seed {request.seed}" for request in requests]
+        contact_sheet.parent.mkdir(parents=True, exist_ok=True)
+        save_png(sheet_of(pictures, labels), contact_sheet, force=force)
+        report.path(contact_sheet, "contact_sheet")
+    report.event("done", images=len(pictures), interrupted=interrupted)
+    raise typer.Exit(INTERRUPTED if interrupted else 0)
+
+
+@app.command()
+def regen(
+    picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that sdlite drew.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Draw with this instead, e.g. steps=50.")
+    ] = None,
+    output: Output = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    prediction: Override = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Draw although the model or a source picture is not the recorded one.")
+    ] = False,
+    no_metadata: NoMetadata = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a picture again from its metadata.
+
+    --set takes any field of the request (`sdlite info IMAGE` lists them); "none" clears width, height, image or mask.
+    A picture that was started from another needs that one again: --set image=FILE, checked by its pixels.
+    """
+    from sdlite.images import largest_difference, open_image, read_metadata
+
+    recipe = read_metadata(picture)
+    changed = dict(_pair(change) for change in changes or ())
+    sources = {
+        name: _open(Path(path)) for name, path in changed.items() if name in ("image", "mask") and path is not None
+    }
+    request = _regenerated(picture, recipe, changed, sources, anyway)
+    names, report = Names(output, 1, force), Report(quiet, as_json)
+    pipe = load(model, device, dtype, prediction or recipe.prediction, report)
+    if pipe.model_hash != recipe.model_hash and not anyway:
+        raise ValueError(
+            f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "
+            f"({pipe.model_hash[:10]}); give the first with --model, or add --anyway"
+        )
+    pictures, interrupted = _draw(pipe, [request], sources, names, report, 1, not no_metadata)
+    if not set(changed) - {"image", "mask"}:
+        difference = largest_difference(pictures[0], open_image(picture))
+        report.event("compared", largest_difference=difference)
+        hint = "from another device, --dtype, --prediction or version" if difference > 1 else "which is rounding"
+        differs = f"differs from {picture} by up to {difference} of 255, {hint}; `sdlite info {picture}` says more"
+        report.note(differs if difference else f"same as {picture}")
+    report.event("done", images=1, interrupted=interrupted)
+    raise typer.Exit(INTERRUPTED if interrupted else 0)
+
+
+def _check_sheet(sheet: Path, names: Names, force: bool) -> None:
+    if Names(str(sheet), 1, force).paths != [sheet]:
+        raise ValueError(f"--contact-sheet={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
+    if sheet.absolute() in [path.absolute() for path in names.paths]:
+        raise ValueError(f"--contact-sheet={sheet} is where a picture goes; give it another name")
+
+
+def _open(path: Path) -> "Image":
+    from sdlite.images import open_image
+
+    return open_image(path)
+
+
+def _draw(
+    pipe: "Pipeline",
+    requests: Sequence[Request],
+    sources: dict[str, "Image"],
+    names: Names,
+    report: Report,
+    batch_size: int,
+    with_metadata: bool,
+) -> tuple[list["Image"], bool]:
+    """Draws and saves, batch by batch; the pictures, and whether Ctrl-C ended it."""
+    from sdlite.images import digest
+
+    digests = {name: digest(source) for name, source in sources.items()}
+    requests = [pipe.resolve(request.replace(**digests), sources.get("image")) for request in requests]
+    report.event(
+        "start", model=pipe.name, model_hash=pipe.model_hash, images=len(requests), request=requests[0].model_dump()
+    )
+    pictures: list[Image] = []
+    evaluations = pipe.num_evaluations(requests[0])
+    bar = report.bar()
+    task = bar.add_task("", total=evaluations * -(-len(requests) // batch_size))
+    with Interrupts() as interrupts:
+        for first in range(0, len(requests), batch_size):
+            batch = requests[first : first + batch_size]
+            bar.update(task, description=f"picture {first + 1}/{len(requests)}")
+            given = {f"{name}s": [source] * len(batch) for name, source in sources.items()}
+            with bar:  # gone while a path is printed
+                for i, x_t in enumerate(pipe.sample_latents(batch, **given)):
+                    latents = x_t
+                    bar.advance(task)
+                    report.event("step", image=first, step=i + 1, of=evaluations)
+                drawn = pipe.decode(latents, batch)
+            for picture, request in zip(drawn, batch, strict=True):
+                path = names.save(picture, len(pictures), request.seed, with_metadata)
+                pictures.append(picture)
+                report.path(path, seed=request.seed)
+            if interrupts.asked:
+                break
+    return pictures, interrupts.asked
+
+
+def _pair(change: str) -> tuple[str, str | None]:
+    """key=value; "none" clears a field that may be empty."""
+    key, equals, value = change.partition("=")
+    if not equals:
+        raise ValueError(f"--set {change} must be KEY=VALUE, e.g. --set steps=50")
+    clears = value == "none" and key in ("width", "height", "image", "mask")
+    return key.strip().replace("-", "_"), None if clears else value
+
+
+def _regenerated(
+    picture: Path, recipe: "Recipe", changed: dict[str, str | None], sources: dict[str, "Image"], anyway: bool
+) -> Request:
+    """The recorded request with the changes, its source pictures held against their digests."""
+    from sdlite.images import digest
+
+    for name in ("image", "mask"):
+        recorded = getattr(recipe.request, name)
+        if recorded is not None and name not in changed:
+            raise ValueError(
+                f"{picture} was drawn from another {name} ({recorded[:17]}); give it with --set {name}=FILE"
+            )
+        if recorded is not None and name in sources and digest(sources[name]) != recorded and not anyway:
+            raise ValueError(f"--set {name}={changed[name]}: not the recorded one ({recorded[:17]}); or add --anyway")
+    return recipe.request.replace(**changed)

@@ -1,0 +1,70 @@
+"""`sdlite data`, `sdlite train` and `sdlite evaluate`: the commands that make a model."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sdlite.cli.app import app, limit_threads
+
+
+@app.command()
+def data(
+    kind: Annotated[Literal["emoji"], typer.Argument(help="What the model that ships is trained on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
+    sources: Annotated[Path | None, typer.Option(help="Folder with the packages, to fetch nothing.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels, 64 to 512.")] = 128,
+    style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+) -> None:
+    """Make a data folder out of open packages, from npm, PyPI and Debian."""
+    from sdlite.train.emoji import make
+
+    counts = make(output, sources=sources, size=size, styles=style or ())
+    print(", ".join(f"{split} {count}" for split, count in counts.items()))
+
+
+@app.command()
+def train(
+    stage: Annotated[Literal["codec", "text", "denoiser"], typer.Argument(help="In this order.")],
+    folder: Annotated[Path, typer.Option("--data", help="What `sdlite data` made, or pictures with metadata.jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Of the run; one that is there is resumed.")],
+    minutes: Annotated[float | None, typer.Option(help="Budget of this call.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Length of the whole run.")] = None,
+    codec: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
+    text: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="For text: folder of a sentence encoder.")] = None,
+    style: Annotated[list[str] | None, typer.Option(help="For the denoiser: only this one; may be repeated.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    decay: Annotated[Literal["constant", "cosine"] | None, typer.Option(help="cosine needs --samples.")] = None,
+    precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of autocast.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and noise.")] = None,
+) -> None:
+    """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made."""
+    from sdlite.train.stages import train as run
+
+    limit_threads()
+    options = {
+        name: value
+        for name, value in locals().items()
+        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed")
+    }
+    run(stage, folder, output, codec=codec, text=text, teacher=teacher, styles=style or (), options=options)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="What --model takes elsewhere.")],
+    folder: Annotated[Path, typer.Option("--data", help="Data folder that the model was trained on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report and its judge.")],
+    pictures: Annotated[int, typer.Option(min=8, max=10_000, help="Held-out pairs to draw.")] = 100,
+    minutes: Annotated[float, typer.Option(help="To train the judge, where OUTPUT has none.")] = 10.0,
+    steps: Annotated[int, typer.Option(help="Of the solver.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Up to 1: none.")] = 3.0,
+) -> None:
+    """Measure what a model draws against held-out pictures, with a judge that has never seen it draw."""
+    from sdlite.train.evaluate import evaluate as run
+
+    limit_threads()
+    fields = {"steps": steps, "guidance_scale": guidance_scale}
+    print(run(model, folder, output, pictures=pictures, minutes=minutes, fields=fields))

@@ -1,0 +1,121 @@
+"""`sdlite info`, `sdlite convert` and `sdlite bench`: what a picture or a model is, another form of it, its speed."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sdlite.cli.app import AsJson, Device, DType, DTypeName, Force, Model, Override, Quiet, app, load
+from sdlite.cli.output import Report, check_free, shown
+from sdlite.config import Request
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
+
+
+@app.command()
+def info(
+    subject: Annotated[str, typer.Argument(metavar="IMAGE|MODEL", help="A picture, or what --model takes.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how a picture was drawn, or what a model consists of."""
+    facts = _picture_facts(subject) if Path(subject).suffix.lower() in PICTURES else _model_facts(subject)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    rows = {key: value for group in facts.values() for key, value in group.items() if value not in (None, "")}
+    margin = max(map(len, rows), default=0) + 2
+    for key, value in rows.items():
+        print(f"{shown(key):{margin}}" + shown(str(value)).replace("\n", "\n" + " " * margin))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="What --model takes, or an old .ckpt.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="NAME.safetensors for one file, else a new folder.")],
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read a .ckpt, whose maker you trust: a pickle can carry code.")
+    ] = False,
+    prediction: Override = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged UNet of a single file that has both.")] = False,
+    dtype: Annotated[DTypeName | None, typer.Option(show_default="as in SRC")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model in the other form: a folder as diffusers has it, or one file in the original layout.
+
+    Prints DST. Nothing is replaced: DST must not exist, or be an empty folder.
+    """
+    check_free([target], force=True)
+    if target.suffix.lower() in NOT_WRITTEN:
+        raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
+    import torch
+
+    from sdlite.checkpoints.save import convert
+
+    kind = None if dtype is None else getattr(torch, dtype)
+    parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind)
+    for note in parts.notes:
+        Report(quiet, False).note(note)
+    print(target)
+
+
+@app.command()
+def bench(
+    prompt: Annotated[str, typer.Argument(help="What to draw; a running number is added.")] = "a red apple",
+    model: Model = None,
+    vs: Annotated[Literal["diffusers"] | None, typer.Option(help="Measure it on the same weights too.")] = None,
+    runs: Annotated[int, typer.Option(min=1, max=1000, help="Timings of each side, in turn.")] = 5,
+    steps: Annotated[int, typer.Option(help="Of the whole image.")] = 10,
+    width: Annotated[int | None, typer.Option("--width", "-W", show_default="the model's")] = None,
+    height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every timing to this file.")] = None,
+    force: Force = False,
+) -> None:
+    """Measure one UNet evaluation, one image, peak memory and cold start.
+
+    Prints a Markdown table, as ratios with --vs, that says so when the machine was too busy for them to be quoted.
+    """
+    request = Request(prompt=prompt, steps=steps, width=width, height=height)
+    if json_file is not None:
+        if json_file.is_dir():
+            raise ValueError(f"--json={json_file} must be a file, e.g. {json_file / 'bench.json'}")
+        check_free([json_file], force)
+    from sdlite.bench import machine_load, measure, table
+
+    busy = machine_load()
+    pipe = load(model, device, dtype, None, Report(False, False))
+    result = measure(pipe, request, load=busy, versus=vs, runs=runs)
+    print(table(result))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
+    from sdlite.images import read_metadata, read_texts
+
+    texts = read_texts(path)
+    if "sdlite" not in texts and "parameters" in texts:
+        return {"picture": {"parameters": texts["parameters"]}}
+    recipe = read_metadata(path)
+    return {
+        "model": {"model": recipe.model, "model_hash": recipe.model_hash, "prediction": recipe.prediction},
+        "request": recipe.request.model_dump(),
+        "versions": {str(name): found for name, found in recipe.versions.items()},
+    }
+
+
+def _model_facts(name: str) -> dict[str, dict[str, Any]]:
+    pipe = load(name, "cpu", "float32", None, Report(False, False))
+    parts: dict[str, Any] = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
+    counts = {f"parameters of {part}": sum(p.numel() for p in parts[part].parameters()) for part in parts}
+    width, height = pipe.default_size
+    kind = type(pipe.denoiser).__name__
+    return {
+        "model": {"model": pipe.name, "model_hash": pipe.model_hash, "draws": f"{width}x{height}", "denoiser": kind},
+        "parts": {"prediction": pipe.denoiser.prediction} | counts,
+        "schedule": pipe.schedule.config.model_dump(),
+    }
