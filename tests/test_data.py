@@ -1,6 +1,9 @@
 """Data: names, splits, copies, the folder, and what compositions show, on drawings made here."""
 
+import io
 import json
+import lzma
+import tarfile
 
 import numpy as np
 import pytest
@@ -100,6 +103,60 @@ def test_wrong_folders_say_what_to_do(tmp_path):
         make(tmp_path / "new", size=32)
     with pytest.raises(ValueError, match="style 'cubist' is not known; choose from: noto"):
         make(tmp_path / "new", styles=["cubist"])
+
+
+def packed(path, files, mode="w:gz"):
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Archives as npm and Debian give them, with four drawings of one style."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    labels = ["red apple", "banana", "cloud", "flag: Japan"]
+    rows = [{"hexcode": f"1F34{i}", "label": label, "tags": ["thing"]} for i, label in enumerate(labels)]
+    packed(folder / "emojibase-data-17.0.0.tgz", {"package/en/data.json": json.dumps(rows).encode()})
+    shapes = ["<circle cx='8' cy='8' r='{}'/>", "<rect width='{}' height='3'/>", "<rect width='3' height='{}'/>"] * 2
+    bodies = dict(zip(["red-apple", "banana", "cloud", "flag-japan"], shapes, strict=False))
+    icons = {name: {"body": body.format(5 + i)} for i, (name, body) in enumerate(bodies.items())}
+    set_ = json.dumps({"icons": icons, "width": 16, "height": 16}).encode()
+    packed(folder / "iconify-json-noto-1.2.9.tgz", {"package/icons.json": set_})
+    nouns = b'00000001 13 n 02 apple 0 edible_fruit 0 000 | a fruit; "an apple"\n00000002 12 n 01 joy 0 000 | no\n'
+    packed(data_tar := tmp_path / "data.tar", {"./usr/share/wordnet/data.noun": nouns}, "w")
+    data = lzma.compress(data_tar.read_bytes())
+    header = f"{'data.tar.xz/':16}{0:<12}{0:<6}{0:<6}{'100644':8}{len(data):<10}`\n".encode()
+    (folder / "wordnet-base_3.0-37_all.deb").write_bytes(b"!<arch>\n" + header + data)
+    return folder
+
+
+def test_packages_become_a_folder(tmp_path, packages):
+    counts = make(tmp_path / "all", sources=packages, size=64, styles=["noto"])
+    assert sum(counts.values()) == 3  # no flags
+    assert (tmp_path / "all" / "phrases.txt").read_text().split("\n") == ["apple", "edible fruit", "a fruit", ""]
+    assert "| @iconify-json/noto 1.2.9 |" in (tmp_path / "all" / "README.md").read_text()
+
+    make(tmp_path / "one", sources=packages, size=64, styles=["noto"], concepts=["red apple"])
+    (apple,) = read_records(tmp_path / "one")
+    assert (apple["text"], apple["keywords"], apple["licence"]) == ("red apple, noto style", ["thing"], "Apache-2.0")
+    alpha = load_pixels(tmp_path / "one", [apple], 64)[0, 3]
+    assert alpha[32, 32] == 255 and alpha[2, 2] == 0  # the circle
+    with pytest.raises(ValueError, match="concept 'aple' is not known"):
+        make(tmp_path / "none", sources=packages, styles=["noto"], concepts=["aple"])
+
+
+def test_hugging_face_datasets_loads_the_folder(tmp_path, packages, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # before the import, which reads it
+    import datasets
+
+    make(tmp_path / "emoji", sources=packages, size=64, styles=["noto"])
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "emoji"), cache_dir=str(tmp_path / "cache"))
+    (apple,) = (row for row in loaded["train"] if row["concept"] == "red apple")
+    assert apple["image"].size == (64, 64) and apple["text"] == "red apple, noto style"
 
 
 def test_without_its_client_a_package_is_asked_for(tmp_path, monkeypatch):

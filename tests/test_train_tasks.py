@@ -47,8 +47,6 @@ def brief(**changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Raw SVGs to a data folder; the green box is held out."""
-    resvg = pytest.importorskip("resvg_py")
-    assert resvg
     from sdlite.train.emoji import _svg, render_svg
 
     out = tmp_path_factory.mktemp("data")

@@ -15,11 +15,14 @@ def data(
     sources: Annotated[Path | None, typer.Option(help="Folder with the packages, to fetch nothing.")] = None,
     size: Annotated[int, typer.Option(help="Pixels, 64 to 512.")] = 128,
     style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    concepts: Annotated[Path | None, typer.Option(help="Text file: only these, a name a line.")] = None,
 ) -> None:
     """Make a data folder out of open packages, from npm, PyPI and Debian."""
     from sdlite.train.emoji import make
 
-    counts = make(output, sources=sources, size=size, styles=style or ())
+    names = [] if concepts is None else concepts.read_text(encoding="utf-8").split("\n")
+    chosen = {name.strip() for name in names} - {""}
+    counts = make(output, sources=sources, size=size, styles=style or (), concepts=chosen)
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
 
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +207,9 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def collect(folder: Path, size: int, styles: Iterable[str]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+def collect(
+    folder: Path, size: int, styles: Iterable[str], concepts: Collection[str] = ()
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """Records and pictures of all sources, one of each concept and style, with split; near copies left out."""
     names = read_names(folder)
     records: dict[str, dict[str, Any]] = {}
@@ -216,7 +218,7 @@ def collect(folder: Path, size: int, styles: Iterable[str]) -> tuple[list[dict[s
         for icon in read_icons(folder, source) if source.style in set(styles) - {""} else ():
             concept = concept_of(icon.name, names)
             key = re.sub(r"[^a-z0-9]+", "-", f"{source.style}-{concept}")
-            if concept is None or key in records:
+            if concept is None or key in records or (concepts and concept not in concepts):
                 continue
             picture = icon.draw(size)
             if (np.asarray(picture)[..., 3] > 0).mean() < EMPTY:
@@ -317,11 +319,18 @@ def _debian_data(package: Path) -> bytes:
     raise ValueError(f"{package} holds no data.tar; download it again")
 
 
-def make(folder: Path, *, sources: Path | None = None, size: int = 128, styles: Iterable[str] = ()) -> Counter[str]:
+def make(
+    folder: Path,
+    *,
+    sources: Path | None = None,
+    size: int = 128,
+    styles: Iterable[str] = (),
+    concepts: Collection[str] = (),
+) -> Counter[str]:
     """Makes the data folder; the number of pictures of each split.
 
-    sources: archives that are already there, for use without a network. styles: fewer than all.
-    Raises ValueError for a size outside of 64-512, an unknown style, and a folder that is not empty.
+    sources: archives that are already there, for use without a network. styles, concepts: fewer than all.
+    Raises ValueError for a size outside of 64-512, an unknown style or concept, and a folder that is not empty.
     """
     known = [source.style for source in SOURCES if source.style]
     chosen = list(styles) or known
@@ -334,7 +343,9 @@ def make(folder: Path, *, sources: Path | None = None, size: int = 128, styles: 
     if sources is None:
         sources = folder / "sources"
         fetch(sources)
-    records, pictures = collect(sources, size, chosen)
+    if unknown := set(concepts) - set(read_names(sources).keywords):
+        raise ValueError(f"concept {min(unknown)!r} is not known; concepts are Unicode's English names of emoji")
+    records, pictures = collect(sources, size, chosen, concepts)
     phrases = wordnet_phrases(sources)
     counts = write(folder, records, pictures)
     (folder / "README.md").write_text(card(records), encoding="utf-8")
