@@ -1,7 +1,8 @@
 """Records: what to draw (`Request`) and what a model is made of (`ModelConfig` and its parts).
 
 All are frozen and refuse unknown fields, and every error is one line that names the field, the value and the rule.
-Configs name choices of architecture, never code paths. Presets are functions: `sd15()`, `sd21()`, `tiny()`.
+Configs name choices of architecture, never code paths. Presets are functions: `sd15()`, `sd21()`, `tiny()`,
+`tiny_dit()`.
 """
 
 from difflib import get_close_matches
@@ -128,6 +129,44 @@ class UNetConfig(Record):
         return self
 
 
+class DiTConfig(Record):
+    """The Diffusion Transformer (Peebles and Xie 2023; Chen et al. 2023), in the terms of PixArtTransformer2DModel.
+
+    patch_size: latent cells along each side of a token. width: of a token. depth: number of blocks. context_dim: width
+    of text features. sample_size: side in latent cells whose positions count in single tokens; at another size they
+    are stretched to the same span.
+    """
+
+    in_channels: Channels = 4
+    out_channels: Channels = 4
+    patch_size: int = Field(2, ge=1, le=64)
+    width: Channels
+    depth: int = Field(ge=1, le=128)
+    num_heads: Channels
+    context_dim: Channels
+    sample_size: int = Field(64, ge=1, le=1024)
+    prediction: Prediction = "epsilon"
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(
+                f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4, for a sine and a "
+                "cosine of row and column"
+            )
+        if self.sample_size % self.patch_size:
+            raise ValueError(f"sample_size={self.sample_size} must be a multiple of patch_size={self.patch_size}")
+        return self
+
+    @property
+    def position_shrink(self) -> int:
+        """Divides positions, so that models of more than 64 latent cells span what smaller ones do (PixArt-alpha)."""
+        return max(self.sample_size // 64, 1)
+
+
+DenoiserConfig = UNetConfig | DiTConfig
+
+
 class ScheduleConfig(Record):
     """Noise schedule and timestep grid; the defaults are Stable Diffusion's.
 
@@ -211,11 +250,17 @@ CodecConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 class ModelConfig(Record):
     """A whole model. sample_size: the side in latent cells at which it draws unless told otherwise."""
 
-    denoiser: UNetConfig
+    denoiser: DenoiserConfig
     schedule: ScheduleConfig
     text: TextConfig
     codec: CodecConfig
     sample_size: int = Field(64, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if isinstance(self.denoiser, DiTConfig) and self.denoiser.sample_size != self.sample_size:
+            raise ValueError(f"sample_size={self.sample_size} must be the DiT's, {self.denoiser.sample_size}")
+        return self
 
 
 def sd15(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
@@ -273,3 +318,18 @@ def tiny(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfi
         codec=AutoencoderKLConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
         sample_size=8,
     )
+
+
+def tiny_dit(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
+    """`tiny` with a Transformer in the UNet's place."""
+    base = tiny(in_channels, prediction)
+    denoiser = DiTConfig(
+        in_channels=in_channels,
+        width=48,
+        depth=2,
+        num_heads=3,
+        context_dim=base.text.hidden_size,
+        sample_size=base.sample_size,
+        prediction=prediction,
+    )
+    return base.replace(denoiser=denoiser)

@@ -25,8 +25,8 @@ from sdlite.images import digest, metadata, to_pil
 from sdlite.initial import Job, begin, first_step
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
+from sdlite.models.networks import Network
 from sdlite.models.text import TextEncoder
-from sdlite.models.unet import UNet
 from sdlite.noise import ImageNoise
 from sdlite.schedulers import solver_for
 
@@ -58,8 +58,10 @@ class Pipeline:
         self.codec = codec
         self.schedule = schedule
         self.sample_size = sample_size
-        channels = denoiser.config.in_channels if isinstance(denoiser, UNet) else 0
+        config = denoiser.config if isinstance(denoiser, Network) else None
+        channels = 0 if config is None else config.in_channels
         self.inpainting = channels > codec.config.latent_channels  # wants mask and masked image as further channels
+        self.size_unit = codec.factor * getattr(config, "patch_size", 1)  # pixels; sides are multiples of it
         self.name = name
         self.model_hash = model_hash
         self.notes = tuple(notes)
@@ -73,7 +75,8 @@ class Pipeline:
         dtype: str = "auto",
         prediction: Prediction | None = None,
     ) -> Self:
-        """The model of a diffusers folder, an original single file or a hub id; "tiny", "sd15", "sd21" are untrained.
+        """The model of a diffusers folder, an original single file or a hub id; or an untrained "tiny",
+        "tiny-dit", "sd15" or "sd21".
 
         device: "auto" takes a GPU if there is one. dtype: of text encoder and denoiser; "auto" is float32 on a CPU and
         float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or what is guessed.
@@ -96,11 +99,11 @@ class Pipeline:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model as a folder that this class and diffusers' StableDiffusionPipeline load.
+        """Writes the model as a folder that this class and diffusers' StableDiffusionPipeline load, which has no DiT.
 
         In the dtype it was loaded in: float16 rounds the weights, and the copy then has another hash.
         """
-        if not isinstance(self.denoiser, UNet):
+        if not isinstance(self.denoiser, Network):
             raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
         config = ModelConfig(
             denoiser=self.denoiser.config,
@@ -247,16 +250,17 @@ class Pipeline:
         """
         if self.inpainting and request.mask is None:
             raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
-        factor = self.codec.factor
-        cut = [min(side // factor * factor or factor, MAX_SIDE) for side in image.size] if image else self.default_size
+        unit = self.size_unit
+        cut = [min(side // unit * unit or unit, MAX_SIDE) for side in image.size] if image else self.default_size
         width = cut[0] if request.width is None else request.width
         height = cut[1] if request.height is None else request.height
         for name, side in (("width", width), ("height", height)):
-            if side % factor:
-                lower = side // factor * factor
+            if side % unit:
+                lower, patch = side // unit * unit, unit // self.codec.factor
+                cells = f" and the DiT's patches have {patch} cells a side" if patch > 1 else ""
                 raise ValueError(
-                    f"{name}={side} must be a multiple of {factor}, by which the codec shrinks images; "
-                    f"use {f'{lower} or ' if lower else ''}{lower + factor}"
+                    f"{name}={side} must be a multiple of {unit}, as the codec shrinks images by {self.codec.factor}"
+                    f"{cells}; use {f'{lower} or ' if lower else ''}{lower + unit}"
                 )
         return request.replace(width=width, height=height)
 

@@ -9,10 +9,26 @@ import pytest
 from transformers import CLIPTextConfig
 
 from sdlite.checkpoints import configs
-from sdlite.checkpoints.configs import codec_config, schedule_config, text_config, to_diffusers, unet_config
-from sdlite.checkpoints.known_keys import KL_MAPPED, SCHEDULE_MAPPED, SCHEDULERS, TEXT_MAPPED, TINY_MAPPED, UNET_MAPPED
+from sdlite.checkpoints.configs import (
+    codec_config,
+    denoiser_config,
+    dit_config,
+    schedule_config,
+    text_config,
+    to_diffusers,
+    unet_config,
+)
+from sdlite.checkpoints.known_keys import (
+    DIT_MAPPED,
+    KL_MAPPED,
+    SCHEDULE_MAPPED,
+    SCHEDULERS,
+    TEXT_MAPPED,
+    TINY_MAPPED,
+    UNET_MAPPED,
+)
 from sdlite.checkpoints.weights import CheckpointError
-from sdlite.config import AutoencoderTinyConfig, ModelConfig, sd15, sd21, tiny
+from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, sd15, sd21, tiny, tiny_dit
 
 IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 
@@ -47,6 +63,30 @@ SD21_UNET = SD15_UNET | {
     "only_cross_attention": False,
     "upcast_attention": True,
     "sample_size": 96,
+}
+DIT: dict[str, Any] = {  # transformer/config.json of PixArt-alpha at 512 pixels, as diffusers writes it
+    "_class_name": "PixArtTransformer2DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 72,
+    "attention_type": "default",
+    "caption_channels": 4096,
+    "cross_attention_dim": 1152,
+    "dropout": 0.0,
+    "in_channels": 4,
+    "interpolation_scale": None,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "norm_type": "ada_norm_single",
+    "num_attention_heads": 16,
+    "num_embeds_ada_norm": 1000,
+    "num_layers": 28,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 64,
+    "upcast_attention": False,
+    "use_additional_conditions": False,
 }
 SD15_VAE = {
     "_class_name": "AutoencoderKL",
@@ -108,6 +148,11 @@ def test_published_configs_are_the_presets():
     assert text_config(SD15_TEXT, IDS, "") == sd1.text
     assert schedule_config(SD15_SCHEDULER, "") == (sd1.schedule, None, [])
     assert configs.sample_size(SD21_UNET, "") == 96
+    dit = DiTConfig(width=1152, depth=28, num_heads=16, context_dim=4096, out_channels=8)
+    assert dit_config(DIT, "epsilon", "") == dit
+    assert dit_config(DIT | {"sample_size": 128, "interpolation_scale": 2}, "v", "") == dit.replace(
+        sample_size=128, prediction="v"
+    )
 
 
 def defaults(kind: str) -> dict[str, Any]:
@@ -117,7 +162,8 @@ def defaults(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "mapped"),
-    [("UNet2DConditionModel", UNET_MAPPED), ("AutoencoderKL", KL_MAPPED), ("AutoencoderTiny", TINY_MAPPED)]
+    [("UNet2DConditionModel", UNET_MAPPED), ("PixArtTransformer2DModel", DIT_MAPPED)]
+    + [("AutoencoderKL", KL_MAPPED), ("AutoencoderTiny", TINY_MAPPED)]
     + [(name, SCHEDULE_MAPPED | changes) for name, changes in SCHEDULERS.items() if name != "DPMSolverSDEScheduler"],
 )
 def test_missing_keys_have_the_defaults_of_diffusers(kind: str, mapped: dict[str, Any]):
@@ -132,7 +178,10 @@ def test_text_defaults_are_those_of_transformers():
     assert {key: getattr(theirs, key) for key in TEXT_MAPPED} == TEXT_MAPPED
 
 
-@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "CLIPTextConfig"])
+@pytest.mark.parametrize(
+    "kind",
+    ["UNet2DConditionModel", "PixArtTransformer2DModel", "AutoencoderKL", "AutoencoderTiny", "CLIPTextConfig"],
+)
 def test_every_key_of_the_libraries_is_known(kind: str):
     """A config that the installed libraries write with their defaults is understood."""
     if kind == "CLIPTextConfig":
@@ -140,22 +189,27 @@ def test_every_key_of_the_libraries_is_known(kind: str):
         text_config(config, IDS, "")
     elif kind == "UNet2DConditionModel":
         unet_config({k: v for k, v in defaults(kind).items() if k != "self"}, "epsilon", "")
+    elif kind == "PixArtTransformer2DModel":  # whose defaults have no caption projection, but resolution conditions
+        needed = {"caption_channels": 8, "use_additional_conditions": False}
+        dit_config({k: v for k, v in defaults(kind).items() if k != "self"} | needed, "epsilon", "")
     else:
         codec_config({k: v for k, v in defaults(kind).items() if k != "self"} | {"_class_name": kind}, "")
 
 
-@pytest.mark.parametrize("config", [sd15(), sd21(), sd15(9), tiny(), sd21(prediction="epsilon")])
+@pytest.mark.parametrize("config", [sd15(), sd21(), sd15(9), tiny(), sd21(prediction="epsilon"), tiny_dit(9, "v")])
 def test_round_trip(config: ModelConfig):
     files = json.loads(json.dumps(to_diffusers(config)))
     schedule, prediction, unknown = schedule_config(files["scheduler/scheduler_config.json"], "")
     ids = {key: getattr(config.text, key) for key in IDS}
     assert not unknown and prediction is not None
+    part = "transformer" if isinstance(config.denoiser, DiTConfig) else "unet"
+    denoiser, sample_size = denoiser_config(part, files[f"{part}/config.json"], prediction, "")
     assert config == ModelConfig(
-        denoiser=unet_config(files["unet/config.json"], prediction, ""),
+        denoiser=denoiser,
         schedule=schedule,
         text=text_config(files["text_encoder/config.json"], ids, ""),
         codec=codec_config(files["vae/config.json"], ""),
-        sample_size=configs.sample_size(files["unet/config.json"], ""),
+        sample_size=sample_size,
     )
     configs.check_model_index(files["model_index.json"], "")
 
@@ -199,6 +253,40 @@ def test_refused_unets(changes: dict[str, Any], message: str):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil/repo--model.Model"}}, "auto_map.* asks for code"),
+        ({"attn_implementation": "evil/kernels"}, "asks for code"),
+        ({"_class_name": "UNet2DConditionModel"}, "_class_name='UNet2DConditionModel' is not supported"),
+        ({"norm_type": "ada_norm_zero"}, "norm_type='ada_norm_zero'"),
+        ({"attention_bias": False}, "attention_bias=False"),
+        ({"activation_fn": "geglu"}, "activation_fn='geglu'"),
+        ({"norm_eps": 1e-5}, "norm_eps=1e-05"),
+        ({"use_additional_conditions": True}, "use_additional_conditions=True is not supported"),
+        ({"sample_size": 128, "use_additional_conditions": None}, "use_additional_conditions=None is not supported"),
+        ({"interpolation_scale": 2}, "interpolation_scale=2 is not supported"),
+        ({"interpolation_scale": float("nan")}, "interpolation_scale=nan"),
+        ({"cross_attention_dim": 768}, "cross_attention_dim=768 is not supported; sdlite implements 1152"),
+        ({"caption_channels": None}, "context_dim=None"),
+        ({"num_attention_heads": "16"}, "num_attention_heads='16'"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads=1000000000"),
+        ({"attention_head_dim": [72, 72]}, "attention_head_dim="),
+        ({"attention_head_dim": 8000, "num_attention_heads": 8000}, "width=64000000"),
+        ({"num_layers": 10**6}, "depth=1000000"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"patch_size": 3}, "sample_size=64 must be a multiple of patch_size=3"),
+        ({"sample_size": [64, 64]}, "sample_size="),
+        ({"sample_size": 10**9}, "sample_size=1000000000"),
+        ({"layers": 2}, "unknown key 'layers'=2"),
+    ],
+)
+def test_refused_transformers(changes: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message) as error:
+        dit_config(DIT | changes, "epsilon", "transformer/config.json")
+    assert "\n" not in str(error.value) and str(error.value).startswith("transformer/config.json: ")
+
+
+@pytest.mark.parametrize(
     "changes",
     [{"_attn_implementation_autoset": True}, {"_attn_implementation": "sdpa"}, {"trust_remote_code": False}],
 )
@@ -226,6 +314,22 @@ def test_inert_hooks_are_left_alone(changes: dict[str, Any]):
         (lambda c: schedule_config(c, "x"), SD15_SCHEDULER | {"auto_map": "evil"}, "asks for code"),
         (lambda c: configs.check_model_index(c, "x"), {"_class_name": "StableDiffusionXLPipeline"}, "XL"),
         (lambda c: configs.check_model_index(c, "x"), {"unet": ["evil", "UNet2DConditionModel"]}, "unet="),
+        (lambda c: configs.check_model_index(c, "x"), {"_class_name": "SdlitePipeline"}, "SdlitePipeline"),
+        (
+            lambda c: configs.check_model_index(c, "x"),
+            {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]},
+            "PixArtAlphaPipeline' is not supported; sdlite implements SdlitePipeline",
+        ),
+        (
+            lambda c: configs.check_model_index(c, "x"),
+            {"unet": ["diffusers", "UNet2DConditionModel"], "transformer": ["diffusers", "PixArtTransformer2DModel"]},
+            "not both",
+        ),
+        (
+            lambda c: configs.check_model_index(c, "x"),
+            {"transformer": ["diffusers", "FluxTransformer2DModel"]},
+            "transformer=",
+        ),
         (lambda c: configs.check_model_index(c, "x"), {"custom_pipelines": "evil"}, "asks for code"),
         (lambda c: configs.check_model_index(c, "x"), {"text_encoder_2": [None, None]}, "unknown part"),
         (lambda c: configs.sample_size(c, "x"), {"sample_size": 10**6}, "sample_size"),

@@ -23,10 +23,11 @@ from sdlite.checkpoints import hub, load, single_file, weights
 from sdlite.checkpoints.load import CheckpointError, ModelParts, load_model, random_model
 from sdlite.checkpoints.save import save_folder, save_single_file
 from sdlite.checkpoints.weights import Weights, open_safetensors, read_json, read_safetensors
-from sdlite.config import sd15, sd21, tiny
+from sdlite.config import sd15, sd21, tiny, tiny_dit
 
 PART_FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
 }
@@ -70,6 +71,15 @@ def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture
+def holder(part: str, folder: Path, tmp_path: Path) -> Path:
+    """A folder that has the part of the test."""
+    if part != "transformer":
+        return folder
+    save_folder(random_model(tiny_dit(), seed=0), tmp_path / "dit")
+    return tmp_path / "dit"
 
 
 def refused(path: Path | str, message: str, **options: Any) -> str:
@@ -212,13 +222,13 @@ def test_pickles_never_run(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("part", PART_FILES)
-def test_pickles_in_folders(part: str, folder: Path):
-    file = folder / PART_FILES[part]
-    file.write_bytes(pickle.dumps(Gadget(folder / "ran")))
-    refused(folder, "is a pickle")
+def test_pickles_in_folders(part: str, holder: Path):
+    file = holder / PART_FILES[part]
+    file.write_bytes(pickle.dumps(Gadget(holder / "ran")))
+    refused(holder, "is a pickle")
     file.rename(file.with_suffix(".bin"))
-    refused(folder, f"{part} has its weights as a pickle")
-    assert not (folder / "ran").exists()
+    refused(holder, f"{part} has its weights as a pickle")
+    assert not (holder / "ran").exists()
 
 
 def changed(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -229,29 +239,29 @@ def changed(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Non
 
 @pytest.mark.usefixtures("one_tokenizer")
 @pytest.mark.parametrize("part", PART_FILES)
-def test_wrong_tensors(part: str, folder: Path):
-    path = folder / PART_FILES[part]
+def test_wrong_tensors(part: str, holder: Path):
+    path = holder / PART_FILES[part]
     good = path.read_bytes()
     names = sorted(load_file(path))[:: max(1, len(load_file(path)) // 5)][:5]
     seen = [name.removeprefix("text_model.") for name in names]
 
     changed(path, lambda tensors: [tensors.pop(name) for name in names])
-    text = refused(folder, f"{part}.*is missing.*incomplete")
+    text = refused(holder, f"{part}.*is missing.*incomplete")
     assert all(f"{name} is missing" in text for name in seen)
 
     path.write_bytes(good)
     changed(path, lambda tensors: tensors.update({f"{name}.more": torch.ones(1) for name in names}))
-    text = refused(folder, f"{part}.*not expected.*edited or is another model's")
+    text = refused(holder, f"{part}.*not expected.*edited or is another model's")
     assert all(f"{name}.more is not expected" in text for name in seen)
 
     path.write_bytes(good)
     changed(path, lambda tensors: tensors.update({name: torch.ones(3, 7) for name in names}))
-    text = refused(folder, f"{part}.*the config is another model's")
+    text = refused(holder, f"{part}.*the config is another model's")
     assert all(f"{name} is (3, 7), not" in text for name in seen)
 
     path.write_bytes(good)
     changed(path, lambda tensors: tensors[names[2]].view(-1)[0].fill_(float("nan")))
-    refused(folder, f"{names[2]} has NaN or Inf")
+    refused(holder, f"{names[2]} has NaN or Inf")
 
 
 @pytest.mark.usefixtures("one_tokenizer")
@@ -327,12 +337,25 @@ def test_config_bombs_are_refused_before_memory_is_taken(folder: Path):
     refused(folder, "not JSON")
 
 
+@pytest.mark.usefixtures("one_tokenizer")
+def test_transformer_bombs_are_refused_before_memory_is_taken(tmp_path: Path):
+    save_folder(random_model(tiny_dit(), seed=0), tmp_path / "dit")
+    transformer = tmp_path / "dit" / "transformer" / "config.json"
+    heads = {"num_attention_heads": 64, "attention_head_dim": 128, "cross_attention_dim": 8192}
+    edited(transformer, num_layers=128, **heads)  # 500 GB
+    refused(tmp_path / "dit", "another model's")
+    transformer.unlink()
+    refused(tmp_path / "dit", r"transformer/config\.json is missing")
+
+
 def test_parts_that_do_not_fit(parts: ModelParts, tmp_path: Path):
     text = parts.config.text.replace(hidden_size=16)
     with pytest.raises(CheckpointError, match="gives 16 features, but the UNet takes 32"):
         random_model(tiny().replace(text=text), seed=0)
     with pytest.raises(CheckpointError, match="from 7 to 4 channels"):
         random_model(tiny(7), seed=0)
+    with pytest.raises(CheckpointError, match="but the DiT takes 32"):
+        random_model(tiny_dit().replace(text=text), seed=0)
 
 
 def test_not_a_model(tmp_path: Path, original: Path):

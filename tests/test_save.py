@@ -1,18 +1,19 @@
 """What is written: read back by diffusers and transformers, by ourselves, and whole or not at all."""
 
+import json
 import stat
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, PixArtTransformer2DModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from sdlite.checkpoints import load, save
 from sdlite.checkpoints.load import ModelParts, load_model, random_model
 from sdlite.checkpoints.save import convert, save_folder, save_single_file
 from sdlite.checkpoints.weights import CheckpointError
-from sdlite.config import AutoencoderTinyConfig, ModelConfig, tiny
+from sdlite.config import AutoencoderTinyConfig, ModelConfig, tiny, tiny_dit
 
 SD2_LIKE = tiny(9, "v").replace(  # and inpainting
     denoiser=tiny(9, "v").denoiser.replace(use_linear_projection=True, layers_per_block=2),
@@ -20,6 +21,7 @@ SD2_LIKE = tiny(9, "v").replace(  # and inpainting
     schedule=tiny().schedule.replace(spacing="trailing", zero_terminal_snr=True, final_abar_one=True),
 )
 CONFIGS = {"sd1": tiny(), "sd2": SD2_LIKE}
+DIT = SD2_LIKE.replace(denoiser=tiny_dit(9, "v").denoiser)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -281,3 +283,28 @@ def test_configs_of_any_structure_survive(tmp_path: Path):
     parts = random_model(config, seed=5)
     save_single_file(parts, tmp_path / "one.safetensors")
     assert_same(load_model(tmp_path / "one.safetensors"), parts)
+
+
+def test_a_dit_folder_says_so_and_its_parts_load_in_diffusers(tmp_path: Path):
+    parts = random_model(DIT, seed=3)
+    save_folder(parts, tmp_path / "model", max_shard_size=100_000)
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == "SdlitePipeline" and "unet" not in index
+    assert index["transformer"] == ["diffusers", "PixArtTransformer2DModel"]
+    assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 1
+    assert_same(load_model(tmp_path / "model"), parts)
+    theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer", local_files_only=True)
+    AutoencoderKL.from_pretrained(tmp_path / "model" / "vae", local_files_only=True)
+    x, t, context = torch.randn(2, 9, 6, 10), torch.tensor([3, 800]), parts.text.encode(["a red apple", ""])
+    with torch.no_grad():
+        ours, other = parts.denoiser(x, t, parts.denoiser.prepare(context)), theirs(x, context, t).sample
+    torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_the_original_layout_has_no_place_for_a_dit(single: Path, tmp_path: Path):
+    parts = random_model(tiny_dit(), seed=3)
+    with pytest.raises(CheckpointError, match="no place for a DiT; save a folder"):
+        save_single_file(parts, tmp_path / "one.safetensors")
+    with pytest.raises(CheckpointError, match="no place for a DiT; use a folder"):
+        load_model(single, config=tiny_dit())

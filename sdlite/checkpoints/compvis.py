@@ -116,6 +116,7 @@ def ema_key(key: str) -> str:
 
 def original_names(names: Mapping[Part, Iterable[str]], config: ModelConfig, open_clip: bool) -> dict[str, list[str]]:
     """Original key -> our names, as part.name; several where OpenCLIP stacks Q, K and V."""
+    assert isinstance(config.denoiser, UNetConfig), "callers refuse a DiT"
     stages = len(config.denoiser.block_out_channels), len(getattr(config.codec, "block_out_channels", ()))
     keys: dict[str, list[str]] = {}
     for name in names["denoiser"]:

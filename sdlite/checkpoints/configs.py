@@ -5,6 +5,7 @@ or is known not to matter. Any other key is an error, and nothing that names cod
 not there has the default of the class in diffusers or transformers, which is often not Stable Diffusion's.
 """
 
+import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
@@ -12,6 +13,10 @@ from typing import Any, Literal, TypeVar
 from sdlite.checkpoints.known_keys import (
     CODEC_HARMLESS,
     COMMON,
+    DIT_FIXED,
+    DIT_HARMLESS,
+    DIT_MAPPED,
+    DIT_PIPELINES,
     KL_FIXED,
     KL_MAPPED,
     MODEL_INDEX,
@@ -35,6 +40,8 @@ from sdlite.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CodecConfig,
+    DenoiserConfig,
+    DiTConfig,
     ModelConfig,
     Prediction,
     Record,
@@ -45,6 +52,8 @@ from sdlite.config import (
 
 Config = Mapping[str, Any]
 R = TypeVar("R", bound=Record)
+MAX_HEADS = 8192  # and head width of a Transformer; the width that they make has a limit of its own
+CONDITIONED_SIZE = 128  # at which diffusers takes resolution and aspect ratio as conditions unless told otherwise
 MAX_TINY_BLOCKS = 64  # per stage of AutoencoderTiny; TAESD has 3
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
@@ -56,10 +65,13 @@ BETAS: dict[str, Literal["scaled_linear", "linear", "cosine"]] = {
 
 
 def check_model_index(config: Config, where: str) -> None:
-    """Raises CheckpointError unless model_index.json describes a Stable Diffusion 1.x or 2.x pipeline."""
+    """Raises CheckpointError unless model_index.json describes Stable Diffusion 1.x or 2.x, or sdlite's DiT."""
     _refuse_hooks(config, where)
-    if (found := config.get("_class_name", PIPELINES[0])) not in PIPELINES:
-        raise _unsupported(where, "_class_name", found, PIPELINES)
+    pipelines = DIT_PIPELINES if "transformer" in config else PIPELINES
+    if (found := config.get("_class_name", pipelines[0])) not in pipelines:
+        raise _unsupported(where, "_class_name", found, pipelines)
+    if "transformer" in config and "unet" in config:
+        raise CheckpointError(f"{where}: a model has either a unet or a transformer, not both")
     for name, entry in config.items():
         if name in MODEL_INDEX_HARMLESS:
             continue
@@ -68,6 +80,14 @@ def check_model_index(config: Config, where: str) -> None:
         library = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
         if library not in ("diffusers", "transformers") or entry[1] not in MODEL_INDEX[name]:
             raise _unsupported(where, name, entry, MODEL_INDEX[name])
+
+
+def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, int]:
+    """The denoiser of a folder, "unet" or "transformer", and the model's sample size."""
+    if part == "transformer":
+        dit = dit_config(config, prediction, where)
+        return dit, dit.sample_size
+    return unet_config(config, prediction, where), sample_size(config, where)
 
 
 def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfig:
@@ -91,6 +111,37 @@ def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfi
         "prediction": prediction,
     }
     return _record(UNetConfig, fields, where)
+
+
+def dit_config(config: Config, prediction: Prediction, where: str) -> DiTConfig:
+    found = _checked(config, "PixArtTransformer2DModel", DIT_MAPPED, DIT_FIXED, DIT_HARMLESS | COMMON, where)
+    fields = {name: found[name] for name in ("in_channels", "out_channels", "patch_size", "sample_size")}
+    numbers = {name: found[name] for name in ("num_attention_heads", "attention_head_dim")}
+    for name, number in numbers.items():
+        if type(number) is not int or not 1 <= number <= MAX_HEADS:
+            raise _unsupported(where, name, number, (f"1 to {MAX_HEADS}",))
+    width = math.prod(numbers.values())
+    dit = _record(
+        DiTConfig,
+        {
+            **fields,
+            "out_channels": found["in_channels"] if found["out_channels"] is None else found["out_channels"],
+            "width": width,
+            "depth": found["num_layers"],
+            "num_heads": found["num_attention_heads"],
+            "context_dim": found["caption_channels"],
+            "prediction": prediction,
+        },
+        where,
+    )
+    side = dit.sample_size
+    for key, allowed in {
+        "cross_attention_dim": (width,),
+        "interpolation_scale": (None, dit.position_shrink),
+        "use_additional_conditions": (False,) if side == CONDITIONED_SIZE else (False, None),
+    }.items():
+        _check_fixed({key: found[key]}, {key: allowed}, where)
+    return dit
 
 
 def sample_size(config: Config, where: str) -> int:
@@ -155,7 +206,7 @@ def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Predict
 
 def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """The JSON files of a folder: model_index.json and part/config.json, of which diffusers fills in the rest."""
-    unet, schedule, text, codec = config.denoiser, config.schedule, config.text, config.codec
+    schedule, text, codec = config.schedule, config.text, config.codec
     if schedule.steps_offset != 1:
         raise CheckpointError(f"steps_offset={schedule.steps_offset} cannot be saved: diffusers' pipeline takes 1")
     codec_class = "AutoencoderKL" if isinstance(codec, AutoencoderKLConfig) else "AutoencoderTiny"
@@ -170,32 +221,22 @@ def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         "set_alpha_to_one": schedule.final_abar_one,
         "steps_offset": schedule.steps_offset,
         "clip_sample": False,
-        "prediction_type": _key_of(PREDICTIONS, unet.prediction),
+        "prediction_type": _key_of(PREDICTIONS, config.denoiser.prediction),
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
     }
+    part, denoiser = denoiser_part(config.denoiser), _denoiser_file(config.denoiser, config.sample_size)
+    checker = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     files = {
         "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "unet": ["diffusers", "UNet2DConditionModel"],
+            "_class_name": (PIPELINES if part == "unet" else DIT_PIPELINES)[0],
+            part: ["diffusers", denoiser["_class_name"]],
             "vae": ["diffusers", codec_class],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "scheduler": ["diffusers", "DDIMScheduler"],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
+            **(checker if part == "unet" else {}),
         },
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            **unet.model_dump(include={"in_channels", "out_channels", "block_out_channels", "layers_per_block"}),
-            "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in unet.attention_stages],
-            "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(unet.attention_stages)],
-            "cross_attention_dim": unet.context_dim,
-            "attention_head_dim": unet.num_heads,
-            "norm_num_groups": unet.num_groups,
-            "use_linear_projection": unet.use_linear_projection,
-            "sample_size": config.sample_size,
-        },
+        f"{part}/config.json": denoiser,
         "vae/config.json": {"_class_name": codec_class, **codec.model_dump(), **(kl_types if stages else {})},
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"],
@@ -208,6 +249,37 @@ def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         | ({} if schedule.spacing is None else {"timestep_spacing": schedule.spacing}),
     }
     return files
+
+
+def denoiser_part(config: DenoiserConfig) -> str:
+    """Folder of the denoiser in diffusers' layout."""
+    return "transformer" if isinstance(config, DiTConfig) else "unet"
+
+
+def _denoiser_file(config: DenoiserConfig, size: int) -> dict[str, Any]:
+    """config.json of the denoiser. size: in latent cells, of the model's images."""
+    if isinstance(config, DiTConfig):
+        return {
+            "_class_name": "PixArtTransformer2DModel",
+            **config.model_dump(include={"in_channels", "out_channels", "patch_size", "sample_size"}),
+            "num_layers": config.depth,
+            "num_attention_heads": config.num_heads,
+            "attention_head_dim": config.width // config.num_heads,
+            "cross_attention_dim": config.width,
+            "caption_channels": config.context_dim,
+            "use_additional_conditions": False,
+        }
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **config.model_dump(include={"in_channels", "out_channels", "block_out_channels", "layers_per_block"}),
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in config.attention_stages],
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(config.attention_stages)],
+        "cross_attention_dim": config.context_dim,
+        "attention_head_dim": config.num_heads,
+        "norm_num_groups": config.num_groups,
+        "use_linear_projection": config.use_linear_projection,
+        "sample_size": size,
+    }
 
 
 def _checked(

@@ -7,7 +7,7 @@ from sdlite.checkpoints.configs import check_model_index
 from sdlite.checkpoints.hub import PARTS
 from sdlite.checkpoints.weights import CheckpointError, Weights, open_safetensors, open_sharded, read_json
 
-WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHT_STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
 MAX_SUMS_BYTES = 2**20
 
 

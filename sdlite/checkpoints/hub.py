@@ -6,7 +6,7 @@ from pathlib import Path
 from sdlite.checkpoints.weights import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.\-]{0,95}/\w[\w.\-]{0,95}", re.ASCII)
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 WANTED = ["model_index.json", "sha256sums.txt"] + [
     f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt", "safetensors")
 ]
@@ -25,7 +25,8 @@ def download(name: str) -> Path:
     try:
         for unwanted in UNWANTED:
             folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=unwanted))
-            if list((folder / "unet").glob("*.safetensors")) and list((folder / "vae").glob("*.safetensors")):
+            found = {file.parent.name for file in folder.glob("*/*.safetensors")}
+            if "vae" in found and found & {"unet", "transformer"}:
                 break
     except Exception as error:  # the libraries below raise their own kinds for the network, the hub and the disk
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]

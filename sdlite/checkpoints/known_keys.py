@@ -14,6 +14,7 @@ def _words(text: str) -> list[str]:
 
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+DIT_PIPELINES = ("SdlitePipeline",)  # diffusers has none for a Transformer with CLIP, only its parts
 COMMON = {"_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", "_use_default_values"}
 
 UNET_MAPPED = {
@@ -64,6 +65,32 @@ UNET_HARMLESS = set(
         "dropout upcast_attention addition_embed_type_num_heads decay inv_gamma min_decay optimization_step power "
         "update_after_step use_ema_warmup"
     )
+)
+
+DIT_MAPPED = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 128,
+    "patch_size": 2,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+    "caption_channels": None,
+}
+DIT_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (True,),
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_single",),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-6,),
+    "attention_type": ("default",),
+}
+DIT_HARMLESS = set(
+    # the two numbers are only checked for being there; the last two are deprecated and do nothing
+    _words("dropout upcast_attention norm_num_groups num_embeds_ada_norm use_linear_projection num_vector_embeds")
 )
 
 KL_MAPPED = {
@@ -167,6 +194,7 @@ SCHEDULE_HARMLESS = set(
 
 MODEL_INDEX = {
     "unet": ("UNet2DConditionModel",),
+    "transformer": ("PixArtTransformer2DModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),

@@ -27,17 +27,17 @@ from sdlite.checkpoints.weights import (
     shapes_of,
     weights_hash,
 )
-from sdlite.config import AutoencoderKLConfig, ModelConfig, Prediction, sd15, sd21, tiny
+from sdlite.config import AutoencoderKLConfig, DiTConfig, ModelConfig, Prediction, sd15, sd21, tiny, tiny_dit
 from sdlite.models.codec import LatentCodec
+from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder, load_tokenizer, text_state_dict
-from sdlite.models.unet import UNet
 
 T = TypeVar("T")
 UNTRAINED = "untrained (random weights)"
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 OLD_CODEC_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
 
-PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "sd15": sd15, "sd21": sd21}
+PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "tiny-dit": tiny_dit, "sd15": sd15, "sd21": sd21}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelParts:
     """A loaded model. hash: sha256 of all weights, whatever files they came from. notes: what was guessed, by what."""
 
     text: TextEncoder
-    denoiser: UNet
+    denoiser: Network
     codec: LatentCodec
     config: ModelConfig
     name: str
@@ -58,7 +58,7 @@ def load_model(
 ) -> ModelParts:
     """The model of a diffusers folder, an original .safetensors file or a hub id, in float32 on the CPU.
 
-    "tiny", "sd15" and "sd21" are untrained models of those sizes.
+    "tiny", "tiny-dit", "sd15" and "sd21" are untrained models of those sizes.
     prediction: overrides what the files say. config: of a single file whose size is not Stable Diffusion's. ema: the
     moving average of the UNet of a single file that has both. Raises CheckpointError with one line.
     """
@@ -80,27 +80,31 @@ def load_model(
 def load_folder(folder: Path, *, prediction: Prediction | None = None, name: str | None = None) -> ModelParts:
     """A model in diffusers' folder layout."""
     check_folder(folder)
-    files = {part: folder / part / "config.json" for part in ("unet", "vae", "text_encoder")}
+    index = read_json(folder / "model_index.json")
+    network_part = "transformer" if "transformer" in index else "unet"
+    files = {part: folder / part / "config.json" for part in (network_part, "vae", "text_encoder")}
     schedule_file = folder / "scheduler" / "scheduler_config.json"
     schedule, stated, unknown = configs.schedule_config(read_json(schedule_file), str(schedule_file))
     notes = [f"{schedule_file.name}: ignored {', '.join(unknown):.200}"] if unknown else []
     if prediction is None and stated is None:
         notes.append("prediction epsilon is a guess: the scheduler's config does not say it")
-    if read_json(folder / "model_index.json").get("_name_or_path") == UNTRAINED:
+    if index.get("_name_or_path") == UNTRAINED:
         notes.append(UNTRAINED_NOTE)
     tokenizer = _from_files(folder / "tokenizer", load_tokenizer, folder / "tokenizer")
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    unet = read_json(files["unet"])
+    denoiser_config, size = configs.denoiser_config(
+        network_part, read_json(files[network_part]), prediction or stated or "epsilon", str(files[network_part])
+    )
     config = ModelConfig(
-        denoiser=configs.unet_config(unet, prediction or stated or "epsilon", str(files["unet"])),
+        denoiser=denoiser_config,
         schedule=schedule,
         text=configs.text_config(read_json(files["text_encoder"]), ids, str(files["text_encoder"])),
         codec=configs.codec_config(read_json(files["vae"]), str(files["vae"])),
-        sample_size=configs.sample_size(unet, str(files["unet"])),
+        sample_size=size,
     )
     text, denoiser, codec = empty_modules(config, tokenizer, folder)
-    opened = {part: open_part(folder / part, stem) for part, stem in WEIGHT_STEMS.items()}
-    _fill(denoiser, opened["unet"], f"{folder.name}/unet")
+    opened = {part: open_part(folder / part, WEIGHT_STEMS[part]) for part in files}
+    _fill(denoiser, opened[network_part], f"{folder.name}/{network_part}")
     _fill(codec.model, opened["vae"], f"{folder.name}/vae", _modern_codec_names)
     _fill(text.model, opened["text_encoder"], f"{folder.name}/text_encoder", text_state_dict)
     return assembled(text, denoiser, codec, config, name or folder.resolve().name, notes)
@@ -154,27 +158,28 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return drawn / 10 + (0 if name.endswith("bias") else 1)
 
 
-def empty_modules(config: ModelConfig, tokenizer: Any, where: Path) -> tuple[TextEncoder, UNet, LatentCodec]:
+def empty_modules(config: ModelConfig, tokenizer: Any, where: Path) -> tuple[TextEncoder, Network, LatentCodec]:
     """The three modules without memory for their weights. Raises CheckpointError if the config fits no module."""
     with torch.device("meta"):
         return _from_files(
-            where, lambda: (TextEncoder(config.text, tokenizer), UNet(config.denoiser), LatentCodec(config.codec))
+            where, lambda: (TextEncoder(config.text, tokenizer), network(config.denoiser), LatentCodec(config.codec))
         )
 
 
 def assembled(
-    text: TextEncoder, denoiser: UNet, codec: LatentCodec, config: ModelConfig, name: str, notes: list[str]
+    text: TextEncoder, denoiser: Network, codec: LatentCodec, config: ModelConfig, name: str, notes: list[str]
 ) -> ModelParts:
     """The parts as a checked and hashed whole. Raises CheckpointError if they do not fit each other."""
+    kind = type(denoiser).__name__
     if config.text.hidden_size != config.denoiser.context_dim:
         raise CheckpointError(
-            f"{name}: the text encoder gives {config.text.hidden_size} features, but the UNet takes "
+            f"{name}: the text encoder gives {config.text.hidden_size} features, but the {kind} takes "
             f"{config.denoiser.context_dim}; they belong to different models"
         )
     latents = config.codec.latent_channels
     if config.denoiser.in_channels not in (latents, 2 * latents + 1) or config.denoiser.out_channels != latents:
         raise CheckpointError(
-            f"{name}: a UNet from {config.denoiser.in_channels} to {config.denoiser.out_channels} channels does not "
+            f"{name}: a {kind} from {config.denoiser.in_channels} to {config.denoiser.out_channels} channels does not "
             f"fit a codec of {latents}; sdlite runs {latents} to {latents} and, for inpainting, {2 * latents + 1} to "
             f"{latents}"
         )
@@ -216,6 +221,8 @@ def _original_tensors(
     """Tensors of an original file, per part and under our names. keys: canonical key -> key in the file."""
     if not isinstance(config.codec, AutoencoderKLConfig):
         raise CheckpointError(f"{path}: the original layout has no place for an AutoencoderTiny; use a folder")
+    if isinstance(config.denoiser, DiTConfig):
+        raise CheckpointError(f"{path}: the original layout has no place for a DiT; use a folder")
     if ema and sum(key.startswith(compvis.EMA) for key in keys) < compvis.MIN_EMA_KEYS:
         raise CheckpointError(f"{path} has no moving average of its weights (model_ema.*); load it without ema")
     shapes = {f"{part}.{name}": shape for part, module in modules.items() for name, shape in shapes_of(module).items()}

@@ -20,7 +20,7 @@ from sdlite.checkpoints.folder import WEIGHT_STEMS
 from sdlite.checkpoints.load import UNTRAINED, UNTRAINED_NOTE, ModelParts, load_model, load_single_file
 from sdlite.checkpoints.single_file import CONFIG_KEY, PREDICTION_KEY, TITLE_KEY
 from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite
-from sdlite.config import AutoencoderKLConfig, ModelConfig, Prediction
+from sdlite.config import AutoencoderKLConfig, DiTConfig, ModelConfig, Prediction
 from sdlite.models.text import load_tokenizer, save_tokenizer, saved_text_state_dict
 
 MAX_NESTING = 4  # of "state_dict" in pickles; training frameworks make 1
@@ -31,6 +31,7 @@ def save_folder(
 ) -> None:
     """Writes a folder that `load_model` and diffusers' StableDiffusionPipeline.from_pretrained load.
 
+    diffusers has no pipeline for a DiT with CLIP; it loads the parts of such a folder one by one.
     dtype: None keeps that of each part. max_shard_size: bytes of a weight file, beyond which it is split.
     Raises CheckpointError if the folder is there and not empty.
     """
@@ -41,7 +42,7 @@ def save_folder(
     if UNTRAINED_NOTE in parts.notes:
         files["model_index.json"]["_name_or_path"] = UNTRAINED
     weights = {
-        "unet": parts.denoiser.state_dict(),
+        configs.denoiser_part(parts.config.denoiser): parts.denoiser.state_dict(),
         "vae": parts.codec.model.state_dict(),
         "text_encoder": saved_text_state_dict(parts.text.model.state_dict()),
     }
@@ -70,6 +71,8 @@ def save_single_file(
         raise CheckpointError(f"{target} exists" + ("" if target.is_dir() else "; give another name or force"))
     if not isinstance(parts.config.codec, AutoencoderKLConfig):
         raise CheckpointError("the original layout has no place for an AutoencoderTiny; save a folder")
+    if isinstance(parts.config.denoiser, DiTConfig):
+        raise CheckpointError("the original layout has no place for a DiT; save a folder")
     if parts.text.tokenizer.get_vocab() != load_tokenizer().get_vocab():
         raise CheckpointError("the original layout has no place for a tokenizer that is not CLIP's; save a folder")
     modules: dict[compvis.Part, nn.Module] = {

@@ -26,14 +26,14 @@ FEED_FORWARD_FACTOR = 4  # hidden width of the feed-forward part (Vaswani et al.
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values are an argument."""
+    """Multi-head attention whose keys and values are an argument. bias: of Q, K and V, which the UNet's have not."""
 
-    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
+    def __init__(self, channels: int, context_dim: int, num_heads: int, *, bias: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_dim, channels, bias=bias)
+        self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def project_kv(self, context: Tensor) -> KV:
