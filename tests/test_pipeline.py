@@ -12,7 +12,7 @@ from PIL import Image
 import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
-from sdlite.config import Request, sd21, tiny
+from sdlite.config import Request, sd21, tiny, tiny_dit
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import Pipeline
 from sdlite.schedulers import SCHEDULERS
@@ -52,6 +52,21 @@ def inpainting():
     return make(tiny(in_channels=9))
 
 
+@pytest.fixture(scope="module")
+def dit():
+    return make(tiny_dit(prediction="v"))
+
+
+@pytest.fixture(scope="module")
+def dit_inpainting():
+    return make(tiny_dit(in_channels=9))
+
+
+@pytest.fixture
+def pipe(family, request):
+    return request.getfixturevalue(family)
+
+
 def picture(seed: int, size: tuple[int, int] = (80, 64)) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -69,20 +84,20 @@ def difference(ours: Image.Image, theirs: Image.Image) -> int:
     return int(np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max())
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "dit"])
 @pytest.mark.parametrize("scale", [7.5, 1.0])
-def test_text_to_image_equals_diffusers(family, scale, request):
-    pipe = request.getfixturevalue(family)
+def test_text_to_image_equals_diffusers(pipe, scale):
+    height = 72 // pipe.size_unit * pipe.size_unit
     prompts, negatives, seeds = ["a red apple", "two cats"], ["blurry", "text"], (3, 4)
     requests = [
-        Request(prompt=p, negative_prompt=n, seed=s, steps=10, guidance_scale=scale, width=80, height=72)
+        Request(prompt=p, negative_prompt=n, seed=s, steps=10, guidance_scale=scale, width=80, height=height)
         for p, n, s in zip(prompts, negatives, seeds, strict=True)
     ]
     theirs = reference_pipeline(pipe)(
         prompts,
         negative_prompt=negatives,
         width=80,
-        height=72,
+        height=height,
         num_inference_steps=10,
         guidance_scale=scale,
         generator=generators(*seeds),
@@ -91,12 +106,13 @@ def test_text_to_image_equals_diffusers(family, scale, request):
         assert difference(ours, expected) <= GREY_LEVEL
 
 
+@pytest.mark.parametrize("family", ["sd1", "dit"])
 @pytest.mark.parametrize("solver", ["ddpm", *SCHEDULERS])
-def test_every_solver_equals_diffusers(sd1, solver):
+def test_every_solver_equals_diffusers(pipe, solver):
     scheduler, options = SCHEDULERS.get(solver, ("DDPMScheduler", {}))
-    theirs = reference_pipeline(sd1, "txt2img", scheduler, **options)
+    theirs = reference_pipeline(pipe, "txt2img", scheduler, **options)
     expected = theirs("a cat", num_inference_steps=9, width=64, height=64, generator=generators(5)).images[0]
-    assert difference(sd1("a cat", seed=5, steps=9, solver=solver)[0], expected) <= GREY_LEVEL
+    assert difference(pipe("a cat", seed=5, steps=9, solver=solver)[0], expected) <= GREY_LEVEL
 
 
 def test_eta_and_guidance_rescale_equal_diffusers(sd2):
@@ -106,10 +122,9 @@ def test_eta_and_guidance_rescale_equal_diffusers(sd2):
     assert difference(sd2("a cat", seed=5, steps=10, eta=0.7, guidance_rescale=0.7)[0], expected) <= GREY_LEVEL
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "dit"])
 @pytest.mark.parametrize(("solver", "strength"), [("ddim", 0.6), ("ddim", 1.0), ("euler_a", 0.45), ("dpmpp_2m", 0.8)])
-def test_image_to_image_equals_diffusers(family, solver, strength, request):
-    pipe = request.getfixturevalue(family)
+def test_image_to_image_equals_diffusers(pipe, solver, strength):
     scheduler, options = SCHEDULERS.get(solver, ("DDIMScheduler", {}))
     expected = reference_pipeline(pipe, "img2img", scheduler, **options)(
         ["a dog", "a hat"],
@@ -123,10 +138,9 @@ def test_image_to_image_equals_diffusers(family, solver, strength, request):
     assert max(map(difference, found, expected)) <= GREY_LEVEL
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "inpainting"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "inpainting", "dit", "dit_inpainting"])
 @pytest.mark.parametrize(("solver", "strength"), [("ddim", 1.0), ("ddim", 0.7), ("euler_a", 1.0), ("ddpm", 0.7)])
-def test_inpainting_equals_diffusers(family, solver, strength, request):
-    pipe = request.getfixturevalue(family)
+def test_inpainting_equals_diffusers(pipe, solver, strength):
     default = ("DDPMScheduler" if solver == "ddpm" else "DDIMScheduler", {})
     scheduler, options = SCHEDULERS.get(solver, default)
     expected = reference_pipeline(pipe, "inpaint", scheduler, **options)(
@@ -144,10 +158,11 @@ def test_inpainting_equals_diffusers(family, solver, strength, request):
     assert difference(found, expected) <= GREY_LEVEL
 
 
+@pytest.mark.parametrize("family", ["sd1", "dit"])
 @pytest.mark.parametrize(
     "fields", [{}, {"eta": 1.0}, {"guidance_scale": 1.0}, {"image": "a"}, {"image": "a", "mask": "b"}]
 )
-def test_an_image_does_not_depend_on_its_batch(sd1, fields):
+def test_an_image_does_not_depend_on_its_batch(pipe, fields):
     prompts, seeds = ("a red apple", "cat", "two (blue:1.3) hats", ""), (9, 1, 5, 9)
     negatives = ("", "blurry, text", "x", "")
     requests = [
@@ -156,10 +171,10 @@ def test_an_image_does_not_depend_on_its_batch(sd1, fields):
     ]
     images = [picture(i) if "image" in fields else None for i in range(4)]
     masks = [mask() if "mask" in fields else None for _ in range(4)]
-    assert len(sd1.batches(requests)) == 1
-    together = sd1.generate(requests, images=images, masks=masks)
+    assert len(pipe.batches(requests)) == 1
+    together = pipe.generate(requests, images=images, masks=masks)
     for i, request in enumerate(requests):
-        alone = sd1.generate(request, images=images[i : i + 1], masks=masks[i : i + 1])[0]
+        alone = pipe.generate(request, images=images[i : i + 1], masks=masks[i : i + 1])[0]
         assert difference(alone, together[i]) <= GREY_LEVEL
 
 
@@ -218,7 +233,8 @@ def test_steps_are_yielded_as_they_are_made(sd1):
     assert sd1.num_evaluations(request.replace(image="x", strength=0.5)) == 3
 
 
-def test_a_denoiser_can_be_wrapped(sd1):
+@pytest.mark.parametrize("family", ["sd1", "dit"])
+def test_a_denoiser_can_be_wrapped(pipe):
     calls = []
 
     class Counted:
@@ -229,8 +245,8 @@ def test_a_denoiser_can_be_wrapped(sd1):
             calls.append(len(x))
             return self.denoiser(x, t, memory)
 
-    wrapped = sd1.with_denoiser(Counted)
-    assert difference(wrapped("a", steps=3)[0], sd1("a", steps=3)[0]) == 0
+    wrapped = pipe.with_denoiser(Counted)
+    assert difference(wrapped("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     assert calls == [1, 1, 1]
     with pytest.raises(ValueError, match="a wrapped denoiser cannot be saved"):
         wrapped.save("nowhere")
@@ -351,6 +367,24 @@ def test_saved_folder_and_single_file_draw_what_diffusers_draws_from_them(family
         loaded = Pipeline.load(path)
         assert loaded.model_hash == load_model(folder).hash
         assert difference(loaded("a cat", seed=5, steps=10, width=64, height=64)[0], expected[0]) <= GREY_LEVEL
+
+
+def test_a_saved_dit_draws_the_same(tmp_path):
+    pipe = Pipeline.load("tiny-dit")
+    drawn = pipe("a cat", seed=5, steps=4)[0]
+    expected = reference_pipeline(pipe)("a cat", num_inference_steps=4, width=64, height=64, generator=generators(5))
+    assert difference(drawn, expected.images[0]) <= GREY_LEVEL
+    pipe.save(tmp_path / "dit")
+    loaded = Pipeline.load(tmp_path / "dit")
+    assert loaded.model_hash == pipe.model_hash and loaded.size_unit == 16
+    assert difference(loaded("a cat", seed=5, steps=4)[0], drawn) <= GREY_LEVEL
+
+
+def test_sizes_that_the_patches_of_a_dit_do_not_divide_are_cut_or_refused(dit):
+    for sides in ({"height": 72}, {"width": 72}):
+        with pytest.raises(ValueError, match=r"=72 must be a multiple of 16, .* by 8 .*patches.* 2 cells.* 64 or 80$"):
+            dit("a", **sides)
+    assert dit("a", image=picture(0, (100, 60)), steps=2)[0].size == (96, 48)
 
 
 @pytest.mark.parametrize(

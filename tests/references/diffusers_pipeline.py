@@ -3,7 +3,9 @@
 import diffusers
 import torch
 
+from sdlite.config import DiTConfig
 from sdlite.pipeline import Pipeline
+from tests.references.diffusers_dit import AsUNet
 from tests.references.diffusers_unet import reference_unet
 
 KINDS = {
@@ -15,7 +17,8 @@ KINDS = {
 
 def reference_pipeline(pipe: Pipeline, kind: str = "txt2img", scheduler: str = "DDIMScheduler", **options):
     """The same weights in diffusers, with the scheduler config of Stable Diffusion's folders."""
-    unet = reference_unet(pipe.denoiser.config)
+    config = pipe.denoiser.config
+    unet = AsUNet.of(config) if isinstance(config, DiTConfig) else reference_unet(config)
     unet.load_state_dict(pipe.denoiser.state_dict())
     sd = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     prediction = "v_prediction" if pipe.denoiser.prediction == "v" else pipe.denoiser.prediction
