@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from sdlite.checkpoints.load import load_model
 from sdlite.config import AutoencoderKLConfig
 from sdlite.models.codec import LatentCodec
+from sdlite.models.networks import network
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline
 from sdlite.train.codec import CodecTask, decoder_gflop, emoji_codec, load_codec, normalized, psnr, reconstruction_loss
 from sdlite.train.data import on_white
-from sdlite.train.denoiser import DenoiserTask, emoji_unet, encode_captions
+from sdlite.train.denoiser import DenoiserTask, emoji_dit, emoji_unet, encode_captions, initialize
 from sdlite.train.emoji import write
 from sdlite.train.loop import TrainConfig, checkpoints, fit
 from sdlite.train.stages import train
@@ -32,6 +33,7 @@ CODEC = AutoencoderKLConfig(
 TEXT = emoji_text(1024).replace(
     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
 )
+DIT = emoji_dit(4, 32, sample_size=8).replace(width=32, depth=2, num_heads=2)
 UNET = emoji_unet(4, 32).replace(block_out_channels=(16, 32), num_heads=(1, 2), num_groups=8)
 SHAPES = {
     "disc": "<circle cx='8' cy='8' r='6' fill='{c}'/>",
@@ -201,3 +203,49 @@ def test_stages_ask_for_what_they_need(folder, tmp_path):
         train("denoiser", folder, tmp_path, options={"samples": 1})
     with pytest.raises(FileNotFoundError, match="holds no codec; run `sdlite train codec`"):
         train("denoiser", folder, tmp_path, codec=tmp_path, text=tmp_path, options={"samples": 1})
+
+
+def test_a_dit_trains_and_draws(folder, runs, tmp_path):
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    fit(DenoiserTask(folder, parts, DIT, size=32, views=3), brief(), tmp_path)
+    assert json.loads((tmp_path / "export" / "model_index.json").read_text())["_class_name"] == "SdlitePipeline"
+    (picture,) = Pipeline.load(tmp_path / "export")("a disc, warm style", steps=2, guidance_scale=2.0)
+    assert picture.size == (32, 32)
+    with pytest.raises(ValueError, match="sample_size=16 must be 8"):
+        DenoiserTask(folder, parts, DIT.replace(sample_size=16), size=32)
+
+
+def test_a_fresh_network_predicts_zero_and_all_of_it_learns():
+    """Zeros that are multiplied with zeros would never learn: after a few steps every weight must have moved."""
+    for config in (UNET, DIT):
+        net = network(config)
+        initialize(net, torch.Generator().manual_seed(0))
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        x, context = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 4, 8, 8), (2, 7, 32))
+        )
+        for step in range(4):
+            output = net(x, torch.tensor([10, 900]), net.prepare(context))
+            assert step or not output.any()
+            (output - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        still = [name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])]
+        assert not [name for name in still if "to_k.bias" not in name]  # which softmax does not see
+
+
+def test_the_dit_has_the_parameters_of_the_unet_that_it_is_compared_with():
+    unet = emoji_unet(8).replace(
+        block_out_channels=(64, 128, 224), attention_stages=(False, True, True), num_heads=(2, 4, 7)
+    )
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in network(config).parameters()) for config in (unet, emoji_dit(8))]
+    assert counts[1] == pytest.approx(counts[0], rel=0.002)
+
+
+def test_architectures_by_name(folder, runs, tmp_path):
+    with pytest.raises(ValueError, match=r"arch='gan' must be one of unet, dit"):
+        train("denoiser", folder, tmp_path, options={"arch": "gan"})
+    with pytest.raises(ValueError, match="is the denoiser's"):
+        train("codec", folder, tmp_path, options={"arch": "dit"})

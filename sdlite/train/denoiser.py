@@ -1,7 +1,7 @@
-"""The denoiser task: a UNet on latents and contexts that codec and text encoder made once.
+"""The denoiser task: a UNet or DiT on latents and contexts that codec and text encoder made once.
 
     pictures --views--> images, captions --codec, text--> x_0, context   (kept in OUT/cache.safetensors)
-    x_0, noise --add_noise(t)--> x_t --UNet(context or "")--> v;  loss = weighted squared error of v
+    x_0, noise --add_noise(t)--> x_t --network(context or "")--> v;  loss = weighted squared error of v
 
 Every picture has several views: plain, mirrored with another caption, and as many compositions (augment.py) as asked
 for. One sample in ten has the empty prompt, which guidance needs (Ho and Salimans 2022).
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from sdlite.checkpoints.load import assembled
 from sdlite.checkpoints.save import save_folder
-from sdlite.config import ModelConfig, Request, ScheduleConfig, UNetConfig
+from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Request, ScheduleConfig, UNetConfig
 from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images import contact_sheet
 from sdlite.models.codec import LatentCodec
+from sdlite.models.dit import DiT
+from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
-from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline
 from sdlite.train.augment import SIDED, Example, augmented
 from sdlite.train.data import (
@@ -60,6 +61,21 @@ def emoji_unet(latent_channels: int = 16, context_dim: int = 256) -> UNetConfig:
         num_heads=(4, 7),
         context_dim=context_dim,
         use_linear_projection=True,
+        prediction="v",
+    )
+
+
+def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int = 16) -> DiTConfig:
+    """13.8 million parameters for 16x16 latents: those of a UNet of widths 64, 128 and 224, to 0.1 %."""
+    return DiTConfig(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        patch_size=2,
+        width=272,
+        depth=11,
+        num_heads=4,
+        context_dim=context_dim,
+        sample_size=sample_size,
         prediction="v",
     )
 
@@ -129,15 +145,15 @@ def encode_captions(text: TextEncoder, captions: list[str]) -> Tensor:
 class DenoiserTask(nn.Module):
     """v-prediction on the latents of a data folder.
 
-    parts: codec and text encoder, frozen. styles: only these of the data. views: of each picture. cache: file that
-    keeps the latents and contexts.
+    parts: codec and text encoder, frozen. config: of the network; a DiT's sample_size must be the pictures'. styles:
+    only these of the data. views: of each picture. cache: file that keeps the latents and contexts.
     """
 
     def __init__(
         self,
         data: Path,
         parts: tuple[LatentCodec, TextEncoder],
-        config: UNetConfig,
+        config: DenoiserConfig,
         *,
         size: int = 128,
         styles: Collection[str] = (),
@@ -147,7 +163,10 @@ class DenoiserTask(nn.Module):
     ) -> None:
         super().__init__()
         self.seed = seed
-        self.denoiser = UNet(config)
+        self.sample_size = size // parts[0].factor
+        if isinstance(config, DiTConfig) and config.sample_size != self.sample_size:
+            raise ValueError(f"sample_size={config.sample_size} must be {self.sample_size}: pictures of {size} pixels")
+        self.denoiser = network(config)
         initialize(self.denoiser, torch.Generator().manual_seed(seed))
         self.schedule = Schedule(emoji_schedule())
         self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
@@ -159,7 +178,6 @@ class DenoiserTask(nn.Module):
         self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
         held = (self.held_records or self.records)[:HELD_OUT]
         self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
-        self.sample_size = size // parts[0].factor
 
     @property
     def size(self) -> int:
@@ -232,16 +250,25 @@ def write_sums(folder: Path) -> None:
     (folder / "sha256sums.txt").write_text("\n".join(sums) + "\n")
 
 
-def initialize(unet: UNet, generator: torch.Generator) -> None:
-    """Variance-keeping weights; every residual branch and the output start at zero (Dhariwal and Nichol 2021)."""
-    zero = ("conv2", "proj_out", "to_out.0", "ff.net.2", "conv_out")
+ZERO = {  # layers that start at zero, so that the network starts as one that predicts nothing
+    "UNet": ("conv2", "proj_out", "to_out.0", "ff.net.2", "conv_out"),  # Dhariwal and Nichol 2021
+    "DiT": ("adaln_single.linear", "attn2.to_out.0", "proj_out"),  # Peebles and Xie 2023: the gates, not what they gate
+}
+
+
+def initialize(denoiser: Network, generator: torch.Generator) -> None:
+    """Variance-keeping weights; every residual branch and the output start at zero."""
+    zero = ZERO["DiT" if isinstance(denoiser, DiT) else "UNet"]
     with torch.no_grad():
-        for name, layer in unet.named_modules():
+        for name, layer in denoiser.named_modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 fan_in = layer.weight[0].numel()
                 layer.weight.normal_(0, 0 if name.endswith(zero) else fan_in**-0.5, generator=generator)
                 if layer.bias is not None:
                     layer.bias.zero_()
+        for name, table in denoiser.named_parameters():
+            if name.endswith("scale_shift_table"):  # with the zeros of adaln_single.linear: gates of zero at every t
+                table.zero_()
 
 
 def _cached(path: Path | None, make: Callable[[], Latents]) -> Latents:

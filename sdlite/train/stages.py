@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sdlite.train.loop import Task, TrainConfig, fit
 
 Stage = Literal["codec", "text", "denoiser"]
+ARCHITECTURES = ("unet", "dit")
+SIZE = 128  # pixels of the pictures that the denoiser is trained on
 DEFAULTS: dict[str, dict[str, Any]] = {
     "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
@@ -34,16 +36,27 @@ def train(
     codec, text: the export folders of those stages, for the denoiser. codec, for the codec: train its decoder further,
     under the same latents. teacher: folder of a sentence encoder, for text.
     styles: for the denoiser, only these of the data. options: fields of TrainConfig; those left out or None are the
-    stage's. Raises ValueError or FileNotFoundError with what is missing.
+    stage's; and arch, "unet" or "dit", of the denoiser. Raises ValueError or FileNotFoundError with what is missing.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    arch = given.pop("arch", "unet")
+    if arch not in ARCHITECTURES or (arch != "unet" and stage != "denoiser"):
+        raise ValueError(f"arch={arch!r} must be one of {', '.join(ARCHITECTURES)}, and is the denoiser's")
     config = TrainConfig(**DEFAULTS[stage] | given)
-    task = _task(stage, data, out, {"codec": codec, "text": text, "teacher": teacher}, styles, config.seed)
+    folders = {"codec": codec, "text": text, "teacher": teacher}
+    task = _task(stage, data, out, folders, styles, seed=config.seed, arch=arch)
     fit(task, config, out)
 
 
 def _task(
-    stage: Stage, data: Path, out: Path, folders: dict[str, Path | None], styles: Collection[str], seed: int
+    stage: Stage,
+    data: Path,
+    out: Path,
+    folders: dict[str, Path | None],
+    styles: Collection[str],
+    *,
+    seed: int,
+    arch: str,
 ) -> Task:
     if stage == "codec":
         from sdlite.train.codec import CodecTask, emoji_codec
@@ -55,13 +68,14 @@ def _task(
         cache = out / "teacher.safetensors"
         return TextTask(data, emoji_text(), small_vocabulary(), teacher=folders["teacher"], cache=cache, seed=seed)
     from sdlite.train.codec import load_codec
-    from sdlite.train.denoiser import DenoiserTask, emoji_unet
+    from sdlite.train.denoiser import DenoiserTask, emoji_dit, emoji_unet
     from sdlite.train.text import load_text
 
     for name in ("codec", "text"):
         if folders[name] is None:
             raise ValueError(f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote")
     parts = load_codec(folders["codec"] or out), load_text(folders["text"] or out)
-    unet = emoji_unet(parts[0].config.latent_channels, parts[1].config.hidden_size)
+    widths = parts[0].config.latent_channels, parts[1].config.hidden_size
+    network = emoji_unet(*widths) if arch == "unet" else emoji_dit(*widths, sample_size=SIZE // parts[0].factor)
     cache = out / "cache.safetensors"
-    return DenoiserTask(data, parts, unet, styles=styles, cache=cache, seed=seed)
+    return DenoiserTask(data, parts, network, size=SIZE, styles=styles, cache=cache, seed=seed)
