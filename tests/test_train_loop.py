@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from sdlite.train.curves import read_log
 from sdlite.train.ema import ema_decay, update_ema
 from sdlite.train.loop import TrainConfig, checkpoints, fit, learning_rate, load_average, order
 
@@ -67,6 +69,18 @@ def test_stopped_and_resumed_equals_straight_through(tmp_path):
     for samples in (20, 52, 96):
         fit(Line(), config(samples=samples), tmp_path / "resumed")
     assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+
+
+def test_figures_previews_and_curves_are_drawn_on_the_way(tmp_path):
+    ticks = iter(range(10_000))
+    fit(Line(), config(show_minutes=0.2, plot=True, report_every=8), tmp_path, clock=lambda: float(next(ticks)))
+    assert len(list(tmp_path.glob("preview-*.png"))) > 2
+    points = dict(read_log(tmp_path / "log.jsonl")["weight"])
+    assert points[96] == pytest.approx(state(tmp_path)["ema.layer.weight"][0, 0].item())
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.size == (400 * 2, 300)  # loss, weight
+    fit(Line(), config(), tmp_path / "straight")
+    assert_same(state(tmp_path / "straight"), state(tmp_path))  # looking changes nothing
 
 
 def test_a_budget_of_minutes_stops_and_is_resumed_exactly(tmp_path):

@@ -42,6 +42,7 @@ def train(
     decay: Annotated[Literal["constant", "cosine"] | None, typer.Option(help="cosine needs --samples.")] = None,
     precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of autocast.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and noise.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw OUTPUT/curves.png.")] = False,
 ) -> None:
     """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made."""
     from sdlite.train.stages import train as run
@@ -50,7 +51,7 @@ def train(
     options = {
         name: value
         for name, value in locals().items()
-        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed")
+        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed", "plot")
     }
     run(stage, folder, output, codec=codec, text=text, teacher=teacher, styles=style or (), options=options)
 

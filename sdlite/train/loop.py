@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlite.config import Record
+from sdlite.train.curves import draw_curves
 from sdlite.train.ema import ema_decay, update_ema
 
 SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
@@ -38,6 +39,8 @@ class TrainConfig(Record):
     """How to train. All lengths are in samples; minutes is the budget of this call, samples that of the whole run.
 
     decay: "cosine" lets the rate fall to zero at `samples`. precision: of autocast. half_life: of the EMA.
+    save_minutes, show_minutes: between checkpoints, and between figures on held-out data with a preview; 0 is only at
+    the end. plot: draw curves.png whenever figures are taken.
     """
 
     batch_size: int = Field(32, ge=1, le=65_536)
@@ -53,9 +56,12 @@ class TrainConfig(Record):
     seed: int = Field(0, ge=0, lt=2**31)
     report_every: int = Field(2_000, ge=1)
     save_minutes: float = Field(4.0, ge=0)
+    show_minutes: float = Field(20.0, ge=0)
+    plot: bool = False
 
 
-PER_CALL = {"minutes", "samples", "precision", "report_every", "save_minutes"}  # may change when a run is resumed
+# What may change when a run is resumed:
+PER_CALL = {"minutes", "samples", "precision", "report_every", "save_minutes", "show_minutes", "plot"}
 
 
 class Task(Protocol):
@@ -203,7 +209,8 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
     if checkpoints(out):
         state.load(checkpoints(out)[-1])
     wrapped, optimizer = accelerator.prepare(task, state.optimizer)
-    begin, saved, batch = clock(), clock(), config.batch_size * accelerator.num_processes
+    begin = saved = shown = clock()
+    batch = config.batch_size * accelerator.num_processes
     report = _Report(out, config, state.samples, clock) if main else None
     task.train()
     while not _over(state.samples, config, clock() - begin, accelerator):
@@ -230,10 +237,14 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
             if config.save_minutes and clock() - saved > 60 * config.save_minutes:
                 _save(state, out)
                 saved = clock()
+            if config.show_minutes and clock() - shown > 60 * config.show_minutes:
+                state.with_average(lambda: _show(task, state.samples, out, config.plot))
+                shown = clock()
     if report is not None:
         report.close()
         _save(state, out)
-        state.with_average(lambda: _finish(task, state.samples, out))
+        state.with_average(lambda: _show(task, state.samples, out, config.plot))
+        state.with_average(lambda: task.export(out / "export"))
     accelerator.wait_for_everyone()
 
 
@@ -271,13 +282,15 @@ def _save(state: State, out: Path) -> None:
         shutil.rmtree(old)
 
 
-def _finish(task: Task, samples: int, out: Path) -> None:
+def _show(task: Task, samples: int, out: Path, plot: bool) -> None:
+    """Figures on held-out data into the log, and pictures of what the task can do by now."""
     figures = task.evaluate()
     with (out / "log.jsonl").open("a") as log:
         log.write(json.dumps({"samples": samples, **figures}) + "\n")
     print(f"{samples} samples, " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     task.preview(out / f"preview-{samples:010}.png")
-    task.export(out / "export")
+    if plot:
+        draw_curves(out / "log.jsonl", out / "curves.png")
 
 
 class _Report:
