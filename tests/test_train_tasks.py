@@ -34,7 +34,7 @@ TEXT = emoji_text(1024).replace(
     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
 )
 DIT = emoji_dit(4, 32, sample_size=8).replace(width=32, depth=2, num_heads=2)
-UNET = emoji_unet(4, 32).replace(block_out_channels=(16, 32), num_heads=(1, 2), num_groups=8)
+UNET = emoji_unet(4, 32).replace(block_out_channels=(16, 16, 32), num_heads=(1, 1, 2), num_groups=8)
 SHAPES = {
     "disc": "<circle cx='8' cy='8' r='6' fill='{c}'/>",
     "box": "<rect x='3' y='3' width='10' height='10' fill='{c}'/>",
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 def codec_task(folder):
-    return CodecTask(folder, CODEC, size=32, crop=16)
+    return CodecTask(folder, CODEC, size=32, crop=16, cropped=4)
 
 
 def text_task(folder):

@@ -50,15 +50,15 @@ PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
 SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 
 
-def emoji_unet(latent_channels: int = 16, context_dim: int = 256) -> UNetConfig:
-    """The shipped model's: 14 million parameters for 8x8 latents."""
+def emoji_unet(latent_channels: int = 8, context_dim: int = 256) -> UNetConfig:
+    """The shipped model's: 14 million parameters for 16x16 latents."""
     return UNetConfig(
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=(128, 224),
+        block_out_channels=(64, 128, 224),
         layers_per_block=1,
-        attention_stages=(True, True),
-        num_heads=(4, 7),
+        attention_stages=(False, True, True),
+        num_heads=(2, 4, 7),
         context_dim=context_dim,
         use_linear_projection=True,
         prediction="v",
