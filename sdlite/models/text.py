@@ -22,6 +22,7 @@ from sdlite.models.prompt import Piece, Token, parse_prompt, split_chunks
 from sdlite.models.vocabulary import BOS, EOS, read_pad_token, read_vocabulary, standard_vocabulary
 
 MAX_CHUNKS = 64  # 4,800 tokens for SD: what the longest prompt of English words that a Request takes comes to
+WORD_END = "</w>"  # what the last token of a word ends in, in CLIP's vocabulary
 CACHED_CHUNKS = 256  # about 60 MB for SD1 in float32
 MIN_MEAN = 1e-3  # of the mean magnitude: below it a mean is rounding noise and says nothing about the scale
 
@@ -76,6 +77,23 @@ class TextEncoder(nn.Module):
         self._forget_changed()
         padded = [row + [[]] * (count - len(row)) for row in rows]
         return torch.stack([torch.cat([self._features(chunk, clip_skip) for chunk in row]) for row in padded])
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """Words of a prompt in order, in the tokenizer's spelling, each with its rows of the context of `encode`.
+
+        Signs between spaces or letters are words of their own; the rows of start, end and padding belong to none.
+        """
+        words: list[tuple[str, list[int]]] = []
+        ids: list[int] = []
+        rows: list[int] = []
+        for first, chunk in enumerate(self._chunks(prompt)):
+            for i, token in enumerate(chunk):
+                ids.append(token.id)
+                rows.append(first * self.config.max_position_embeddings + 1 + i)
+                if self.tokenizer.convert_ids_to_tokens(token.id).endswith(WORD_END):
+                    words.append((self.tokenizer.decode(ids).strip(), rows))
+                    ids, rows = [], []
+        return words
 
     def _chunks(self, prompt: str) -> list[list[Token]]:
         """Weighted tokens of a prompt in chunks of up to L - 2."""
