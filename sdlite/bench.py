@@ -23,6 +23,7 @@ import torch
 from sdlite import __version__
 from sdlite.config import Request
 from sdlite.images import largest_difference
+from sdlite.models.networks import Network
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline
 
@@ -58,30 +59,34 @@ def machine_load() -> float:
 def measure(
     pipe: Pipeline, request: Request, *, load: float, versus: str | None = None, runs: int = 5
 ) -> dict[str, Any]:
-    """Times one UNet evaluation, one image and a cold start; request says what to draw, versus is None or "diffusers".
+    """Times one evaluation of the network, one image and a cold start of what request says.
 
-    load: `machine_load` before the model was loaded.
-    Returns {"machine": ..., "setting": ..., "rows": [...]}, ready for JSON and for `table`.
+    versus: None or "diffusers". load: `machine_load` before the model was loaded.
+    Returns {"machine": ..., "setting": ..., "rows": [...]}, ready for JSON and for `table`. Raises ValueError for a DiT
+    against diffusers.
     """
-    request, unet = pipe.resolve(request), pipe.denoiser
-    assert isinstance(unet, UNet), "Pipeline.load gives UNets"
+    request, net = pipe.resolve(request), pipe.denoiser
+    assert isinstance(net, Network), "Pipeline.load gives networks of our own"
+    if versus and not isinstance(net, UNet):
+        raise ValueError(f"diffusers has no pipeline for this {type(net).__name__} with CLIP; measure it alone")
+    kind = type(net).__name__
     with tempfile.TemporaryDirectory(prefix="sdlite-bench-") as folder:
         model = Path(folder) / "model"
         pipe.save(model)
-        theirs = _diffusers(unet, model) if versus else None
+        theirs = _diffusers(net, model) if versus else None
         rows = [
-            _row("one UNet evaluation, batch 2", "s", _alternate(_evaluations(pipe, unet, request, theirs), runs)),
+            _row(f"one {kind} evaluation, batch 2", "s", _alternate(_evaluations(pipe, net, request, theirs), runs)),
             _row(f"one image, {request.steps} steps", "s", _alternate(_images(pipe, request, theirs), runs)),
-            *_cold_rows(unet, request, model, versus),
+            *_cold_rows(net, request, model, versus),
         ]
         setting: dict[str, Any] = {
             "model": pipe.name,
             "size": f"{request.width}x{request.height}",
-            "precision": _precision(unet),
+            "precision": _precision(net),
         }
         if theirs:
             setting["largest difference of 255"] = _difference(pipe, request, theirs)
-    return {"machine": _machine(unet, load), "setting": setting | {"runs": runs}, "rows": rows}
+    return {"machine": _machine(net, load), "setting": setting | {"runs": runs}, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -143,34 +148,34 @@ def _seconds(call: Callable[[int], Any], numbers: range) -> float:
     return time.perf_counter() - start
 
 
-def _diffusers(unet: UNet, folder: Path) -> Any:
+def _diffusers(unet: Network, folder: Path) -> Any:
     """diffusers' pipeline of the saved model; its UNet uses our tensors, not a copy."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    dtype = unet.conv_in.weight.dtype
+    weight = next(unet.parameters())
     with warnings.catch_warnings(action="ignore"):  # torch_dtype has a new name, which diffusers 0.36 does not know
-        theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=weight.dtype, local_files_only=True)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
-    theirs.to(unet.conv_in.weight.device)
+    theirs.to(weight.device)
     theirs.unet.load_state_dict(unet.state_dict(), assign=True)  # strict
     return theirs
 
 
-def _evaluations(pipe: Pipeline, unet: UNet, request: Request, theirs: Any) -> dict[str, Callable[[int], Any]]:
+def _evaluations(pipe: Pipeline, net: Network, request: Request, theirs: Any) -> dict[str, Callable[[int], Any]]:
     """A guided step of both: batch 2, at a timestep in the middle of the schedule."""
     context = pipe.text.encode([request.negative_prompt, request.prompt])
     width, height = (side // pipe.codec.factor for side in (request.width or 0, request.height or 0))
-    shape = (2, unet.config.in_channels, height, width)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.conv_in.weight)
+    shape = (2, net.config.in_channels, height, width)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     t = torch.full((2,), 500, device=x.device)
-    memory = unet.prepare(context)  # once per image, so not part of a step
+    memory = net.prepare(context)  # once per image, so not part of a step
 
     @torch.no_grad()
     def ours(_: int) -> Any:
-        return unet(x, t, memory)
+        return net(x, t, memory)
 
     @torch.no_grad()
     def other(_: int) -> Any:
@@ -198,10 +203,10 @@ def _difference(pipe: Pipeline, request: Request, theirs: Any) -> int:
     return largest_difference(ours(0), other(0))
 
 
-def _cold_rows(unet: UNet, request: Request, model: Path, versus: str | None) -> list[dict[str, Any]]:
+def _cold_rows(net: Network, request: Request, model: Path, versus: str | None) -> list[dict[str, Any]]:
     """Seconds from the start of a process to its end with the PNG on disk, and the most memory it held."""
     numbers = {name: str(getattr(request, name)) for name in ("steps", "width", "height")}
-    dtype, device = _precision(unet), str(unet.conv_in.weight.device)
+    dtype, device = _precision(net), str(next(net.parameters()).device)
     ours = ["-m", "sdlite", "generate", request.prompt, "--model", str(model), "--force", "--quiet", "--dtype", dtype]
     ours += ["--device", device, *(word for name in numbers for word in (f"--{name}", numbers[name]))]
     other = ["-c", DIFFUSERS, str(model), "OUT", request.prompt, *numbers.values(), device, dtype]
@@ -229,15 +234,15 @@ def _child(command: list[str]) -> tuple[float, float]:
     return seconds, peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _precision(unet: UNet) -> str:
-    return str(unet.conv_in.weight.dtype).removeprefix("torch.")
+def _precision(net: Network) -> str:
+    return str(next(net.parameters()).dtype).removeprefix("torch.")
 
 
-def _machine(unet: UNet, load: float) -> dict[str, Any]:
+def _machine(net: Network, load: float) -> dict[str, Any]:
     cores = os.cpu_count() or 1
     names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(": ")[1] for line in names if line.startswith("model name")), platform.processor())
-    place = torch.cuda.get_device_name() if unet.conv_in.weight.is_cuda else cpu
+    place = torch.cuda.get_device_name() if next(net.parameters()).is_cuda else cpu
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return {
         "machine": f"{place}, {cores} cores, {platform.system()}",

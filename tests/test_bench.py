@@ -79,3 +79,13 @@ def test_tiny_model_against_diffusers(monkeypatch: pytest.MonkeyPatch):
         assert all(value > 0 for value in row["median"].values())
     assert result["setting"]["largest difference of 255"] <= 1
     assert "NOT TO BE QUOTED" in bench.table(result)
+
+
+def test_a_dit_is_measured_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "_cold_rows", lambda *_: [])
+    monkeypatch.setattr(bench, "MIN_SECONDS", 0)
+    pipe, request = Pipeline.load("tiny-dit"), Request(prompt="a red apple", steps=2)
+    rows = bench.measure(pipe, request, load=0.0, runs=1)["rows"]
+    assert [row["what"] for row in rows] == ["one DiT evaluation, batch 2", "one image, 2 steps"]
+    with pytest.raises(ValueError, match="no pipeline for this DiT with CLIP; measure it alone"):
+        bench.measure(pipe, request, load=0.0, versus="diffusers")
