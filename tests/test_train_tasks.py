@@ -242,6 +242,16 @@ def test_the_dit_has_the_parameters_of_the_unet_that_it_is_compared_with():
     assert counts[1] == pytest.approx(counts[0], rel=0.002)
 
 
+def test_timesteps_are_uniform_also_within_a_batch(folder, runs):
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    task = DenoiserTask(folder, parts, UNET, size=32, views=1)
+    for start in (0, 10_000_000):
+        t = task._timesteps(torch.arange(start, start + 32))
+        assert torch.histc(t.float(), bins=8, min=0, max=1000).sub(4).abs().max() <= 1
+    every = task._timesteps(torch.arange(100_000))
+    assert torch.histc(every.float(), bins=1000, min=0, max=1000).sub(100).abs().max() <= 3
+
+
 def test_architectures_by_name(folder, runs, tmp_path):
     with pytest.raises(ValueError, match=r"arch='gan' must be one of unet, dit"):
         train("denoiser", folder, tmp_path, options={"arch": "gan"})

@@ -3,8 +3,8 @@
     pictures --views--> images, captions --codec, text--> x_0, context   (kept in OUT/cache.safetensors)
     x_0, noise --add_noise(t)--> x_t --network(context or "")--> v;  loss = weighted squared error of v
 
-Every picture has several views: plain, mirrored with another caption, and as many compositions (augment.py) as asked
-for. One sample in ten has the empty prompt, which guidance needs (Ho and Salimans 2022).
+Every picture has several views, each with a caption of its own: plain, mirrored, composed (augment.py), mirrored, and
+so on. One sample in ten has the empty prompt, which guidance needs (Ho and Salimans 2022).
 """
 
 import hashlib
@@ -44,6 +44,7 @@ from sdlite.train.data import (
 GAMMA = 5.0  # of the min-SNR weight, the paper's
 DROPPED = 0.1  # part of the samples without a caption
 HELD_OUT = 256  # pictures whose loss is measured
+GOLDEN = (5**0.5 - 1) / 2
 LEVELS = 8  # timesteps, evenly spread, at which it is measured
 SHOWN = 24  # pictures of the preview
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
@@ -96,12 +97,12 @@ class Latents(NamedTuple):
 def view(
     mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
 ) -> tuple[Tensor, str]:
-    """Image (4, S, S) uint8 and caption of one view: 0 plain, 1 mirrored where that is right, from 2 on composed."""
+    """Image (4, S, S) uint8 and caption: of four views one is plain, two mirrored where that is right, one composed."""
     record, pixels = mine
     caption = caption_of(record, generator)
-    if number == 0 or "concept" not in record:
+    if number % 4 == 0 or "concept" not in record:
         return pixels, caption
-    if number == 1:
+    if number % 2:
         return (pixels if SIDED.search(str(record["concept"])) else pixels.flip(-1)), caption
     first, second = (
         Example(Image.fromarray(p.permute(1, 2, 0).numpy()), str(r["concept"]), str(r.get("style", "")))
@@ -189,11 +190,19 @@ class DenoiserTask(nn.Module):
 
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         generators = [sample_generator(self.seed, int(n)) for n in numbers]
-        t = torch.tensor([int(g.integers(self.schedule.config.num_train_steps)) for g in generators])
+        t = self._timesteps(numbers)
         dropped = torch.tensor([g.random() < DROPPED for g in generators])
         noise = normal(generators, tuple(self.latents.x_0.shape[1:]))
         contexts = torch.where(dropped[:, None, None], self.latents.empty, self.latents.contexts[indices])
         return self._loss(self.latents.x_0[indices], contexts, t, noise)
+
+    def _timesteps(self, numbers: Tensor) -> Tensor:
+        """Uniform, and evenly spread over any few samples in a row, which steadies the loss.
+
+        Multiples of the golden ratio modulo 1; Kingma et al. 2021 (Variational Diffusion Models), appendix I.1, spread
+        those of a batch for the same reason.
+        """
+        return ((numbers.double() * GOLDEN).frac() * self.schedule.config.num_train_steps).long()
 
     def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         x_0, contexts, t, noise = (tensor.to(self.device) for tensor in (x_0.float(), contexts.float(), t, noise))
