@@ -16,6 +16,8 @@ _HOME = {
     "CheckpointError": "sdlite.checkpoints.load",
     "DDIM": "sdlite.diffusion.solvers",
     "DDPM": "sdlite.diffusion.solvers",
+    "DiT": "sdlite.models.dit",
+    "DiTConfig": "sdlite.config",
     "DiffusersSolver": "sdlite.diffusion.solvers",
     "LatentCodec": "sdlite.models.codec",
     "Pipeline": "sdlite.pipeline",
@@ -29,16 +31,26 @@ _HOME = {
     "sd15": "sdlite.config",
     "sd21": "sdlite.config",
     "tiny": "sdlite.config",
+    "tiny_dit": "sdlite.config",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from sdlite.checkpoints.load import CheckpointError as CheckpointError, load_model as load_model
-    from sdlite.config import Request as Request, UNetConfig as UNetConfig, sd15 as sd15, sd21 as sd21, tiny as tiny
+    from sdlite.config import (
+        DiTConfig as DiTConfig,
+        Request as Request,
+        UNetConfig as UNetConfig,
+        sd15 as sd15,
+        sd21 as sd21,
+        tiny as tiny,
+        tiny_dit as tiny_dit,
+    )
     from sdlite.diffusion.sampling import denoise as denoise
     from sdlite.diffusion.schedule import Schedule as Schedule
     from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM, DiffusersSolver as DiffusersSolver
     from sdlite.models.codec import LatentCodec as LatentCodec
+    from sdlite.models.dit import DiT as DiT
     from sdlite.models.text import TextEncoder as TextEncoder
     from sdlite.models.unet import UNet as UNet
     from sdlite.pipeline import Pipeline as Pipeline
