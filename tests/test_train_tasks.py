@@ -252,8 +252,15 @@ def test_timesteps_are_uniform_also_within_a_batch(folder, runs):
     assert torch.histc(every.float(), bins=1000, min=0, max=1000).sub(100).abs().max() <= 3
 
 
-def test_architectures_by_name(folder, runs, tmp_path):
+def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"arch='gan' must be one of unet, dit"):
         train("denoiser", folder, tmp_path, options={"arch": "gan"})
     with pytest.raises(ValueError, match="is the denoiser's"):
         train("codec", folder, tmp_path, options={"arch": "dit"})
+    parts = {name: runs / name / "export" for name in ("codec", "text")}
+    monkeypatch.setattr("sdlite.train.stages.SIZE", 32)
+    monkeypatch.setattr("sdlite.train.denoiser.emoji_dit", lambda *_, sample_size: DIT.replace(sample_size=sample_size))
+    train("denoiser", folder, tmp_path, **parts, options={"arch": "dit", "samples": 2, "batch_size": 2})
+    assert load_model(tmp_path / "export").config.denoiser == DIT
+    with pytest.raises(ValueError, match="of another model; delete it, or train into another folder"):
+        train("denoiser", folder, tmp_path, **parts, options={"samples": 4, "batch_size": 2})
