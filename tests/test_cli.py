@@ -188,6 +188,7 @@ BAD = {
     "image missing": (["generate", "x", "--image", "none.png"], "none.png does not exist"),
     "image broken": (["generate", "x", "--image", "bad.png"], "bad.png is not a PNG, JPEG or WebP"),
     "other format": (["generate", "x", "-o", "a.jpg"], "use a.png or a folder"),
+    "attention is the picture": (["generate", "x", "-o", "a.png", "--attention", "a.png"], "is where a picture goes"),
     "contact sheet no file": (["generate", "x", "--contact-sheet", "new"], "e.g. new/sheet.png"),
     "folder is a file": (["generate", "x", "-o", "bad.png/a.png"], "cannot write into"),
     "folder read-only": (["generate", "x", "-o", "/proc/new/a.png"], "cannot write into /proc"),
@@ -305,6 +306,14 @@ def test_info_of_a_picture(run: Run, model: StandIn):
     assert code == 0 and "\x1b" not in out and "steps" in out and "lines" in out
     facts = json.loads(run("info", "a.png", "--json")[1])
     assert facts["request"]["prompt"] == "two\nlines \x1b[31m" and facts["model"]["model"] == "stand-in"
+
+
+def test_attention_shows_every_word(run: Run):
+    code, out, err = run("generate", "a red apple", "-m", "tiny", "--steps", 2, "--attention", "maps/heat.png", "-q")
+    assert (code, out, err) == (0, "000000-0.png\nmaps/heat.png\n", "")
+    with Image.open("maps/heat.png") as sheet, Image.open("000000-0.png") as picture:
+        assert sheet.width > 4 * picture.width  # the picture and three words in a row
+        assert images.largest_difference(sheet.crop((4, 4, 68, 68)), picture) == 0
 
 
 def test_version_and_bare_command(run: Run):

@@ -61,6 +61,9 @@ def generate(
     dtype: DType = "auto",
     prediction: Override = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
+    attention: Annotated[
+        Path | None, typer.Option(help="Also write the first picture under a heat map for each word, as a PNG.")
+    ] = None,
     no_metadata: NoMetadata = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -76,8 +79,9 @@ def generate(
     request = Request(**fields | {name: fields[name] and str(fields[name]) for name in ("image", "mask")})
     requests = [request.replace(seed=seed + i) for i in range(num_images)]
     names = Names(output, num_images, force)
-    if contact_sheet is not None:
-        _check_sheet(contact_sheet, names, force)
+    for option, path in (("--contact-sheet", contact_sheet), ("--attention", attention)):
+        if path is not None:
+            _check_sheet(option, path, names, force)
     sources = {name: _open(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
     report = Report(quiet, as_json)
     pipe = load(model, device, dtype, prediction, report)
@@ -89,6 +93,15 @@ def generate(
         contact_sheet.parent.mkdir(parents=True, exist_ok=True)
         save_png(sheet_of(pictures, labels), contact_sheet, force=force)
         report.path(contact_sheet, "contact_sheet")
+    if attention is not None and pictures:
+        from sdlite.images import save_png
+        from sdlite.inspect import attention_sheet, word_maps
+
+        given = {f"{name}s": [source] for name, source in sources.items()}
+        heat = attention_sheet(*word_maps(pipe, request, **given))
+        attention.parent.mkdir(parents=True, exist_ok=True)
+        save_png(heat, attention, force=force)
+        report.path(attention, "attention")
     report.event("done", images=len(pictures), interrupted=interrupted)
     raise typer.Exit(INTERRUPTED if interrupted else 0)
 
@@ -143,11 +156,11 @@ def regen(
     raise typer.Exit(INTERRUPTED if interrupted else 0)
 
 
-def _check_sheet(sheet: Path, names: Names, force: bool) -> None:
+def _check_sheet(option: str, sheet: Path, names: Names, force: bool) -> None:
     if Names(str(sheet), 1, force).paths != [sheet]:
-        raise ValueError(f"--contact-sheet={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
+        raise ValueError(f"{option}={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
     if sheet.absolute() in [path.absolute() for path in names.paths]:
-        raise ValueError(f"--contact-sheet={sheet} is where a picture goes; give it another name")
+        raise ValueError(f"{option}={sheet} is where a picture goes; give it another name")
 
 
 def _open(path: Path) -> "Image":

@@ -36,6 +36,7 @@ def train(
     codec: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
     text: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="For text: folder of a sentence encoder.")] = None,
+    arch: Annotated[Literal["unet", "dit"] | None, typer.Option(help="For the denoiser.", show_default="unet")] = None,
     style: Annotated[list[str] | None, typer.Option(help="For the denoiser: only this one; may be repeated.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -51,7 +52,7 @@ def train(
     options = {
         name: value
         for name, value in locals().items()
-        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed", "plot")
+        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed", "plot", "arch")
     }
     run(stage, folder, output, codec=codec, text=text, teacher=teacher, styles=style or (), options=options)
 
