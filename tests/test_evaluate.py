@@ -5,10 +5,23 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
-from sdlite.train.evaluate import interval, mmd, named, nearest, ranks, table
+from sdlite.train.evaluate import interval, mmd, named, named_nouns, nearest, ranks, table
 from sdlite.train.judge import JudgeTask, load_judge
 from sdlite.train.loop import TrainConfig, fit
+from sdlite.train.probes import (
+    NOUNS,
+    Probe,
+    count_pieces,
+    drawing,
+    has_background,
+    has_colour,
+    has_pieces,
+    is_in_corner,
+    probes,
+    right_and_chance,
+)
 from tests.test_train_tasks import folder  # noqa: F401
 
 
@@ -49,6 +62,41 @@ def test_named_sees_both_sides():
     wrong = named((torch.eye(2).flip(0) * 5, torch.eye(2) * 5), wanted)
     assert {row[0] for row in right.values()} == {1.0}
     assert wrong["concept_at_1_of_all"][0] == 0 and wrong["style"][0] == 0
+
+
+def canvas(background="white", boxes=(), colour="red"):
+    image = Image.new("RGB", (64, 64), background)
+    for box in boxes:
+        ImageDraw.Draw(image).ellipse(box, fill=colour)
+    return np.asarray(image)
+
+
+def test_probes_read_colours_backgrounds_places_and_numbers():
+    middle, corner = (16, 16, 48, 48), (2, 34, 30, 62)
+    assert has_colour("red")(canvas(boxes=[middle])) and not has_colour("blue")(canvas(boxes=[middle]))
+    assert not has_colour("red")(canvas()) and not has_colour("red")(canvas(boxes=[middle], colour="grey"))
+    assert has_background("blue")(canvas((60, 90, 210), [middle])) and has_background("white")(canvas(boxes=[middle]))
+    assert is_in_corner("bottom left")(canvas(boxes=[corner])) and not is_in_corner("top left")(canvas(boxes=[corner]))
+    assert not is_in_corner("bottom left")(canvas(boxes=[middle])) and not is_in_corner("top left")(canvas())
+    boxes = [(2, 2, 20, 20), (40, 2, 60, 20), (2, 40, 20, 60)]
+    assert [count_pieces(drawing(canvas(boxes=boxes[:n]))) for n in range(4)] == [0, 1, 2, 3]
+    assert has_pieces(1)(canvas(boxes=[middle, (1, 1, 3, 3)]))  # a speck is no piece
+    ring = canvas(boxes=[(8, 8, 56, 56)]).copy()
+    ring[24:40, 24:40] = 255
+    assert has_pieces(1)(ring)
+
+
+def test_probes_are_held_against_chance():
+    asked = [Probe("colour", colour, has_colour(colour)) for colour in ("red", "blue")]
+    pictures = [Image.fromarray(canvas(boxes=[(16, 16, 48, 48)], colour=colour)) for colour in ("red", "red")]
+    assert right_and_chance(pictures, asked) == {"colour": (0.5, 0.5)}
+    assert len(NOUNS) == 50 and {probe.kind for probe in probes()} == {"colour", "background", "place", "number"}
+
+
+def test_a_noun_is_right_by_any_of_its_concepts():
+    logits = torch.tensor([[3.0, 4.0, 1.0], [3.0, 4.0, 1.0], [3.0, 4.0, 5.0]])
+    assert named_nouns(logits, [{0, 1}, {0}, {0, 1}]) == 1
+    assert named_nouns(logits, [{1}, set(), {2}]) == 2  # a noun the judge does not know is wrong
 
 
 def test_the_judge_learns_and_is_frozen(folder, tmp_path):  # noqa: F811

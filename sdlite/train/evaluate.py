@@ -6,7 +6,7 @@ pictures with shuffled captions. MMD compares sets of pictures, copy rate looks 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Tensor
 from sdlite.config import Request
 from sdlite.images import contact_sheet, to_pil
 from sdlite.pipeline import Pipeline
+from sdlite.train.augment import a
 from sdlite.train.codec import psnr
 from sdlite.train.data import load_pixels, on_white, read_records
 from sdlite.train.judge import JudgeTask, load_judge
 from sdlite.train.loop import TrainConfig, fit
+from sdlite.train.probes import NOUNS, probes, right_and_chance
 
 CANDIDATES = 100  # of R-precision, as in published text-to-image evaluations
 BATCH = 16
@@ -76,6 +78,18 @@ def named(logits: tuple[Tensor, Tensor], wanted: Tensor) -> dict[str, tuple[floa
     }
 
 
+def named_nouns(logits: Tensor, right: Sequence[Collection[int]], seed: int = 0) -> int:
+    """How many pictures have one of their right concepts as the likeliest of it and 99 wrong ones. (B, N)"""
+    count = 0
+    for row, concepts in zip(logits, right, strict=True):
+        if concepts:
+            best = max(concepts, key=lambda concept: float(row[concept]))
+            wrong = torch.tensor([i not in concepts or i == best for i in range(len(row))])
+            label = wrong[:best].sum()
+            count += int(ranks(row[wrong][None], label[None], CANDIDATES, seed)[0] < 1)
+    return count
+
+
 def nearest(images: Tensor, references: Tensor) -> Tensor:
     """Distance of each image, at 32 pixels, to the nearest reference: mean absolute difference. (B,)"""
     small, others = (
@@ -120,6 +134,9 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
         "drawn": named(judge(drawn), wanted),
         "shuffled": named(judge(drawn), shuffled),
     }
+    nouns = {noun: {names.index(c) for c in right if c in names} for noun, right in NOUNS.items()}
+    asked = probes()
+    free = draw(pipe, [a(noun) for noun in nouns] + [probe.prompt for probe in asked], fields)
     features = {name: judge.features(x) for name, x in (("real", real), ("drawn", drawn), ("known", known))}
     closest = nearest(drawn, known)
     figures = {
@@ -128,7 +145,10 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
         "mmd_known_to_real": mmd(features["known"], features["real"]),
         "copy_rate": (closest < nearest(real, known).quantile(0.01)).float().mean().item(),
         "blank_rate": (drawn.flatten(1).std(1) < BLANK).float().mean().item(),
+        "nouns_of_50": named_nouns(judge(free[: len(nouns)])[0], list(nouns.values())),
     }
+    for kind, (right, chance) in right_and_chance(to_pil(free[len(nouns) :]), asked).items():
+        figures |= {f"{kind}_right": right, f"{kind}_by_chance": chance}
     report = {
         "model": pipe.name, "model_hash": pipe.model_hash, "judge": digest, "pictures": len(held), **dict(fields),
         "judged": rows, "measured": figures,
@@ -138,6 +158,7 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "report.md").write_text(text + "\n")
     contact_sheet(to_pil(drawn), [r["text"] for r in held]).save(out / "drawn.png")
+    contact_sheet(to_pil(free), [a(noun) for noun in nouns] + [probe.prompt for probe in asked]).save(out / "free.png")
     return text
 
 
