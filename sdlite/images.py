@@ -13,12 +13,12 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -139,15 +139,16 @@ def metadata(
         model=re.split(r"[/\\]", model.rstrip("/\\"))[-1][:MAX_NAME],  # a name, never where it lies
         model_hash=model_hash,
         prediction=prediction,
-        versions={name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": _version()},
+        versions=versions(),
     )
     return {"parameters": _infotext(recipe), "sdlite": recipe.model_dump_json(ensure_ascii=True)}
 
 
-def _version() -> str:
+def versions() -> dict[Any, str]:
+    """Of sdlite and of the libraries that decide a picture's bytes."""
     from sdlite import __version__
 
-    return __version__
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": __version__}
 
 
 def _source(name: str | None) -> str | None:
@@ -210,29 +211,59 @@ def save_png(image: Image.Image, path: str | Path, *, force: bool = False, with_
 
     Raises FileExistsError, or OSError as the system says (folder missing or read-only, disk full).
     """
+    write_atomically(Path(path), png_bytes(image, with_metadata), force=force)
+
+
+def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:
+    """The PNG file of a picture, with the texts in image.info."""
     texts = PngInfo()
     for name in ("parameters", "sdlite"):
         if with_metadata and name in image.info:
             texts.add_text(name, image.info[name])
     data = BytesIO()
     image.save(data, "PNG", pnginfo=texts)
-    _write_atomically(Path(path), data.getvalue(), force)
+    return data.getvalue()
 
 
-def _write_atomically(path: Path, data: bytes, force: bool) -> None:
-    """Through a temporary file beside it, which reaches the disk before the name appears."""
-    temporary = path.with_name(f".sdlite-{secrets.token_hex(8)}.tmp")
+def write_atomically(
+    path: Path,
+    data: bytes,
+    *,
+    force: bool = False,
+    temporary: Path | None = None,
+    reached: Callable[[str], None] = lambda point: None,
+) -> None:
+    """Through a temporary file beside it: data on disk, then the name, then the name on disk.
+
+    temporary: its path, which must be free. reached: told of "written", "synced" and "linked", for tests that end the
+    process there. Raises FileExistsError without force, OSError as the system says.
+    """
+    temporary = temporary or path.with_name(f".sdlite-{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
+            reached("written")
             os.fsync(file.fileno())
+        reached("synced")
         if force:
             temporary.replace(path)
         else:
             _link(temporary, path)
+        reached("linked")
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the folder's names to the disk, where the system has a way to (Windows has none)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _link(source: Path, path: Path) -> None:

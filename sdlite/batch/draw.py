@@ -1,0 +1,131 @@
+"""Items to saved pictures, on one model in one process; the same whoever hands out the items.
+
+    items --chunks--> items that may share a batch --padded--> latents --decode--> pictures --thread--> Store
+
+A chunk is padded to the full batch with copies of its last request, whose pictures are dropped: kernels choose their
+order of summation by the size of a batch, so only batches of equal size give equal bits wherever an item stands.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+from PIL.Image import Image
+
+from sdlite.batch.plan import Item
+from sdlite.batch.store import Entry, Store
+from sdlite.images import digest, open_image, png_bytes
+from sdlite.pipeline import Pipeline
+
+EXACT_BATCH = 4  # computed together with `exact`, whatever the batch size: a change of it changes every exact picture
+WINDOW = 256  # items looked at together for what may share a batch
+WAITING = 2  # batches drawn and not yet saved, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of an item: saved by us (entry), failed (error), or found saved by another process (neither)."""
+
+    index: int
+    entry: Entry | None = None
+    error: str | None = None
+
+
+def chunks(pipe: Pipeline, items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of up to `size` that may share a batch, about in their order."""
+    rest = iter(items)
+    left: list[Item] = []
+    while window := left + list(islice(rest, WINDOW)):
+        groups = [[window[i] for i in group] for group in pipe.batches([item.request for item in window])]
+        ended = len(window) - len(left) < WINDOW
+        left = []
+        for group in groups:
+            whole = len(group) if ended else len(group) // size * size
+            yield from (group[first : first + size] for first in range(0, whole, size))
+            left += group[whole:]
+
+
+def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
+    """Pictures of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
+    padded = [*items, *[items[-1]] * (size - len(items))]
+    opened = {path: open_image(path) for item in items for path in (item.image, item.mask) if path is not None}
+    digests = {path: digest(image) for path, image in opened.items()}
+    for item in items:
+        for name, path in (("image", item.image), ("mask", item.mask)):
+            if path is not None and digests[path] != getattr(item.request, name):
+                raise ValueError(f"{name}={path} was changed while the batch ran")
+    images, masks = ([_at(opened, getattr(item, name)) for item in padded] for name in ("image", "mask"))
+    requests = [item.request for item in padded]
+    for x_t in pipe.sample_latents(requests, images=images, masks=masks):
+        latents = x_t  # (B, C, H/f, W/f)
+    return pipe.decode(latents[: len(items)], requests[: len(items)])
+
+
+def _at(opened: dict[Path, Image], path: Path | None) -> Image | None:
+    return None if path is None else opened[path]
+
+
+class Engine:
+    """Draws chunks and saves them in a thread beside, so that the next is computed meanwhile.
+
+    size: of every batch computed. exact: never computed in another size, not even when memory runs out.
+    """
+
+    def __init__(self, pipe: Pipeline, store: Store, size: int, exact: bool) -> None:
+        self.pipe, self.store, self.size, self.exact = pipe, store, size, exact
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="sdlite-save")
+        self._saving: deque[Future[Result]] = deque()
+        self._ready: list[Result] = []
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Draws what is not there yet of a chunk. Raises what saving an earlier one raised (DiskFull, ValueError)."""
+        missing = [item for item in items if not self.store.has(item)]
+        self._ready += [Result(item.index) for item in items if item not in missing]
+        if not missing:
+            return
+        start = perf_counter()
+        drawn = self._drawn(missing, self.size)
+        seconds = (perf_counter() - start) / len(missing)
+        for item, picture in drawn:
+            if isinstance(picture, str):
+                self._ready.append(Result(item.index, error=picture))
+            else:
+                self._saving.append(self._saver.submit(self._save, item, picture, seconds))
+        self._collect(WAITING * self.size)
+
+    def results(self, wait: bool = False) -> list[Result]:
+        """What became of items since the last call; with wait, of all. Raises what saving raised."""
+        self._collect(0 if wait else len(self._saving))
+        ready, self._ready = self._ready, []
+        return ready
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        self._saver.shutdown()
+
+    def _collect(self, waiting: int) -> None:
+        while self._saving and (len(self._saving) > waiting or self._saving[0].done()):
+            self._ready.append(self._saving.popleft().result())
+
+    def _save(self, item: Item, picture: Image, seconds: float) -> Result:
+        return Result(item.index, self.store.save(item, png_bytes(picture), seconds))
+
+    def _drawn(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
+        """Each item with its picture or why there is none: a batch that fails is drawn again one by one."""
+        try:
+            return list(zip(items, draw(self.pipe, items, size), strict=True))
+        except (ValueError, FloatingPointError, OSError) as error:
+            if len(items) == 1:
+                return [(items[0], " ".join(str(error).split()))]
+            return [pair for item in items for pair in self._drawn([item], size)]
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+        half = size // 2
+        if self.exact or size < self.size or not half:
+            return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
+        return [pair for first in range(0, len(items), half) for pair in self._drawn(items[first : first + half], half)]

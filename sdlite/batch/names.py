@@ -1,0 +1,85 @@
+"""File names of a batch: a template of fixed fields, and what a name may be on every system.
+
+A template is read with string.Formatter().parse and never handed to str.format, so that it can name fields and nothing
+behind them. Numbers take a width (`{seed:010}`), texts a length (`{key:8}` is the first eight letters).
+"""
+
+import hashlib
+import re
+import unicodedata
+from string import Formatter
+
+from sdlite.config import Request
+
+KEY_CHARS = 16  # of a key in a name: 64 bits, no two alike among a billion
+DEFAULT = "{index:06}-{key:16}.png"
+MAX_NAME_BYTES = 200  # file systems take 255; the rest is for what temporary names add
+MAX_SLUG_BYTES = 120
+NUMBERS = ("index", "seed", "row", "steps", "width", "height")
+TEXTS = ("key", "guidance_scale", "solver", "prompt", "prompt_hash")
+FORBIDDEN = set('/\\:*?"<>|')
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\..*)?", re.IGNORECASE)
+
+Parts = list[tuple[str, str | None, int]]  # literal text, then a field, its width or length (0: none)
+
+
+def parse_template(template: str) -> Parts:
+    """Raises ValueError, in one line, for a template with other than the fixed fields."""
+    fault = f"name={template!r:.80}"
+    parts: Parts = []
+    try:
+        for literal, field, spec, conversion in Formatter().parse(template):
+            if field is not None and (field not in NUMBERS + TEXTS or conversion):
+                raise ValueError(f"{{{field}}} must be one of {', '.join(NUMBERS + TEXTS)}, and nothing behind it")
+            if not re.fullmatch(r"\d{0,3}d?", spec or "", re.ASCII) or (field in TEXTS and "d" in (spec or "")):
+                raise ValueError(f"{{{field}:{spec}}} must have digits after the colon, e.g. {{index:06}} or {{key:8}}")
+            parts.append((literal, field, int((spec or "").rstrip("d") or 0)))
+    except ValueError as error:
+        raise ValueError(f"{fault}: {error}") from None
+    if not template.endswith(".png"):
+        raise ValueError(f"{fault} must end in .png")
+    return parts
+
+
+def fill(parts: Parts, request: Request, **given: int | str) -> str:
+    """The file name of an item, checked. request: with its size filled in. Raises ValueError for an unsafe name."""
+    pieces = []
+    for literal, field, size in parts:
+        pieces.append(literal)
+        if field is not None:
+            value = str(given[field] if field in given else _value(request, field))
+            pieces.append(value.zfill(size) if field in NUMBERS else value[: size or None])
+    return checked("".join(pieces))
+
+
+def _value(request: Request, field: str) -> object:
+    if field == "prompt":
+        return slug(request.prompt)
+    if field == "prompt_hash":
+        return hashlib.sha256(unicodedata.normalize("NFC", request.prompt).encode()).hexdigest()
+    return f"{request.guidance_scale:g}" if field == "guidance_scale" else getattr(request, field)
+
+
+def slug(text: str) -> str:
+    """The words of a prompt with hyphens between, letters of every script kept, at most 120 bytes."""
+    words = re.sub(r"[^\w]+", "-", unicodedata.normalize("NFC", text)).strip("-_")
+    return words.encode()[:MAX_SLUG_BYTES].decode(errors="ignore") or "empty"
+
+
+def checked(name: str) -> str:
+    """The name, if it is a single safe file name on Linux, macOS and Windows. Raises ValueError."""
+    fault = f"file name {name!r:.80}"
+    if not name or name.startswith((".", " ")) or name != name.strip():
+        raise ValueError(f"{fault} must not be empty or start with a dot or a space")
+    if not name.isprintable() or FORBIDDEN & set(name):
+        raise ValueError(f'{fault} must be without / \\ : * ? " < > | and invisible characters')
+    if RESERVED.fullmatch(name):
+        raise ValueError(f"{fault} is a device on Windows; add {{index}} to the template")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"{fault} must have at most {MAX_NAME_BYTES} bytes, not {len(name.encode())}")
+    return name
+
+
+def same_file(name: str) -> str:
+    """Equal for two names that a case-folding file system takes for one."""
+    return unicodedata.normalize("NFC", name).casefold()

@@ -1,0 +1,180 @@
+"""From rows to items: every request checked, its seed and size filled in, its key and file name made.
+
+    row --columns--> Request + extra --num_images--> requests with seeds --resolve--> Item (key, file name)
+
+An item is plain data, so that any process or machine may draw it. Its key is the SHA-256 of all that decides the
+picture; equal keys mean equal bytes. Its seed depends on the row alone, never on who draws it or when.
+"""
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdlite.batch.names import DEFAULT, fill, parse_template, same_file
+from sdlite.batch.read import MAX_ROWS, Columns, Faults, Row, Source, read_table
+from sdlite.config import ELSEWHERE, Request
+
+SCHEMA = 1  # of keys and folders; a change of what they mean counts it up
+MAX_IMAGES = 10_000  # of one row
+RESERVED = ("file_name", "sha256", "seconds", "key", "index", "init_image", "init_mask")  # columns of metadata.jsonl
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+FIELDS = set(Request.model_fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One picture to draw. index: its place in the output. row: of the input, from 0. extra: unknown columns.
+
+    request: size and seed filled in, pictures as digests; image, mask: where those lie.
+    """
+
+    index: int
+    row: int
+    request: Request
+    extra: dict[str, Any]
+    key: str
+    file_name: str
+    image: Path | None = None
+    mask: Path | None = None
+
+
+class Plan(NamedTuple):
+    """Items in the order of the output. axes: of a grid file, the last varying fastest."""
+
+    items: list[Item]
+    axes: dict[str, list[Any]] | None
+
+
+class Picture(NamedTuple):
+    """What is known of a picture to start from, once it was opened. size: (width, height) in pixels."""
+
+    digest: str
+    size: tuple[int, int]
+
+
+def make_plan(
+    source: Source,
+    *,
+    resolve: Callable[[Request, Any], Request],
+    engine: Mapping[str, Any],
+    seed: int = 0,
+    name: str | None = None,
+) -> Plan:
+    """All items of a request file, checked.
+
+    resolve: (request, Picture or None) -> request with its size, or ValueError; `Pipeline.resolve` and what else a
+    model wants. engine: what decides a picture besides the request: model hash, prediction, numerics; part of the key.
+    seed: base of the seeds of rows without one. Raises ValueError with a line per fault.
+    """
+    parts = parse_template(DEFAULT if name is None else name)
+    faults = Faults("stdin" if source == "-" else str(source) if isinstance(source, str | Path) else "requests")
+    table = read_table(source, faults)
+    pictures: dict[Path, Picture] = {}
+    items: list[Item] = []
+    taken: dict[str, int] = {}
+    for number, row in enumerate(table.rows):
+        try:
+            request, extra, count = _request(row, derived_seed(seed, 0 if table.axes is not None else number))
+            if len(items) + count > MAX_ROWS:
+                raise ValueError(f"num_images={count} makes more than {MAX_ROWS:,} pictures; split the file")
+            paths = {side: _path(table.folder, getattr(request, side)) for side in ("image", "mask")}
+            known = {side: _opened(path, pictures) for side, path in paths.items() if path is not None}
+            if known:
+                request = request.replace(**{side: picture.digest for side, picture in known.items()})
+            request = resolve(request, known.get("image"))
+            for k in range(count):
+                drawn = request if k == 0 else request.model_copy(update={"seed": request.seed + k})
+                key = item_key(drawn, engine)
+                file_name = fill(parts, drawn, index=len(items), row=number, key=key)
+                if (other := taken.setdefault(same_file(file_name), len(items))) != len(items):
+                    raise ValueError(
+                        f"file name {file_name!r} is also that of picture {other}; add {{index}} to --name"
+                    )
+                items.append(Item(len(items), number, drawn, extra, key, file_name, **paths))
+        except (ValueError, OSError) as error:
+            faults.add(row.line, error)
+    faults.check()
+    if not items:
+        raise ValueError(f"{faults.name} holds no requests")
+    return Plan(items, table.axes)
+
+
+def derived_seed(base: int, row: int) -> int:
+    """The seed of a row that names none: 31 bits of SHA-256, so that rows added at the end change no other."""
+    return int.from_bytes(hashlib.sha256(f"{base}:{row}".encode()).digest()[:4]) >> 1
+
+
+def item_key(request: Request, engine: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, of all that decides a picture. Texts count in Unicode's composed form (NFC)."""
+    fields = {name: getattr(request, name) for name in Request.model_fields}
+    fields |= {name: unicodedata.normalize("NFC", fields[name]) for name in ("prompt", "negative_prompt")}
+    whole = {"request": fields, "engine": dict(engine), "schema": SCHEMA}
+    return hashlib.sha256(CANONICAL.encode(whole).encode()).hexdigest()
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/8" is the second of eight parts. Raises ValueError."""
+    part, slash, count = text.partition("/")
+    if not (slash and part.isascii() and part.isdecimal() and count.isascii() and count.isdecimal()):
+        raise ValueError(f"shards={text!r:.40} must be I/N, e.g. 2/8 for the second of eight parts")
+    if not 1 <= int(part) <= int(count):
+        raise ValueError(f"shards={text!r:.40}: the part must be 1 to {int(count)}")
+    return int(part), int(count)
+
+
+def in_shard(item: Item, shard: tuple[int, int]) -> bool:
+    """Whether an item belongs to part I of N. By its key, so that it stays there when rows are added."""
+    return int(item.key, 16) % shard[1] == shard[0] - 1
+
+
+def _request(row: Row, seed: int) -> tuple[Request, Columns, int]:
+    """The request of a row, its unknown columns, and how many pictures. None counts as not given."""
+    given = {name: value for name, value in row.columns.items() if value is not None}
+    fields = {name: value for name, value in given.items() if name in FIELDS}
+    for name, value in row.columns.items():
+        if name in ELSEWHERE:
+            raise ValueError(f"{name}={value!r:.40}: the column is called {ELSEWHERE[name]!r} here")
+        if name in RESERVED:
+            raise ValueError(f"{name}={value!r:.40}: metadata.jsonl has a column of that name; call yours otherwise")
+        if name not in FIELDS and not _is_scalar(value):
+            raise ValueError(f"{name}={value!r:.40} must be a text, a finite number, true, false or empty")
+    count = _whole("num_images", given.get("num_images", 1))
+    if not 1 <= count <= MAX_IMAGES:
+        raise ValueError(f"num_images={count} must be 1 to {MAX_IMAGES:,}")
+    request = Request(**{"seed": seed} | fields)
+    if request.seed + count > 2**64:
+        raise ValueError(f"seed={request.seed} counted up for num_images={count} must stay below 2**64")
+    extra = {name: row.columns[name] for name in row.columns if name not in FIELDS and name != "num_images"}
+    return request, extra, count
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool) or int(value) != float(value):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}={value!r:.40} must be a whole number") from None
+
+
+def _path(folder: Path, name: str | None) -> Path | None:
+    return None if name is None else folder / name
+
+
+def _opened(path: Path, known: dict[Path, Picture]) -> Picture:
+    """What is known of a picture, each opened once. Raises FileNotFoundError or ValueError."""
+    from sdlite.images import digest, open_image  # here, as they bring PyTorch, which a plan does not need
+
+    if path not in known:
+        image = open_image(path)
+        known[path] = Picture(digest(image), image.size)
+    return known[path]

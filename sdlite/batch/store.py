@@ -1,0 +1,264 @@
+"""The output folder of a batch: pictures that are there whole or not at all, and an index that can be lost.
+
+    temporary file -> fsync -> link to the final name -> fsync of the folder -> a line in the manifest
+
+A picture is done when its final name exists; the name appears only once the bytes are on disk. Names are claimed by
+link, so of two processes that draw the same picture the second finds it there, compares and drops its own. The manifest
+(`.manifest-*.jsonl`: SHA-256 and seconds of each) is an index: a line that a crash tore is ignored, and a picture
+without one is read back. No link inside the folder is followed; the folder itself may be one.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdlite.batch.plan import Item
+from sdlite.images import read_metadata, write_atomically
+
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
+RUN, INDEX, ERRORS = "run.json", "metadata.jsonl", "errors.jsonl"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
+
+
+class DiskFull(OSError):
+    """The disk, the quota or the file size limit is used up, or the disk is read-only; what is done stays done."""
+
+
+class Entry(NamedTuple):
+    """What the manifest says of a picture. seconds: of computing, its share of the batch."""
+
+    key: str
+    sha256: str
+    seconds: float
+
+
+class Store:
+    """Writes into one output folder, and is all that does.
+
+    worker: tells apart the manifests of processes on one machine. reached: told of each point of a commit, for tests
+    that end the process there.
+    """
+
+    def __init__(self, root: Path, worker: str = "0", reached: Callable[[str], None] = lambda point: None) -> None:
+        self.root = root
+        self.reached = reached
+        self._manifest = root / f".manifest-{HOST}-{worker}.jsonl"
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Makes the folder, or finds it made by the same settings. Raises ValueError naming each that differs."""
+        with _disk(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not (self.root / RUN).exists():
+                with suppress(FileExistsError):  # another process was first; it is compared like any other
+                    self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
+        found = read_settings(self.root)
+        told = [
+            f"{name}={found.get(name)!r} there, {settings.get(name)!r} now"
+            for name in sorted(found.keys() | settings.keys())
+            if found.get(name) != settings.get(name)
+        ]
+        if told:
+            raise ValueError(f"{self.root} holds a batch of other settings: {'; '.join(told)}; give another folder")
+        self._sweep()
+
+    def done(self, items: Iterable[Item]) -> dict[int, Entry]:
+        """Which of the items are there, by index. A picture that no manifest lists is read back and listed.
+
+        Raises ValueError for a file that has an item's name and is not its picture.
+        """
+        listed, names = self.listed(), self.names()
+        found: dict[int, Entry] = {}
+        for item in items:
+            if item.file_name not in names:
+                continue
+            entry = listed.get(item.file_name)
+            if entry is None:
+                entry = self._adopt(item)
+            if entry.key != item.key:
+                raise ValueError(
+                    f"{self.root / item.file_name} was drawn from another request than picture {item.index} is now; "
+                    "give another folder"
+                )
+            found[item.index] = entry
+        return found
+
+    def has(self, item: Item) -> bool:
+        """Whether a file has the item's name, for a quick look; `done` reads what it is."""
+        return os.path.lexists(self.root / item.file_name)
+
+    def save(self, item: Item, data: bytes, seconds: float) -> Entry:
+        """Commits the bytes of a picture's file; the same bytes a second time are no harm.
+
+        Raises DiskFull, or ValueError if the name is taken by other bytes.
+        """
+        path = self.root / item.file_name
+        temporary = self.root / f".{item.key[:16]}.{HOST}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        entry = Entry(item.key, sha256(data), round(seconds, 4))
+        with _disk(self.root):
+            try:
+                write_atomically(path, data, temporary=temporary, reached=self.reached)
+            except FileExistsError:
+                if sha256(read_file(path)) != entry.sha256:
+                    raise ValueError(_not_ours(path)) from None
+            self._list(item.file_name, entry)
+        return entry
+
+    def finish(self, items: Sequence[Item], failures: Mapping[int, str]) -> dict[int, Entry]:
+        """Writes metadata.jsonl of all items that are there, whoever drew them, and errors.jsonl; returns the former.
+
+        failures: index -> why, of this run; what earlier runs listed stays listed while it is not done.
+        """
+        found = self.done(items)
+        rows = [_metadata(item, found[item.index]) for item in items if item.index in found]
+        by_index = {item.index: item for item in items}
+        old = {row["index"]: row["error"] for row in _lines(self.root / ERRORS) if row.get("index") in by_index}
+        left = {index: error for index, error in sorted({**old, **failures}.items()) if index not in found}
+        errors = [{"index": i, "key": by_index[i].key, "error": error} for i, error in left.items()]
+        with _disk(self.root):
+            self._write(INDEX, _json_lines(rows), force=True)
+            if errors:
+                self._write(ERRORS, _json_lines(errors), force=True)
+            else:
+                (self.root / ERRORS).unlink(missing_ok=True)
+        return found
+
+    def _list(self, file_name: str, entry: Entry) -> None:
+        """One write to the manifest. The newline in front ends a line that a crash may have torn."""
+        row = {"file_name": file_name, **entry._asdict()}
+        append(self._manifest, f"\n{json.dumps(row | {'crc32': _crc32(row)})}\n".encode())
+
+    def listed(self) -> dict[str, Entry]:
+        """Every picture that any manifest lists, by file name; lines that a crash tore are left out."""
+        rows = (row for path in sorted(self.root.glob(".manifest-*.jsonl")) for row in _lines(path))
+        return {
+            row["file_name"]: Entry(*(row[field] for field in Entry._fields))
+            for row in rows
+            if row.pop("crc32", None) == _crc32(row)
+        }
+
+    def names(self) -> set[str]:
+        with os.scandir(self.root) as entries:
+            return {entry.name for entry in entries}
+
+    def _adopt(self, item: Item) -> Entry:
+        """Lists a picture that no manifest does, if it is the item's."""
+        path = self.root / item.file_name
+        try:
+            data = read_file(path)
+            same = read_metadata(path).request == item.request
+        except (ValueError, OSError):
+            same = False
+        if not same:
+            raise ValueError(_not_ours(path))
+        entry = Entry(item.key, sha256(data), 0.0)
+        with _disk(self.root):
+            self._list(item.file_name, entry)
+        return entry
+
+    def _sweep(self) -> None:
+        """Removes temporary files of processes that are gone."""
+        for path in self.root.glob(".*.tmp"):
+            match = re.fullmatch(r"\.[0-9a-f]{16}\.(.+)-(\d+)\.[0-9a-f]{8}\.tmp", path.name)
+            if match:
+                with suppress(FileNotFoundError):  # its process was quicker
+                    age = time.time() - path.lstat().st_mtime
+                    if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
+                        path.unlink()
+
+    def _write(self, name: str, text: str, *, force: bool) -> None:
+        write_atomically(self.root / name, text.encode(), force=force)
+
+
+def append(path: Path, line: bytes) -> None:
+    """One write at the end of a file. Raises OSError if not all of it was taken."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
+    try:
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, "the disk took half a line")
+    finally:
+        os.close(handle)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that is no link. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | NO_LINKS), "rb") as file:
+        return file.read()
+
+
+def read_settings(root: Path) -> dict[str, Any]:
+    """What run.json holds. Raises ValueError if there is none or it is broken."""
+    if not (root / RUN).is_file():
+        raise ValueError(f"{root} holds no batch: there is no {RUN} in it")
+    try:
+        settings = json.loads(read_file(root / RUN))
+        if not isinstance(settings, dict):
+            raise ValueError
+        return settings
+    except (ValueError, RecursionError):
+        raise ValueError(f"{root / RUN} is damaged; give another folder") from None
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _disk(root: Path) -> Iterator[None]:
+    """Turns the system's errors for a disk that takes no more into DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        why = f"{root}: {error.strerror}; what is done stays done: make space and give the same command again"
+        raise DiskFull(error.errno, why) from None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file, none if there is no file; what is no object is left out."""
+    if path.exists():
+        for line in read_file(path).splitlines():
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
+
+
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _metadata(item: Item, entry: Entry) -> dict[str, Any]:
+    """A row of metadata.jsonl. Pictures to start from are called otherwise: `image` is the drawn one in `datasets`."""
+    fields = {f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request}
+    return {"file_name": item.file_name, **fields, **item.extra, "sha256": entry.sha256, "seconds": entry.seconds}
+
+
+def _crc32(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs and is not ours
+    return True
+
+
+def _not_ours(path: Path) -> str:
+    return f"{path} is not the picture that goes there; move it away, or see `sdlite batch --verify {path.parent}`"
