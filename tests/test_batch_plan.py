@@ -130,7 +130,7 @@ def test_the_key_is_of_all_that_decides_the_picture():
 def test_shards_are_disjoint_and_whole():
     items = plan([f"a fox {i}" for i in range(100)])
     parts = [[item.index for item in items if in_shard(item, parse_shard(f"{i}/3"))] for i in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == list(range(100)) and all(parts)
+    assert sorted(index for part in parts for index in part) == list(range(100)) and all(parts)
     for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/3/5", "²/3"):
         with pytest.raises(ValueError, match="shards="):
             parse_shard(text)
@@ -253,7 +253,7 @@ def test_a_template_filled():
 
 
 def test_two_pictures_never_share_a_name():
-    with pytest.raises(ValueError, match="requests:2: file name 'fox.png' is also that of picture 0"):
+    with pytest.raises(ValueError, match=r"requests:2: file name 'fox\.png' is also that of picture 0"):
         plan(["Fox", "fox"], name="{prompt}.png")
     with pytest.raises(ValueError, match="is also that of picture 0"):
         plan([{"prompt": "a", "num_images": 2}], name="{prompt}.png")

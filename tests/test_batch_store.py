@@ -1,0 +1,209 @@
+"""The output folder: what is there is whole, nothing is replaced, the index can be lost, no link is followed."""
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdlite import images
+from sdlite.batch import DiskFull, verify
+from sdlite.batch.plan import Item, make_plan
+from sdlite.batch.store import HOST, Store, append, sha256
+
+MODEL = {"model": "m", "model_hash": "ab" * 32}
+ITEMS = make_plan(
+    [{"prompt": f"a fox {i}", "author": "me"} for i in range(4)],
+    resolve=lambda request, _: request.replace(width=8, height=8),
+    engine=MODEL,
+).items
+
+
+def png(item: Item) -> bytes:
+    picture = Image.new("RGB", (8, 8), (item.index, 0, 0))
+    picture.info.update(images.metadata(item.request, **MODEL, prediction="v", width=8, height=8))
+    return images.png_bytes(picture)
+
+
+def filled(root: Path, count: int = 4) -> Store:
+    store = Store(root)
+    store.open(MODEL)
+    for item in ITEMS[:count]:
+        store.save(item, png(item), 0.5)
+    return store
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith(".manifest"))
+
+
+def test_a_picture_is_saved_once(tmp_path: Path):
+    store = filled(tmp_path)
+    before = [(tmp_path / item.file_name).stat().st_ino for item in ITEMS]
+    store.save(ITEMS[0], png(ITEMS[0]), 9.0)  # the same bytes, from another process
+    assert [(tmp_path / item.file_name).stat().st_ino for item in ITEMS] == before
+    with pytest.raises(ValueError, match=r"000000-.*\.png is not the picture that goes there"):
+        store.save(ITEMS[0], png(ITEMS[1]), 0.5)
+    assert (tmp_path / ITEMS[0].file_name).read_bytes() == png(ITEMS[0])
+    assert names(tmp_path) == sorted([*(item.file_name for item in ITEMS), "run.json"])
+    assert sorted(store.done(ITEMS)) == [0, 1, 2, 3]
+
+
+def test_a_torn_line_is_ignored_and_its_picture_read_back(tmp_path: Path):
+    store = filled(tmp_path)
+    manifest = next(tmp_path.glob(".manifest-*"))
+    whole = manifest.read_bytes()
+    for size in range(len(whole)):
+        manifest.write_bytes(whole[:size])
+        assert len(store.listed()) == whole[:size].count(b"}")
+    manifest.write_bytes(whole[: len(whole) // 2])
+    assert {i: entry.sha256 for i, entry in store.done(ITEMS).items()} == {
+        item.index: sha256(png(item)) for item in ITEMS
+    }
+    assert len(store.listed()) == 4  # what was read back is listed again, after the torn line
+
+
+def test_a_changed_line_is_not_believed(tmp_path: Path):
+    store = filled(tmp_path, 1)
+    manifest = next(tmp_path.glob(".manifest-*"))
+    manifest.write_text(manifest.read_text().replace('"seconds": 0.5', '"seconds": 0.6'))
+    assert store.listed() == {}
+
+
+def test_metadata_is_in_order_whoever_drew(tmp_path: Path):
+    store = Store(tmp_path, "7")
+    store.open(MODEL)
+    for item in (ITEMS[2], ITEMS[0]):
+        store.save(item, png(item), 0.5)
+    Store(tmp_path, "8").save(ITEMS[3], png(ITEMS[3]), 0.25)
+    store.finish(ITEMS, {1: "not finite"})
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == [ITEMS[i].file_name for i in (0, 2, 3)]
+    assert rows[2] | {"prompt": "a fox 3", "author": "me", "seconds": 0.25, "width": 8, "init_image": None} == rows[2]
+    errors = json.loads((tmp_path / "errors.jsonl").read_text())
+    assert errors == {"index": 1, "key": ITEMS[1].key, "error": "not finite"}
+    store.save(ITEMS[1], png(ITEMS[1]), 0.5)
+    store.finish(ITEMS, {})
+    assert not (tmp_path / "errors.jsonl").exists()
+    assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 4
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path):
+    filled(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings: model_hash='abab.*' there, 'cd' now; seed=None there, 3"):
+        Store(tmp_path).open(MODEL | {"model_hash": "cd", "seed": 3})
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        Store(tmp_path).open(MODEL)
+
+
+def test_another_request_under_the_same_name_is_refused(tmp_path: Path):
+    def plan(prompt: str) -> list[Item]:
+        return make_plan([prompt], resolve=lambda r, _: r.replace(width=8, height=8), engine={}, name="a.png").items
+
+    store = Store(tmp_path)
+    store.open(MODEL)
+    store.save(plan("fox")[0], png(plan("fox")[0]), 0.5)
+    with pytest.raises(ValueError, match="was drawn from another request"):
+        store.done(plan("owl"))
+    next(tmp_path.glob(".manifest-*")).unlink()
+    with pytest.raises(ValueError, match="is not the picture that goes there"):
+        store.done(plan("owl"))
+    assert list(store.done(plan("fox"))) == [0]
+
+
+def test_temporary_files_of_the_dead_are_removed(tmp_path: Path):
+    filled(tmp_path, 1)
+    dead, living, elsewhere, foreign = (
+        tmp_path / f".{'0' * 16}.{HOST}-999999999.{'0' * 8}.tmp",
+        tmp_path / f".{'0' * 16}.{HOST}-{os.getpid()}.{'0' * 8}.tmp",
+        tmp_path / f".{'0' * 16}.other-1.{'0' * 8}.tmp",
+        tmp_path / ".mine.tmp",
+    )
+    for path in (dead, living, elsewhere, foreign):
+        path.write_bytes(b"half")
+    Store(tmp_path).open(MODEL)
+    assert [path.exists() for path in (dead, living, elsewhere, foreign)] == [False, True, True, True]
+
+
+def test_verify_puts_the_damaged_aside(tmp_path: Path):
+    filled(tmp_path)
+    damaged, gone, cut, good = (tmp_path / item.file_name for item in ITEMS)
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    gone.unlink()
+    cut.write_bytes(b"")
+    (tmp_path / "holiday.png").write_bytes(images.png_bytes(Image.new("RGB", (8, 8))))
+    check = verify(tmp_path)
+    assert check.corrupt == sorted([damaged.name, cut.name]) and check.missing == [gone.name]
+    assert check.good == [good.name] and check.extra == ["holiday.png"]
+    assert (tmp_path / f"{damaged.name}.corrupt").read_bytes() == data and not damaged.exists()
+    store = filled(tmp_path)  # the same batch again
+    assert len(store.done(ITEMS)) == 4 and len(verify(tmp_path).good) == 4
+    with pytest.raises(ValueError, match="holds no batch"):
+        verify(tmp_path / "nowhere")
+
+
+def test_the_manifest_can_be_lost(tmp_path: Path):
+    store = filled(tmp_path)
+    next(tmp_path.glob(".manifest-*")).unlink()
+    assert verify(tmp_path).good == sorted(item.file_name for item in ITEMS)
+    assert len(store.done(ITEMS)) == 4 and len(store.listed()) == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_links_inside_are_not_followed(tmp_path: Path):
+    real, outside = tmp_path / "real", tmp_path / "outside"
+    real.mkdir()
+    outside.write_bytes(b"untouched")
+    (tmp_path / "out").symlink_to(real)  # the folder itself may be one
+    (real / ITEMS[0].file_name).symlink_to(outside)
+    store = Store(tmp_path / "out")
+    store.open(MODEL)
+    with pytest.raises(OSError, match="symbolic"):
+        store.save(ITEMS[0], png(ITEMS[0]), 0.5)
+    (real / f".manifest-{HOST}-0.jsonl").symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic"):
+        store.save(ITEMS[1], png(ITEMS[1]), 0.5)
+    (real / "metadata.jsonl").symlink_to(outside)
+    (real / f".manifest-{HOST}-0.jsonl").unlink()
+    store.finish(ITEMS[1:], {})
+    assert outside.read_bytes() == b"untouched" and not (real / "metadata.jsonl").is_symlink()
+    (real / ITEMS[2].file_name).symlink_to(outside)
+    with pytest.raises(ValueError, match="is not the picture"):
+        store.done(ITEMS)
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_full_disk_is_said_and_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int):
+    store = filled(tmp_path, 1)
+
+    def fail(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(DiskFull, match="what is done stays done"):
+            store.save(ITEMS[1], png(ITEMS[1]), 0.5)
+    assert names(tmp_path) == [ITEMS[0].file_name, "run.json"]
+
+
+def test_half_a_line_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.write", lambda handle, data: len(data) // 2)
+    with pytest.raises(OSError, match="half a line"):
+        append(tmp_path / "a", b"\n{}\n")
+
+
+def test_points_of_a_commit(tmp_path: Path):
+    reached: list[tuple[str, bool, int]] = []
+    store = Store(tmp_path)
+    store.open(MODEL)
+    final = tmp_path / ITEMS[0].file_name
+    store.reached = lambda point: reached.append((point, final.exists(), len(list(tmp_path.glob(".*.tmp")))))
+    store.save(ITEMS[0], png(ITEMS[0]), 0.5)
+    assert reached == [("written", False, 1), ("synced", False, 1), ("linked", True, 1)]
+    assert re.fullmatch(r"[0-9a-f]{64}", store.done(ITEMS)[0].sha256)
