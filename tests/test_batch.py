@@ -1,0 +1,443 @@
+"""Whole batches on the tiny model: the same bytes in every way to run them, and nothing lost by kills and full disks.
+
+The processes that are killed are real and are killed with SIGKILL; they are forks of this one, which has the model
+loaded, so that hundreds of them take minutes.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdlite import batch, images
+from sdlite.batch import local, store
+from sdlite.batch.draw import Engine, Result, chunks
+from sdlite.batch.plan import Item
+from sdlite.batch.store import HOST, Store
+from sdlite.batch.workers import spread
+from sdlite.pipeline import Pipeline
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals")
+
+ROWS = [
+    {"prompt": f"a fox, number {i}", "steps": 2 + (i % 5 == 0), "guidance_scale": 1.0 if i % 3 == 0 else 7.5}
+    for i in range(20)
+]
+Content = dict[str, bytes]
+
+
+@functools.cache
+def tiny() -> Pipeline:
+    return Pipeline.load("tiny", device="cpu")
+
+
+def run(output: Path, rows: Any = None, **options: Any) -> batch.BatchReport:
+    return batch.run(ROWS if rows is None else rows, output, pipe=tiny(), **options)
+
+
+def pictures(folder: Path) -> Content:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """Bytes of every picture of the uninterrupted run."""
+    folder = tmp_path_factory.mktemp("reference")
+    report = run(folder)
+    assert (report.done, report.skipped, report.failed, report.interrupted) == (20, 0, {}, False)
+    return pictures(folder)
+
+
+def complete(folder: Path, reference: Content) -> None:
+    """Nothing lost, doubled, changed or left over."""
+    assert pictures(folder) == reference
+    kept = {path.name for path in folder.iterdir() if not path.name.startswith(".manifest-")}
+    assert kept == {*reference, "run.json", "metadata.jsonl"}
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == sorted(reference)
+    assert all(row["sha256"] == store.sha256(reference[row["file_name"]]) for row in rows)
+    check = batch.verify(folder)
+    assert check.good == sorted(reference) and not (check.missing or check.corrupt or check.extra)
+
+
+def fork(task: Callable[[], object]) -> BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=task)
+    process.start()
+    return process
+
+
+# ------------------------------------------------------------------------------------------- the same bytes
+
+
+def test_again_draws_nothing(tmp_path: Path, reference: Content):
+    run(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    report = run(tmp_path)
+    assert (report.done, report.skipped) == (0, 20)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")} == times
+    complete(tmp_path, reference)
+
+
+def test_what_is_missing_is_drawn_and_nothing_else(tmp_path: Path, reference: Content):
+    run(tmp_path)
+    for name in random.Random(1).sample(sorted(reference), 7):
+        (tmp_path / name).unlink()
+    assert run(tmp_path).done == 7
+    complete(tmp_path, reference)
+
+
+def test_shards_are_the_whole(tmp_path: Path, reference: Content):
+    done = [run(tmp_path, shard=f"{i}/3").done for i in (2, 3, 1)]
+    assert sum(done) == 20 and all(done)
+    complete(tmp_path, reference)
+
+
+def test_a_row_added_changes_no_other(tmp_path: Path, reference: Content):
+    run(tmp_path, ROWS[:13])
+    assert run(tmp_path, ROWS).done == 7
+    complete(tmp_path, reference)
+
+
+def test_exact_is_the_same_for_every_batch_size(tmp_path: Path):
+    for size in (1, 4, 7):
+        run(tmp_path / f"exact{size}", batch_size=size, exact=True)
+        run(tmp_path / f"free{size}", batch_size=size)
+    first = pictures(tmp_path / "exact1")
+    assert len(first) == 20 and first == pictures(tmp_path / "exact4") == pictures(tmp_path / "exact7")
+    run(tmp_path / "exact1", batch_size=32, exact=True)  # so that another batch size is no other setting
+    free = [sorted((tmp_path / f"free{size}").glob("*.png")) for size in (1, 4, 7)]
+    for one, *others in zip(*free, strict=True):
+        pair = images.open_image(one)
+        assert all(images.largest_difference(pair, images.open_image(other)) <= 1 for other in others)
+
+
+def test_other_settings_are_refused(tmp_path: Path):
+    run(tmp_path, ROWS[:1])
+    with pytest.raises(ValueError, match=r"other settings: compute_batch=4 there, 2 now; seed=0 there, 9 now; give"):
+        run(tmp_path, ROWS[:1], batch_size=2, seed=9)
+    with pytest.raises(ValueError, match="batch_size=0 must be greater"):
+        run(tmp_path, ROWS[:1], batch_size=0)
+
+
+def test_nothing_is_written_when_a_row_is_wrong(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"requests:2: width=60 must be a multiple of 8, .*\nrequests:3: clip_skip=9"):
+        run(tmp_path / "out", ["a", {"prompt": "b", "width": 60}, {"prompt": "c", "clip_skip": 9}])
+    with pytest.raises(ValueError, match=r"requests:1: prompt is too long"):
+        run(tmp_path / "out", ["BREAK a " * 70])
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_start_from_pictures(tmp_path: Path):
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "start.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    requests = tmp_path / "requests.csv"
+    requests.write_text("prompt,image,mask,steps\na fox,start.png,,3\nan owl,start.png,mask.png,3\nplain,,,3\n")
+    run(tmp_path / "out", requests)
+    first, second, third = (images.read_metadata(path).request for path in sorted((tmp_path / "out").glob("*.png")))
+    assert first.image == second.image == images.digest(images.open_image(tmp_path / "start.png"))
+    assert first.mask is None and second.mask is not None and third.image is None
+    expected = tiny().generate([first], images=[images.open_image(tmp_path / "start.png")])[0]
+    drawn = images.open_image(sorted((tmp_path / "out").glob("*.png"))[0])
+    assert images.largest_difference(expected, drawn) <= 1
+    assert str(tmp_path) not in (tmp_path / "out/metadata.jsonl").read_text()
+    (next((tmp_path / "out").glob("000000*"))).unlink()
+    prepared = batch.prepare(requests, tmp_path / "out", pipe=tiny())
+    Image.new("L", (64, 64)).save(tmp_path / "start.png")
+    assert "was changed while the batch ran" in prepared.run().failed[0]
+
+
+def test_chunks_hold_what_may_share_a_batch():
+    items = batch.prepare([{"prompt": "a", "steps": 2 + i % 3} for i in range(600)], "unused", pipe=tiny()).items
+    made = list(chunks(tiny(), items, 4))
+    assert sorted(item.index for chunk in made for item in chunk) == list(range(600))
+    assert all(len({item.request.steps for item in chunk}) == 1 for chunk in made)
+    assert sum(len(chunk) < 4 for chunk in made) <= 3
+
+
+def test_loads_as_an_image_folder(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    run(tmp_path / "out", [row | {"author": f"me {i}"} for i, row in enumerate(ROWS[:3])])
+    batch_of = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert [row["prompt"] for row in batch_of] == [row["prompt"] for row in ROWS[:3]]
+    assert [row["author"] for row in batch_of] == ["me 0", "me 1", "me 2"]
+    assert batch_of[0]["image"].size == (64, 64)
+
+
+# ----------------------------------------------------------------------------------------------- failures
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pictures of seed 13 come out as nan."""
+
+    whole = tiny().decode
+
+    def decode(latents: Any, requests: Any) -> Any:
+        if any(request.seed == 13 for request in requests):
+            raise FloatingPointError("seed=13: the image is not finite")
+        return whole(latents, requests)
+
+    monkeypatch.setattr(tiny(), "decode", decode)
+    yield
+
+
+def test_a_poison_request_fails_alone(tmp_path: Path, poisoned: None):
+    rows = [{"prompt": "a", "steps": 2, "seed": 10 + i} for i in range(6)]
+    events: list[batch.Event] = []
+    report = run(tmp_path, rows, keep_going=True, progress=events.append)
+    assert report.done == 5 and report.failed == {3: "seed=13: the image is not finite"}
+    assert [event.index for event in events if event.error] == [3] and events[-1].done == events[-1].total == 6
+    assert json.loads((tmp_path / "errors.jsonl").read_text())["index"] == 3
+    assert len(pictures(tmp_path)) == 5
+
+
+def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poisoned: None):
+    rows = [{"prompt": "a", "steps": 2, "seed": 10 + i} for i in range(12)]
+    report = run(tmp_path, rows)
+    assert report.done == 3 and list(report.failed) == [3] and not report.interrupted
+
+
+def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"prompt": "a", "steps": 2, "seed": 13}]
+    run(tmp_path, rows)
+    monkeypatch.undo()
+    assert run(tmp_path, rows).done == 1
+    assert not (tmp_path / "errors.jsonl").exists()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_out_of_memory_halves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool):
+    whole = tiny().sample_latents
+
+    def sample(requests: Any, **sources: Any) -> Any:
+        if len(requests) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+        return whole(requests, **sources)
+
+    monkeypatch.setattr(tiny(), "sample_latents", sample)
+    report = run(tmp_path, [{"prompt": "a", "steps": 2}] * 4, exact=exact, keep_going=True)
+    assert (report.done, len(report.failed)) == ((0, 4) if exact else (4, 0))
+    if exact:
+        assert report.failed[0] == "out of memory at 4 in a batch; draw it smaller"
+
+
+def test_stop_finishes_the_batch_in_hand(tmp_path: Path, reference: Content):
+    asked = iter([False, True])
+    report = run(tmp_path, stop=lambda: next(asked, True))
+    first = next(chunks(tiny(), batch.prepare(ROWS, tmp_path, pipe=tiny()).items, 4))
+    assert report.interrupted and report.done == len(pictures(tmp_path)) == len(first)
+    run(tmp_path)
+    complete(tmp_path, reference)
+
+
+# -------------------------------------------------------------------------------------------- kill -9
+
+
+def half_a_line_then_die(path: Path, line: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(line[: len(line) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(point: str, number: int) -> Callable[[str], None]:
+    left = iter(range(number, -1, -1))
+    return lambda reached: os.kill(os.getpid(), signal.SIGKILL) if reached == point and not next(left) else None
+
+
+def run_and_die(folder: Path, point: str, number: int) -> None:
+    """Draws, and is killed at the number-th passing of a point."""
+    if point == "line":
+        append, left = store.append, iter(range(number, -1, -1))
+        store.append = lambda path, line: append(path, line) if next(left) else half_a_line_then_die(path, line)
+    else:
+        local.Store = functools.partial(Store, reached=die_at(point, number))  # type: ignore[misc]
+    run(folder)
+
+
+def kill_often(folder: Path, reference: Content, kills: int, chance: random.Random) -> tuple[int, int]:
+    """Runs killed at random times and points, each resumed by the next; (kills that hit, folders that were filled)."""
+    points = ["time", "written", "synced", "linked", "line"]
+    hits = whole = 0
+    current = folder / "0"
+    before: set[str] = set()
+    while hits < kills:
+        point, missing = points[hits % len(points)], len(reference) - len(before)
+        if point == "time":
+            process = fork(functools.partial(run, current))
+            process.join(chance.uniform(0.02, 1.0))
+            process.kill()
+        else:
+            process = fork(functools.partial(run_and_die, current, point, chance.randrange(max(1, missing // 2))))
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        hits += process.exitcode != 0
+        now = pictures(current)
+        assert before <= now.keys() and all(data == reference[name] for name, data in now.items())
+        before = set(now)
+        if process.exitcode == 0 or len(before) == len(reference):
+            run(current)
+            complete(current, reference)
+            whole += 1
+            current, before = folder / str(whole), set()
+    run(current)
+    complete(current, reference)
+    return hits, whole + 1
+
+
+@pytest.mark.parametrize("point", ["written", "synced", "linked", "line"])
+def test_killed_at_a_point_of_the_commit(tmp_path: Path, reference: Content, point: str):
+    process = fork(functools.partial(run_and_die, tmp_path, point, 6))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(pictures(tmp_path)) == (6 if point in ("written", "synced") else 7)
+    run(tmp_path)
+    complete(tmp_path, reference)
+
+
+def test_killed_at_random_times(tmp_path: Path, reference: Content):
+    kill_often(tmp_path, reference, 6, random.Random(0))
+
+
+@pytest.mark.slow
+def test_killed_two_hundred_times(tmp_path: Path, reference: Content, record_property: Callable[..., None]):
+    hits, folders = kill_often(tmp_path, reference, 200, random.Random(1))
+    record_property("kills", hits)
+    record_property("batches", folders)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_processes_on_one_folder(tmp_path: Path, reference: Content, count: int):
+    processes = [fork(functools.partial(run, tmp_path)) for _ in range(count)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+    complete(tmp_path, reference)
+
+
+def test_stopped_and_continued_beside_another(tmp_path: Path, reference: Content):
+    process = fork(functools.partial(run, tmp_path))
+    time.sleep(0.5)
+    os.kill(process.pid or 0, signal.SIGSTOP)
+    run(tmp_path)
+    os.kill(process.pid or 0, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+    complete(tmp_path, reference)
+
+
+def test_a_worker_killed_is_replaced(tmp_path: Path, reference: Content):
+    killed = []
+
+    def kill_one(event: batch.Event) -> None:
+        if not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+
+    report = batch.run(ROWS, tmp_path, model="tiny", device="cpu", workers=2, exact=False, progress=kill_one)
+    assert killed and not report.failed and report.done + report.skipped == 20
+    complete(tmp_path, reference)
+
+
+class DiesOn(Engine):
+    """Draws nothing; the process ends at item 2."""
+
+    def __init__(self) -> None:
+        self.done: list[Result] = []
+
+    def submit(self, items: Any) -> None:
+        for item in items:
+            if item.index == 2:
+                os._exit(1)
+            self.done.append(Result(item.index))
+
+    def results(self, wait: bool = False) -> list[Result]:
+        done, self.done = self.done, []
+        return done
+
+
+def dies_on(number: int) -> Engine:
+    return DiesOn()
+
+
+def dies_at_start(number: int) -> Engine:
+    os._exit(3)
+
+
+def refuses(number: int) -> Engine:
+    raise ValueError("no such model")
+
+
+@pytest.mark.slow
+def test_what_kills_its_process_fails_after_three():
+    items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
+    results = [r for some in spread(dies_on, [items[:2], items[2:]], 1, lambda: False) for r in some]
+    assert sorted(result.index for result in results) == [0, 1, 2, 3]
+    assert [(result.index, result.error) for result in results if result.error] == [
+        (2, "the process that drew it died, 3 times")
+    ]
+    with pytest.raises(ValueError, match="no such model"):
+        list(spread(refuses, [items], 1, lambda: False))
+    with pytest.raises(RuntimeError, match=r"end before they draw \(exit code 3\)"):
+        list(spread(dies_at_start, [items], 1, lambda: False))
+
+
+# ------------------------------------------------------------------------------------------- full disks
+
+
+def run_to_a_full_disk(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of one file; a picture has more
+    try:
+        run(folder)
+    except batch.DiskFull:
+        os._exit(33)
+
+
+def test_files_may_grow_no_more(tmp_path: Path, reference: Content):
+    process = fork(functools.partial(run_to_a_full_disk, tmp_path))
+    process.join()
+    assert process.exitcode == 33
+    assert all(not path.name.endswith((".png", ".tmp")) for path in tmp_path.iterdir())
+    run(tmp_path)
+    complete(tmp_path, reference)
+
+
+def test_a_disk_of_64_kib(tmp_path: Path, reference: Content):
+    def mount(*options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if not mount("size=64k"):
+        pytest.skip("mounting is not permitted")
+    try:
+        with pytest.raises(batch.DiskFull, match="No space left on device; what is done stays done"):
+            run(tmp_path)
+        there = pictures(tmp_path)
+        assert 0 < len(there) < 20 and there.items() <= reference.items()
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+        assert mount("remount", "ro")
+        with pytest.raises(batch.DiskFull, match="Read-only file system"):
+            run(tmp_path)
+        assert mount("remount", "rw", "size=8m")
+        run(tmp_path)
+        complete(tmp_path, reference)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_the_names_of_the_manifests_tell_machines_apart(tmp_path: Path):
+    run(tmp_path, ROWS[:1])
+    assert [path.name for path in tmp_path.glob(".manifest*")] == [f".manifest-{HOST}-0.jsonl"]
