@@ -44,6 +44,7 @@ A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 c
     "lcm": ("LCM", None),
 }
 MAX_NAME = 200  # characters of a model's name
+MAX_LABEL = 240  # pixels of a contact sheet's row labels
 UNKNOWN_SOURCE = "sha256:unknown"
 
 
@@ -286,21 +287,44 @@ def next_free_name(folder: str | Path, seed: int) -> Path:
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str] | None = None, columns: int | None = None
+    images: Sequence[Image.Image | None],
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    axes: tuple[str, Sequence[str], Sequence[str]] | None = None,
 ) -> Image.Image:
-    """All pictures in one, on a near-square grid unless columns is given, each with its label below."""
-    columns = columns or ceil(sqrt(len(images)))
-    gap, caption = 4, 16 if labels else 0
-    width, height = max(image.width for image in images), max(image.height for image in images) + caption
+    """All pictures in one, on a near-square grid unless columns is given, each with its label below.
+
+    None leaves a cell empty. axes: (corner, row labels, column labels) of a grid, written at its left and above it.
+    """
+    corner, down, across = axes or ("", (), ())
+    columns = len(across) or columns or ceil(sqrt(len(images)))
+    gap, caption, top = 4, 16 if labels else 0, 16 if axes else 0
+    shown = [image for image in images if image is not None]
+    width, height = max(image.width for image in shown), max(image.height for image in shown) + caption
     rows = ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    font = ImageFont.load_default(11)
+    margin = gap + min(ceil(max(map(font.getlength, (corner, *down)))), MAX_LABEL) if axes else 0
+    size = (margin + columns * (width + gap) + gap, top + rows * (height + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
-        sheet.paste(image, (x, y))
+        x, y = margin + gap + i % columns * (width + gap), top + gap + i // columns * (height + gap)
+        if image is not None:
+            sheet.paste(image, (x, y))
         if labels:
-            label = labels[i].replace("\n", " ")[:200]
-            while label and draw.textlength(label, font) > width:
-                label = label[:-1]
-            draw.text((x, y + image.height + 2), label, "black", font)
+            draw.text((x, y + (image.height if image else 0) + 2), _fitted(labels[i], font, width), "black", font)
+    draw.text((gap, 2), _fitted(corner, font, MAX_LABEL), "black", font)
+    for j, label in enumerate(across):
+        draw.text((margin + gap + j * (width + gap), 2), _fitted(label, font, width), "black", font)
+    for j, label in enumerate(down):
+        y = top + gap + j * (height + gap) + height // 2 - 6
+        draw.text((gap, y), _fitted(label, font, MAX_LABEL), "black", font)
     return sheet
+
+
+def _fitted(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """As much of a label as fits into that many pixels, on one line."""
+    label = label.replace("\n", " ")[:200]
+    while label and font.getlength(label) > width:
+        label = label[:-1]
+    return label

@@ -58,7 +58,7 @@ HOMES = {
     "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
     "typer": {"cli/"},
     "rich": {"cli/", "bench.py", "train/loop.py"},
-    "PIL": {"images.py", "initial.py", "pipeline.py", "inspect.py", "batch/draw.py", "cli/", "bench.py", "train/"},
+    "PIL": {"images.py", "initial.py", "pipeline.py", "inspect.py", "batch/", "cli/", "bench.py", "train/"},
     "safetensors": {"checkpoints/", "train/"},
     "pickle": set(),
 }

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from sdlite.batch.store import Store, read_file, read_settings, sha256
+from sdlite.batch.store import SHEET, Store, read_file, read_settings, sha256
 from sdlite.images import read_metadata
-
-SHEET = "contact-sheet.png"
 
 
 class Check(NamedTuple):
@@ -27,7 +25,7 @@ def verify(root: Path) -> Check:
     store, check = Store(root), Check([], [], [], [])
     listed = store.listed()
     model_hash = read_settings(root).get("model_hash")
-    pictures = {name for name in store.names() if name.endswith(".png") and not name.startswith(".")}
+    pictures = {name for name in store.names() if name.endswith(".png") and name != SHEET}
     for name in sorted(pictures | listed.keys()):
         if name not in pictures:
             check.missing.append(name)

@@ -73,6 +73,8 @@ def checked(name: str) -> str:
         raise ValueError(f"{fault} must not be empty or start with a dot or a space")
     if not name.isprintable() or FORBIDDEN & set(name):
         raise ValueError(f'{fault} must be without / \\ : * ? " < > | and invisible characters')
+    if name.casefold() == "contact-sheet.png":
+        raise ValueError(f"{fault} is the contact sheet's")
     if RESERVED.fullmatch(name):
         raise ValueError(f"{fault} is a device on Windows; add {{index}} to the template")
     if len(name.encode()) > MAX_NAME_BYTES:

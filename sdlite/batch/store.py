@@ -26,7 +26,7 @@ from sdlite.batch.plan import Item
 from sdlite.images import read_metadata, write_atomically
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
-RUN, INDEX, ERRORS = "run.json", "metadata.jsonl", "errors.jsonl"
+RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments

@@ -8,7 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sdlite.cli import draw, learn, models  # noqa: F401  each adds its commands to the app, in the order of --help
+from sdlite.cli import draw  # noqa: F401  each adds its commands to the app, in the order of --help
+
+# isort: split
+from sdlite.cli import batch, learn, models  # noqa: F401
 from sdlite.cli.app import run
 
 

@@ -101,19 +101,23 @@ class Report:
 
 
 class Interrupts:
-    """While it is active, the first Ctrl-C is only remembered; the second stops at once."""
+    """While it is active, the first Ctrl-C or SIGTERM is only remembered; the second stops at once."""
 
     asked = False
 
+    def __init__(self, in_hand: str = "picture") -> None:
+        self._message = f"\nsdlite: finishing the {in_hand} in hand; Ctrl-C again stops at once\n".encode()
+
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, b"\nsdlite: finishing the picture in hand; Ctrl-C again stops at once\n")  # safe in a handler
+        os.write(2, self._message)  # safe in a handler

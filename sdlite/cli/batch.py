@@ -1,0 +1,176 @@
+"""`sdlite batch`: a file of requests to a folder of pictures, interrupted at will."""
+
+import shutil
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdlite.cli.app import (
+    INTERRUPTED,
+    WRONG_INPUT,
+    AsJson,
+    Device,
+    DType,
+    Model,
+    Override,
+    Quiet,
+    app,
+    limit_threads,
+)
+from sdlite.cli.output import Interrupts, Report, shown
+
+if TYPE_CHECKING:
+    from sdlite.batch import Batch, BatchReport, Event
+
+SOME_FAILED, DISK_FULL = 1, 3  # exit codes
+
+
+@app.command()
+def batch(
+    requests: Annotated[
+        str | None, typer.Argument(help=".txt, .jsonl, .csv, .parquet, a grid in .json, or - for stdin.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder; resumed if there.")
+    ] = None,
+    model: Model = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Drawn at the same time.")] = 4,
+    workers: Annotated[int, typer.Option(help="Processes, each with its share of the cores or its GPU.")] = 1,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="The same bytes for every --batch-size, --workers and number of cores.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Base for the seeds of rows that name none.")] = 0,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Past requests that fail.")] = False,
+    shards: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N, for many machines.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help="E.g. '{index:06}-{prompt}.png'.", show_default="index and key"),
+    ] = None,
+    contact_sheet: Annotated[bool, typer.Option("--contact-sheet", help="Also draw DIR/contact-sheet.png.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be drawn, in what time and space.")
+    ] = False,
+    verify: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Read a batch's pictures again; draws none.")
+    ] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    prediction: Override = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw all requests of a file into a folder; the same command again draws what is missing.
+
+    Prints the path of each PNG. Every field of a request is a column (prompt, seed, steps, ...), num_images repeats a
+    row, other columns go into DIR/metadata.jsonl. A .json file is a grid: its lists are combined each with each. Ctrl-C
+    or SIGTERM finishes the batch in hand; a second one stops at once. Exit codes: 0 all done, 1 some failed (see
+    DIR/errors.jsonl), 2 wrong input, 3 disk full, 130 interrupted.
+
+    --verify renames a damaged picture to NAME.corrupt, and the same batch command then makes it again; it exits with 1
+    if anything is damaged or missing.
+    """
+    from sdlite.batch import DiskFull, prepare
+
+    report = Report(quiet, as_json)
+    if verify is not None:
+        raise typer.Exit(_verify(verify, report))
+    if requests is None or output is None:
+        raise ValueError("give a file of requests and a folder, e.g. sdlite batch prompts.txt -o out")
+    limit_threads()
+    options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
+    options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
+    try:
+        prepared = prepare(requests, output, shard=shards, name=name, **options)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"sdlite: error: {shown(line)}", file=sys.stderr)
+        raise typer.Exit(WRONG_INPUT) from None
+    for note in prepared.pipe.notes:
+        report.note(note)
+    if dry_run:
+        _plan(prepared, report)
+        return
+    try:
+        code = _run(prepared, report)
+        if contact_sheet:
+            from sdlite.batch.sheet import write_sheet
+
+            report.path(write_sheet(prepared.plan, output), "contact_sheet")
+    except DiskFull as error:
+        report.event("disk_full", message=error.strerror)
+        print(f"sdlite: error: {shown(str(error.strerror))}", file=sys.stderr)
+        code = DISK_FULL
+    raise typer.Exit(code)
+
+
+def _run(prepared: "Batch", report: Report) -> int:
+    """Draws what is missing, with a bar or a path each; the exit code."""
+    missing, start = len(prepared.missing()), perf_counter()
+    pipe, root = prepared.pipe, prepared.store.root
+    report.event("start", model=pipe.name, model_hash=pipe.model_hash, images=len(prepared.items), missing=missing)
+    bar = report.bar()
+    task = bar.add_task(f"0/{missing} images", total=missing)
+    prints = bar.disable or not sys.stdout.isatty()  # paths would push the bar down the terminal
+
+    def progress(event: "Event") -> None:
+        rate = event.done / (perf_counter() - start) * 60
+        bar.update(task, completed=event.done, description=f"{event.done}/{event.total} images, {rate:.0f}/min")
+        path = root / event.file_name
+        if event.error is not None:
+            report.event("failed", index=event.index, path=str(path), error=event.error)
+            report.note(f"picture {event.index} failed: {event.error}")
+        elif report.as_json:
+            fields = {"sha256": event.sha256, "seconds": event.seconds}
+            report.event("image", index=event.index, path=str(path), **fields)
+        elif prints and event.sha256 is not None:
+            typer.echo(path)
+
+    with Interrupts("batch") as interrupts, bar:
+        done = prepared.run(progress, lambda: interrupts.asked)
+    return _end(done, report)
+
+
+def _end(done: "BatchReport", report: Report) -> int:
+    counts = {"drawn": done.done, "skipped": done.skipped, "failed": len(done.failed)}
+    report.event("done", **counts, seconds=round(done.seconds, 3), interrupted=done.interrupted)
+    report.note(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {_time(done.seconds)}")
+    if done.interrupted:
+        return INTERRUPTED
+    return SOME_FAILED if done.failed else 0
+
+
+def _plan(prepared: "Batch", report: Report) -> None:
+    """What a run would do, its time and space measured on one batch."""
+    estimate = prepared.estimate()
+    root = prepared.store.root.absolute()
+    free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.exists())).free
+    if report.as_json:
+        fields = {"missing": estimate.images, "seconds": round(estimate.seconds, 1), "bytes": estimate.size}
+        report.event("plan", images=len(prepared.items), **fields, free=free)
+        return
+    print(f"images   {len(prepared.items)}, of which {len(prepared.items) - estimate.images} are there")
+    print(f"batches  of {prepared.size}, {prepared.options.workers} at a time on {prepared.threads} threads each")
+    print(f"time     about {_time(estimate.seconds)}")
+    print(f"disk     about {estimate.size / 1e6:.1f} MB of {free / 1e6:.0f} MB free")
+
+
+def _verify(folder: Path, report: Report) -> int:
+    from sdlite.batch import verify
+
+    check = verify(folder)
+    report.event("verified", **{name: len(names) for name, names in check._asdict().items()})
+    for kind in ("missing", "corrupt", "extra"):
+        for name in getattr(check, kind):
+            report.event(kind, path=str(folder / name))
+            if not report.as_json:
+                print(f"{kind}\t{shown(str(folder / name))}")
+    report.note(", ".join(f"{len(names)} {kind}" for kind, names in check._asdict().items()))
+    return SOME_FAILED if check.missing or check.corrupt else 0
+
+
+def _time(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -1,0 +1,190 @@
+"""`sdlite batch`: flags, exit codes, events, and real processes that are interrupted."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdlite import batch, cli, images
+from sdlite.batch import local
+from sdlite.batch.store import sha256
+from sdlite.pipeline import Pipeline
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Pipeline:
+    return Pipeline.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tiny: Pipeline) -> Run:
+    """Runs the command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: tiny)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["batch", *(str(argument) for argument in arguments)])
+        out, err = capfd.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    Path("fox.csv").write_text("prompt,steps,seed\na fox,2,5\nan owl,2,6\na hen,1,7\n")
+    return command
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_path_a_picture_then_nothing(run: Run):
+    code, out, err = run("fox.csv", "-o", "out")
+    assert code == 0 and sorted(out.split()) == sorted(map(str, Path("out").glob("*.png")))
+    assert "3 drawn, 0 skipped, 0 failed" in err
+    code, out, err = run("fox.csv", "-o", "out", "-q")
+    assert (code, out, err) == (0, "", "")
+
+
+def test_events(run: Run):
+    start, *drawn, done = events(run("fox.csv", "-o", "out", "--json")[1])
+    assert start["event"] == "start" and start["images"] == start["missing"] == 3
+    assert sorted(event["index"] for event in drawn) == [0, 1, 2]
+    for event in drawn:
+        assert event["event"] == "image" and batch.verify(Path("out")).good
+        assert event["sha256"] == sha256(Path(event["path"]).read_bytes())
+    assert done | {"event": "done", "drawn": 3, "skipped": 0, "failed": 0, "interrupted": False} == done
+
+
+def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, Any] = {}
+
+    def prepare(requests: str, output: Path, **options: Any) -> None:
+        given.update(options, requests=requests, output=output)
+        raise ValueError("one\ntwo")
+
+    monkeypatch.setattr(batch, "prepare", prepare, raising=False)
+    flags = "-m m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png"
+    code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
+    assert (code, out, err) == (2, "", "sdlite: error: one\nsdlite: error: two\n")
+    assert given == {
+        "requests": "fox.csv",
+        "output": Path("out"),
+        "model": "m",
+        "batch_size": 7,
+        "workers": 2,
+        "exact": True,
+        "seed": 9,
+        "keep_going": True,
+        "shard": "2/3",
+        "name": "{index}.png",
+        "device": "cpu",
+        "dtype": "float32",
+        "prediction": None,
+    }
+
+
+def test_wrong_input_is_a_line_per_fault_and_no_folder(run: Run):
+    Path("bad.csv").write_text("prompt,steps\na,0\nb,2\nc,x\n")
+    code, out, err = run("bad.csv", "-o", "out")
+    assert (code, out) == (2, "")
+    assert [line[: line.index("=")] for line in err.splitlines()] == [
+        "sdlite: error: bad.csv:2: steps",
+        "sdlite: error: bad.csv:4: steps",
+    ]
+    assert not Path("out").exists()
+    for arguments in (["none.csv", "-o", "out"], ["fox.csv"], [], ["fox.csv", "-o", "out", "--shards", "0/2"]):
+        code, out, err = run(*arguments)
+        assert code == 2 and err.startswith("sdlite: error: ") and len(err.splitlines()) == 1
+
+
+def test_failures_and_their_exit_codes(run: Run, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    whole = tiny.decode
+
+    def decode(latents: Any, requests: Any) -> Any:
+        if any(request.seed == 6 for request in requests):
+            raise FloatingPointError("not finite")
+        return whole(latents, requests)
+
+    monkeypatch.setattr(tiny, "decode", decode)
+    code, out, _ = run("fox.csv", "-o", "out", "--keep-going", "--json")
+    failed = [event for event in events(out) if event["event"] == "failed"]
+    assert code == 1 and [(event["index"], event["error"]) for event in failed] == [(1, "not finite")]
+    assert len(list(Path("out").glob("*.png"))) == 2 and Path("out/errors.jsonl").exists()
+
+
+def test_a_full_disk_is_exit_code_3(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise batch.DiskFull(28, "out: No space left on device")
+
+    monkeypatch.setattr(local.Store, "save", full)
+    assert run("fox.csv", "-o", "out", "-q") == (3, "", "sdlite: error: out: No space left on device\n")
+
+
+def test_verify_then_again(run: Run):
+    run("fox.csv", "-o", "out", "-q")
+    assert run("--verify", "out", "-q") == (0, "", "")
+    first, second, _ = sorted(Path("out").glob("*.png"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-20])
+    second.unlink()
+    assert run("--verify", "out", "-q") == (1, f"missing\t{second}\ncorrupt\t{first}\n", "")
+    assert run("fox.csv", "-o", "out", "-q")[0] == 0 and first.read_bytes() == whole
+    assert run("--verify", "out", "-q")[0] == 0
+
+
+def test_dry_run_writes_nothing(run: Run):
+    code, out, _ = run("fox.csv", "-o", "out", "--dry-run", "-b", 2)
+    assert code == 0 and out.startswith("images   3, of which 0 are there\nbatches  of 2, 1 at a time")
+    assert not Path("out").exists()
+    plan = events(run("fox.csv", "-o", "out", "--dry-run", "--json")[1])[0]
+    assert plan["missing"] == 3 and plan["seconds"] > 0 and 3_000 < plan["bytes"] < 100_000 < plan["free"]
+
+
+def test_a_grid_gets_a_sheet_with_labelled_axes(run: Run):
+    Path("grid.json").write_text(json.dumps({"prompt": ["a fox", "an owl"], "steps": [1, 2, 3], "seed": 4}))
+    code, out, _ = run("grid.json", "-o", "out", "--contact-sheet", "-q")
+    sheet = images.open_image("out/contact-sheet.png")
+    assert code == 0 and out.splitlines()[-1] == "out/contact-sheet.png"
+    assert sheet.width > 3 * 64 + 30 and 2 * 64 + 16 < sheet.height < 2 * 64 + 40
+    picture = images.open_image(sorted(Path("out").glob("000004*"))[0])  # row 2, column 2
+    margin = sheet.width - 3 * 68 - 4
+    assert images.largest_difference(sheet.crop((margin + 72, 88, margin + 136, 152)), picture) == 0
+    assert min(sheet.crop((0, 40, margin, 60)).convert("L").tobytes()) < 100  # a row label
+    assert min(sheet.crop((margin, 0, sheet.width, 16)).convert("L").tobytes()) < 100  # column labels
+    assert run("--verify", "out", "-q")[0] == 0
+    assert run("fox.csv", "-o", "other", "--contact-sheet", "-q")[0] == 0
+
+
+def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a fox\nan owl\n")))
+    run("-", "-o", "out", "--dry-run")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "x", "steps": "y"}')))
+    assert "stdin:1: steps='y'" in run("-", "-o", "out")[2]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_and_resumed(tmp_path: Path, how: signal.Signals):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "fox {i}", "steps": 2}}\n' for i in range(40)))
+    command = [sys.executable, "-m", "sdlite", "batch", "a.jsonl", "-o", "out", "-m", "tiny", "-q", "--exact"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("out/")
+    process.send_signal(how)
+    process.communicate()
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    there = len(list((tmp_path / "out").glob("*.png")))
+    assert 0 < there < 40
+    if how != signal.SIGKILL:
+        assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == there
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(again.stdout.splitlines()) == 40 - there
+    assert len(batch.verify(tmp_path / "out").good) == 40
