@@ -58,8 +58,18 @@ HOMES = {
     "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
     "typer": {"cli/"},
     "rich": {"cli/", "bench.py", "train/loop.py"},
-    "PIL": {"images.py", "initial.py", "pipeline.py", "inspect.py", "batch/", "cli/", "bench.py", "train/"},
-    "safetensors": {"checkpoints/", "train/"},
+    "PIL": {
+        "images.py",
+        "initial.py",
+        "pipeline.py",
+        "inspect.py",
+        "segmentation/segmenter.py",
+        "batch/",
+        "cli/",
+        "bench.py",
+        "train/",
+    },
+    "safetensors": {"checkpoints/", "segmentation/segmenter.py", "train/"},
     "pickle": set(),
 }
 PRINTS = {"cli/", "bench.py", "train/loop.py"}

@@ -11,15 +11,18 @@ from sdlite.segmentation.metrics import (
     pixel_accuracy,
 )
 from sdlite.segmentation.models import FCN, SegmentationUNet, resized
+from sdlite.segmentation.segmenter import Segmenter, cutout
 
 __all__ = [
     "FCN",
     "SegmentationUNet",
+    "Segmenter",
     "boundary_counts",
     "boundary_f1",
     "combined",
     "confusion",
     "cross_entropy",
+    "cutout",
     "dice",
     "dice_loss",
     "iou",

@@ -1,0 +1,206 @@
+"""A trained network as a file folder and as a function of pictures: picture in, mask out, at any size.
+
+    picture --standardized--> (C, H, W) --tiles that overlap--> network --centres put together--> (K, H, W) --> mask
+
+The folder holds config.json and model.safetensors. A tile's outer part, whose surroundings the network has not seen, is
+thrown away; around the picture lies its mirror image (Ronneberger et al. 2015, figure 2).
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes, save_file
+from torch import Tensor
+
+from sdlite.config import Record
+from sdlite.segmentation.models import FCN, SegmentationUNet
+
+Count = Annotated[int, Field(ge=1, le=256)]
+CONTEXT = 8  # part of a tile's side, at each end, that only gives context: an eighth
+COLOURS = (0, 0, 0, 255, 255, 255, 230, 25, 75, 60, 180, 75, 0, 130, 200, 245, 130, 48, 145, 30, 180, 70, 240, 240)
+MIN_DEVIATION = 1e-3  # of a picture's values; below it there is nothing to see, and noise is not blown up
+
+
+class UNetPlan(Record):
+    """Arguments of `SegmentationUNet`."""
+
+    kind: Literal["unet"] = "unet"
+    in_channels: Literal[1, 3] = 3
+    num_classes: Count = 2
+    depth: int = Field(4, ge=1, le=8)
+    base_width: int = Field(64, ge=1, le=1024)
+    padding: Literal["valid", "same"] = "valid"
+    upsample: Literal["transposed", "interpolate"] = "transposed"
+    batch_norm: bool = False
+
+
+class FCNPlan(Record):
+    """Arguments of `FCN`."""
+
+    kind: Literal["fcn"] = "fcn"
+    in_channels: Literal[1, 3] = 3
+    num_classes: Count = 2
+    stride: Literal[8, 16, 32] = 8
+    base_width: int = Field(64, ge=1, le=1024)
+    batch_norm: bool = False
+
+
+Plan = UNetPlan | FCNPlan
+Network = SegmentationUNet | FCN
+
+
+class SegmenterConfig(Record):
+    """network: what to build. tile: pixels along the side of what the network labels at once, as in training."""
+
+    network: Annotated[Plan, Field(discriminator="kind")]
+    tile: int = Field(256, ge=16, le=4096)
+
+
+def build(plan: Plan) -> Network:
+    """The network of a plan, with its initial weights."""
+    arguments = plan.model_dump(exclude={"kind"})
+    return SegmentationUNet(**arguments) if isinstance(plan, UNetPlan) else FCN(**arguments)
+
+
+def pixels_of(image: Image.Image, channels: int) -> Tensor:
+    """(C, H, W), uint8, or float32 for pictures of 16 or 32 bits, as they are: only differences will matter.
+
+    channels: 1 or 3; colour becomes grey and grey three times the same. Palettes are looked up, transparency is laid
+    over white. Raises ValueError for a picture without pixels or with values that are not finite.
+    """
+    if 0 in image.size:
+        raise ValueError(f"the picture is {image.width} x {image.height} pixels; it must have some")
+    if image.mode.startswith(("I", "F")):
+        values = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)
+        if not values.isfinite().all():
+            raise ValueError("the picture has values that are infinite or not a number")
+        return values.view(1, image.height, image.width).expand(channels, -1, -1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.view(image.height, image.width, channels).movedim(-1, 0)
+
+
+def standardized(pixels: Tensor) -> Tensor:
+    """(C, H, W) float32 with mean 0 and deviation 1 over the picture, so that exposure and bit depth do not matter."""
+    values = pixels.double()
+    deviation = values.std(correction=0).clamp(min=MIN_DEVIATION)
+    return ((values - values.mean()) / deviation).float()
+
+
+def mirrored(start: int, stop: int, size: int) -> Tensor:
+    """Indices of positions start..stop-1 on a line of `size` pixels that is mirrored at its ends, again and again."""
+    period = max(2 * size - 2, 1)
+    position = torch.arange(start, stop) % period
+    return torch.minimum(position, period - position) if size > 1 else torch.zeros_like(position)
+
+
+class Segmenter:
+    """A network and how to apply it. `Segmenter.load(folder)(picture)` is the mask."""
+
+    def __init__(self, network: Network, config: SegmenterConfig) -> None:
+        self.network, self.config = network, config
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Segmenter":
+        """What `save` wrote. Raises FileNotFoundError or a ValueError of one line that says what is wrong with it."""
+        folder = Path(folder)
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder} holds no {file}; give the folder that a Segmenter was saved into")
+        try:
+            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = SegmenterConfig(**fields)
+            tensors = load_bytes((folder / "model.safetensors").read_bytes())  # no map: the file may be rewritten
+        except (TypeError, ValueError, RecursionError, SafetensorError) as error:
+            raise ValueError(f"{folder} is no segmentation model: {str(error).splitlines()[0]:.200}") from None
+        with torch.device("meta"):  # no memory is asked for before the file turns out to hold that much
+            network = build(config.network)
+        _check(network.state_dict(), tensors, folder)
+        floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        network.load_state_dict(floats, assign=True)
+        return cls(network.eval().requires_grad_(False), config)
+
+    def save(self, folder: Path | str) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        temporary = folder / ".model.safetensors.tmp"
+        save_file(tensors, temporary)
+        temporary.replace(folder / "model.safetensors")
+        (folder / "config.json").write_text(self.config.model_dump_json(indent=1) + "\n")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Mask of the picture's size, mode "P": the values are class numbers, the palette makes them visible."""
+        classes = self.probabilities(pixels_of(image, self.config.network.in_channels)).argmax(0)
+        return mask_image(classes)
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """(K, H, W) float32 of `pixels_of` a picture, (C, H, W)."""
+        images = standardized(pixels)[None].to(next(self.network.parameters()).device)  # (1, C, H, W)
+        network, tile = self.network, self.config.tile
+        height, width = images.shape[-2:]
+        valid = isinstance(network, SegmentationUNet) and network.valid
+        if not valid and max(height, width) <= tile:
+            return network(images)[0].softmax(0)
+        margin = network.margin // 2 if isinstance(network, SegmentationUNet) and valid else tile // CONTEXT
+        side = network.input_side(tile + 2 * margin) if isinstance(network, SegmentationUNet) and valid else tile
+        step = side - 2 * margin
+        result = images.new_empty(self.config.network.num_classes, height, width)
+        for top in range(0, height, step):
+            rows = mirrored(top - margin, top - margin + side, height)
+            for left in range(0, width, step):
+                columns = mirrored(left - margin, left - margin + side, width)
+                logits = network(images[:, :, rows][:, :, :, columns])[0]  # (K, side, side), valid (K, step, step)
+                if not valid:
+                    logits = logits[:, margin : margin + step, margin : margin + step]
+                part = result[:, top : top + step, left : left + step]
+                part.copy_(logits.softmax(0)[:, : part.shape[1], : part.shape[2]])
+        return result
+
+
+def _check(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Path) -> None:
+    """Raises ValueError unless both have the same names and shapes and all values are finite."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        want = tuple(ours[name].shape) if name in ours else "absent"
+        have = tuple(theirs[name].shape) if name in theirs else "absent"
+        if want != have:
+            raise ValueError(
+                f"{folder}: {name} is {have} in model.safetensors and {want} by config.json; not of one model"
+            )
+        if not theirs[name].isfinite().all():
+            raise ValueError(
+                f"{folder}: {name} has values that are not finite; the file is damaged or training diverged"
+            )
+
+
+def mask_image(classes: Tensor) -> Image.Image:
+    """(H, W) class numbers to a picture of mode "P" with a colour for each class, 0 black and 1 white."""
+    data = classes.to("cpu", torch.uint8).contiguous()
+    mask = Image.frombytes("P", (data.shape[1], data.shape[0]), data.numpy().tobytes())
+    mask.putpalette(COLOURS * (768 // len(COLOURS)))
+    return mask
+
+
+def cutout(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """RGBA picture, transparent where the mask has class 0 (mode "P") or is black (other modes, which may be soft).
+
+    Where the picture is transparent already it stays so. Raises ValueError if the sizes differ.
+    """
+    if image.size != mask.size:
+        raise ValueError(f"picture of {image.size} and mask of {mask.size} must have one size")
+    result = image.convert("RGBA")
+    if mask.mode == "P":
+        mask = Image.frombytes("L", mask.size, mask.tobytes()).point([0] + [255] * 255)
+    alpha = Image.new("L", image.size)
+    alpha.paste(result.getchannel("A"), mask=mask.convert("L"))
+    result.putalpha(alpha)
+    return result

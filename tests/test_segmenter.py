@@ -1,0 +1,159 @@
+"""Pictures in, masks out: tiles, folders on disk and every kind of picture."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load as load_bytes, save_file
+
+from sdlite.segmentation.segmenter import (
+    FCNPlan,
+    Segmenter,
+    SegmenterConfig,
+    UNetPlan,
+    build,
+    cutout,
+    mask_image,
+    mirrored,
+    pixels_of,
+    standardized,
+)
+
+PLANS = [
+    UNetPlan(depth=2, base_width=4, padding="valid"),
+    UNetPlan(depth=2, base_width=4, padding="same", upsample="interpolate", batch_norm=True),
+    FCNPlan(base_width=2),
+]
+
+
+def segmenter(plan=PLANS[1], tile=32):
+    torch.manual_seed(0)
+    return Segmenter(build(plan).eval(), SegmenterConfig(network=plan, tile=tile))
+
+
+def picture(width, height, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.kind)
+@pytest.mark.parametrize("size", [(1, 1), (32, 32), (20, 100), (75, 41)])
+def test_mask_has_the_pictures_size(plan, size):
+    mask = segmenter(plan)(picture(*size))
+    assert mask.size == size
+    assert mask.mode == "P"
+    assert set(mask.tobytes()) <= {0, 1}
+
+
+def test_tiles_make_what_one_large_tile_makes():
+    image = pixels_of(picture(150, 130), 3)
+    valid = [segmenter(PLANS[0], tile).probabilities(image) for tile in (20, 200)]
+    assert torch.allclose(*valid, atol=1e-5)  # no padding inside: exact, but for the pooling grid, which 20 + 44 keeps
+    same = [segmenter(UNetPlan(depth=1, base_width=4, padding="same"), tile).probabilities(image) for tile in (80, 200)]
+    assert torch.allclose(same[0][:, 20:-20, 20:-20], same[1][:, 20:-20, 20:-20], atol=1e-5)
+
+
+def test_mirror_is_numpys_reflection():
+    for size in (1, 2, 5):
+        expected = np.pad(np.arange(size), 7, mode="reflect") if size > 1 else np.zeros(15)
+        assert mirrored(-7, size + 7, size).tolist() == expected.tolist()
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    for plan in PLANS:
+        ours = segmenter(plan)
+        ours.save(tmp_path)
+        theirs = Segmenter.load(tmp_path)
+        assert theirs.config == ours.config
+        image = pixels_of(picture(40, 50), 3)
+        assert torch.equal(ours.probabilities(image), theirs.probabilities(image))
+
+
+def test_half_precision_weights_load(tmp_path):
+    segmenter().save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in load_bytes(file.read_bytes()).items()}, file)
+    assert Segmenter.load(tmp_path)(picture(20, 20)).size == (20, 20)
+
+
+def test_a_model_can_be_saved_where_it_was_loaded_from(tmp_path):
+    segmenter().save(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    Segmenter.load(tmp_path).save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def one_line(folder, pattern, error=ValueError):
+    with pytest.raises(error, match=pattern) as raised:
+        Segmenter.load(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_folders_are_one_line_errors(tmp_path):
+    one_line(tmp_path, r"holds no config\.json", FileNotFoundError)
+    segmenter().save(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    good, data = config.read_text(), weights.read_bytes()
+    tensors = load_bytes(data)
+    plan = json.loads(good)["network"]
+    for text in ("", "[]", "{}", "[" * 100_000, '{"network": 3}', '{"network": {"kind": "resnet"}}'):
+        config.write_text(text)
+        one_line(tmp_path, "is no segmentation model")
+    config.write_text(json.dumps({"network": plan | {"base_width": 1024, "depth": 8}, "tile": 64}))
+    one_line(tmp_path, "not of one model")
+    config.write_text(good)
+    for broken in (data[:100], data[:-8], b""):
+        weights.write_bytes(broken)
+        one_line(tmp_path, "is no segmentation model")
+    save_file({k: v for k, v in tensors.items() if k != "score.bias"}, weights)
+    one_line(tmp_path, r"score\.bias is absent")
+    save_file(tensors | {"extra": torch.zeros(1)}, weights)
+    one_line(tmp_path, r"extra is \(1,\) .* and absent")
+    save_file(tensors | {"score.bias": torch.full((2,), torch.nan)}, weights)
+    one_line(tmp_path, r"score\.bias has values that are not finite")
+
+
+def test_every_kind_of_picture():
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"):
+        image = picture(20, 12, "L").convert(mode) if mode == "I;16" else picture(20, 12, mode)
+        for channels in (1, 3):
+            assert pixels_of(image, channels).shape == (channels, 12, 20)
+        assert segmenter()(image).size == (20, 12)
+    with pytest.raises(ValueError, match="0 x 3"):
+        pixels_of(Image.new("L", (0, 3)), 1)
+    with pytest.raises(ValueError, match="not a number"):
+        pixels_of(Image.fromarray(np.full((2, 2), np.nan, np.float32)), 1)
+
+
+def test_bit_depth_and_exposure_do_not_matter():
+    grey = picture(20, 12, "L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    dim = Image.fromarray(np.asarray(grey) // 2 * 2)
+    half = Image.fromarray(np.asarray(grey) // 2)
+    for a, b in ((grey, deep), (dim, half)):
+        assert torch.allclose(*(standardized(pixels_of(x, 3)) for x in (a, b)), atol=1e-5)
+    assert (standardized(pixels_of(Image.new("L", (4, 4), 200), 1)) == 0).all()
+
+
+def test_transparency_is_white():
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (pixels_of(clear, 3) == 255).all()
+
+
+def test_cutout_keeps_the_foreground():
+    image = picture(6, 4)
+    classes = torch.zeros(4, 6, dtype=torch.int64)
+    classes[1:3] = 1
+    result = cutout(image, mask_image(classes))
+    assert np.array_equal(np.asarray(result)[..., 3], classes.numpy() * 255)
+    assert np.array_equal(np.asarray(result)[..., :3], np.asarray(image))
+    soft = Image.new("L", (6, 4), 100)
+    assert set(cutout(image, soft).getchannel("A").tobytes()) == {100}
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    assert set(cutout(clear, soft).getchannel("A").tobytes()) == {0}
+    with pytest.raises(ValueError, match="must have one size"):
+        cutout(image, Image.new("L", (5, 4)))
