@@ -127,6 +127,9 @@ def test_temporary_files_of_the_dead_are_removed(tmp_path: Path):
         path.write_bytes(b"half")
     Store(tmp_path).open(MODEL)
     assert [path.exists() for path in (dead, living, elsewhere, foreign)] == [False, True, True, True]
+    dead.write_bytes(b"half")  # of a worker killed in the meantime
+    Store(tmp_path).finish(ITEMS, {})
+    assert [path.exists() for path in (dead, living, elsewhere, foreign)] == [False, True, True, True]
 
 
 def test_verify_puts_the_damaged_aside(tmp_path: Path):

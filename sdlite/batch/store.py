@@ -118,8 +118,10 @@ class Store:
     def finish(self, items: Sequence[Item], failures: Mapping[int, str]) -> dict[int, Entry]:
         """Writes metadata.jsonl of all items that are there, whoever drew them, and errors.jsonl; returns the former.
 
+        Also removes what workers that were killed left half-written.
         failures: index -> why, of this run; what earlier runs listed stays listed while it is not done.
         """
+        self._sweep()
         found = self.done(items)
         rows = [_metadata(item, found[item.index]) for item in items if item.index in found]
         by_index = {item.index: item for item in items}
