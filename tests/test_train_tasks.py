@@ -255,7 +255,7 @@ def test_timesteps_are_uniform_also_within_a_batch(folder, runs):
 def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"arch='gan' must be one of unet, dit"):
         train("denoiser", folder, tmp_path, options={"arch": "gan"})
-    with pytest.raises(ValueError, match="is the denoiser's"):
+    with pytest.raises(ValueError, match="is the denoiser's or segmentation's"):
         train("codec", folder, tmp_path, options={"arch": "dit"})
     parts = {name: runs / name / "export" for name in ("codec", "text")}
     monkeypatch.setattr("sdlite.train.stages.SIZE", 32)

@@ -32,8 +32,8 @@ def normal(generators: Sequence[Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
 
 
-def read_records(folder: Path, split: str = "train") -> Records:
-    """Lines of a split's metadata.jsonl, "file_name" made relative to folder; none for an absent held-out split.
+def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("file_name", "text")) -> Records:
+    """Lines of a split's metadata.jsonl, file names made relative to folder; none for an absent held-out split.
 
     Raises FileNotFoundError without training data, ValueError for a line that is no record.
     """
@@ -46,10 +46,10 @@ def read_records(folder: Path, split: str = "train") -> Records:
     records = []
     for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         record = json.loads(line)
-        if not isinstance(record, dict) or not {"file_name", "text"} <= record.keys():
-            raise ValueError(f'{path}:{i} must be an object with "file_name" and "text"')
-        name = (inside / record["file_name"]).relative_to(folder).as_posix()
-        records.append(record | {"file_name": name})
+        if not isinstance(record, dict) or not set(fields) <= record.keys():
+            raise ValueError(f"{path}:{i} must be an object with " + " and ".join(f'"{name}"' for name in fields))
+        files = [name for name in fields if name.endswith("file_name")]
+        records.append(record | {name: (inside / record[name]).relative_to(folder).as_posix() for name in files})
     return records
 
 

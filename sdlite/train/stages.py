@@ -2,6 +2,8 @@
 
 codec --OUT/export--+
 text  --OUT/export--+--> denoiser --> OUT/export is a model folder
+
+segmentation stands alone; its OUT/export is what `sdlite.segmentation.Segmenter` loads.
 """
 
 from collections.abc import Collection
@@ -10,13 +12,14 @@ from typing import Any, Literal
 
 from sdlite.train.loop import Task, TrainConfig, fit
 
-Stage = Literal["codec", "text", "denoiser"]
-ARCHITECTURES = ("unet", "dit")
+Stage = Literal["codec", "text", "denoiser", "segmentation"]
+ARCHITECTURES = {"denoiser": ("unet", "dit"), "segmentation": ("unet", "fcn")}
 SIZE = 128  # pixels of the pictures that the denoiser is trained on
 DEFAULTS: dict[str, dict[str, Any]] = {
     "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
     "denoiser": {"batch_size": 32, "lr": 1e-3, "warmup": 3_200, "half_life": 10_000},
+    "segmentation": {"batch_size": 8, "lr": 2e-3, "warmup": 160, "half_life": 400, "report_every": 400},
 }
 
 
@@ -40,8 +43,9 @@ def train(
     """
     given = {name: value for name, value in options.items() if value is not None}
     arch = given.pop("arch", "unet")
-    if arch not in ARCHITECTURES or (arch != "unet" and stage != "denoiser"):
-        raise ValueError(f"arch={arch!r} must be one of {', '.join(ARCHITECTURES)}, and is the denoiser's")
+    if arch not in ARCHITECTURES.get(stage, ("unet",)):
+        known = ", ".join(ARCHITECTURES.get(stage, ARCHITECTURES["denoiser"]))
+        raise ValueError(f"arch={arch!r} must be one of {known}, and is the denoiser's or segmentation's")
     config = TrainConfig(**DEFAULTS[stage] | given)
     folders = {"codec": codec, "text": text, "teacher": teacher}
     task = _task(stage, data, out, folders, styles, seed=config.seed, arch=arch)
@@ -62,6 +66,10 @@ def _task(
         from sdlite.train.codec import CodecTask, emoji_codec
 
         return CodecTask(data, emoji_codec(), seed=seed, start=folders["codec"])
+    if stage == "segmentation":
+        from sdlite.train.segmentation import SegmentationTask, plan_for
+
+        return SegmentationTask(data, plan_for(data, arch), seed=seed)
     if stage == "text":
         from sdlite.train.text import TextTask, emoji_text, small_vocabulary
 

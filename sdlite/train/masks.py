@@ -1,0 +1,143 @@
+"""Data folders with masks, out of packages: nuclei under the microscope, and drawings in front of photos.
+
+    stardist --> one fluorescence picture --cut in two with a gap--> train/, test/
+    emoji with transparency + scikit-image's photos, or patterns --composed--> train/, test/
+
+Layout: see `sdlite.train.segmentation`. Both are made the same way each time.
+"""
+
+import io
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdlite.train.data import Generator, Records, read_records, sample_generator
+from sdlite.train.emoji import Source, archive, fetch
+
+NUCLEI = Source("pip", "stardist", "0.9.2", "BSD-3-Clause", author="Data Science Bowl 2018 (BBBC038), CC0")
+PHOTOS = Source("pip", "scikit-image", "0.26.0", "BSD-3-Clause", author="photos: CC0 or public domain")
+TRAIN_END, TEST_START = 320, 352  # columns of the 512; a nucleus is up to 30 wide, so that none is in both
+# Each is CC0 or public domain by its docstring in skimage/data/_fetchers.py; what is tested on is not trained on.
+BACKGROUNDS = {
+    "train": ("brick.png", "gravel.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "camera.png"),
+    "test": ("coffee.png", "grass.png", "retina.jpg"),
+}
+PHOTO_SHARE = 0.5  # of the pictures; the others have a pattern behind
+SMALLEST, LARGEST = 0.45, 1.0  # side of the drawing over that of the picture
+TURN = 25.0  # degrees, at most, either way
+
+
+def _member(package: Path, name: str) -> Image.Image:
+    with zipfile.ZipFile(package) as wheel:
+        return Image.open(io.BytesIO(wheel.read(name)))
+
+
+def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
+    """Writes the nuclei, class 1, of stardist's fluorescence picture; the number of pictures of each split.
+
+    sources: folder with the package, to fetch nothing. Raises ValueError for a folder that is not empty.
+    """
+    package = _package(folder, NUCLEI, sources)
+    image = np.asarray(_member(package, "stardist/data/images/img2d.tif")).clip(0, 255).astype(np.uint8)
+    mask = (np.asarray(_member(package, "stardist/data/images/mask2d.tif")) > 0).astype(np.uint8)
+    columns = {"train": slice(0, TRAIN_END), "test": slice(TEST_START, None)}
+    for split, part in columns.items():
+        record = {"text": "nuclei, fluorescence microscopy", "source": NUCLEI.package, "licence": "CC0-1.0"}
+        _write(folder / split, [(image[:, part], mask[:, part], record)])
+    return Counter(dict.fromkeys(columns, 1))
+
+
+def make_foreground(
+    folder: Path, emoji: Path, *, sources: Path | None = None, size: int = 96, train: int = 1500, test: int = 200
+) -> Counter[str]:
+    """Writes emoji, class 1, in front of photos and patterns; the number of pictures of each split.
+
+    emoji: what `sdlite data emoji` wrote; its test concepts and photos of their own make the test split. Raises
+    ValueError for a folder that is not empty.
+    """
+    package = _package(folder, PHOTOS, sources)
+    counts: Counter[str] = Counter()
+    for number, (split, amount) in enumerate({"train": train, "test": test}.items()):
+        records = read_records(emoji, split)
+        photos = [_member(package, f"skimage/data/{name}").convert("RGB") for name in BACKGROUNDS[split]]
+        chosen = np.random.default_rng(number).permutation(len(records))[:amount]
+        rows = [_composed(emoji, records, int(i), photos, size, sample_generator(number, int(i))) for i in chosen]
+        _write(folder / split, rows)
+        counts[split] = len(rows)
+    return counts
+
+
+def _package(folder: Path, source: Source, sources: Path | None) -> Path:
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+    if sources is None:
+        sources = folder / "sources"
+        fetch(sources, [source])
+    return archive(sources, source)
+
+
+Row = tuple[np.ndarray, np.ndarray, dict[str, Any]]
+
+
+def _write(folder: Path, rows: list[Row]) -> None:
+    (folder / "masks").mkdir(parents=True)
+    lines = []
+    for i, (image, mask, record) in enumerate(rows):
+        names = {"file_name": f"{i:05}.png", "mask_file_name": f"masks/{i:05}.png"}
+        Image.fromarray(image).save(folder / names["file_name"])
+        Image.fromarray(mask).save(folder / names["mask_file_name"])
+        lines.append(json.dumps(names | record))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _composed(
+    emoji: Path, records: Records, index: int, photos: list[Image.Image], size: int, generator: Generator
+) -> Row:
+    """A drawing of random size, turn and place on a random background; the mask is where it covers half or more."""
+    record = records[index]
+    with Image.open(emoji / record["file_name"]) as image:
+        drawing = image.convert("RGBA")
+    side = round(size * generator.uniform(SMALLEST, LARGEST))
+    drawing = drawing.resize((side, side), Image.Resampling.LANCZOS)
+    drawing = drawing.rotate(generator.uniform(-TURN, TURN), Image.Resampling.BICUBIC)
+    layer = Image.new("RGBA", (size, size))
+    left, top = generator.integers(0, size - side + 1, 2)
+    layer.paste(drawing, (int(left), int(top)))
+    photo = generator.random() < PHOTO_SHARE
+    background = _crop(photos, size, generator) if photo else _pattern(size, generator)
+    composed = Image.alpha_composite(Image.fromarray(background).convert("RGBA"), layer).convert("RGB")
+    mask = (np.asarray(layer)[..., 3] >= 128).astype(np.uint8)
+    kept = {key: record[key] for key in ("text", "concept", "style", "source", "licence") if key in record}
+    return np.asarray(composed), mask, kept | {"background": "photo" if photo else "pattern"}
+
+
+def _crop(photos: list[Image.Image], size: int, generator: Generator) -> np.ndarray:
+    """A square of a random photo, (size, size, 3) uint8, of random scale, mirrored or not."""
+    photo = photos[generator.integers(len(photos))]
+    side = int(generator.integers(size, min(photo.size) + 1))
+    left, top = (int(generator.integers(0, whole - side + 1)) for whole in photo.size)
+    pixels = np.asarray(photo.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side)))
+    return np.ascontiguousarray(pixels[:, ::-1]) if generator.random() < 0.5 else pixels
+
+
+def _pattern(size: int, generator: Generator) -> np.ndarray:
+    """Two random colours mixed by a gradient, by stripes or by noise of random grain: (size, size, 3) uint8."""
+    kind = generator.integers(3)
+    angle, wave = generator.uniform(0, 2 * np.pi), generator.uniform(6, 40)
+    y, x = np.mgrid[:size, :size]
+    along = x * np.cos(angle) + y * np.sin(angle)
+    if kind == 0:
+        mix = (along - along.min()) / np.ptp(along)
+    elif kind == 1:
+        mix = (np.sin(2 * np.pi * along / wave) > 0).astype(float)
+    else:
+        cells = int(generator.integers(3, size // 2))
+        grain = Image.fromarray(generator.random((cells, cells)).astype(np.float32))
+        mix = np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)
+    colours = generator.integers(0, 256, (2, 3))
+    return (colours[0] + (colours[1] - colours[0]) * mix[..., None]).round().astype(np.uint8)

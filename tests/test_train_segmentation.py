@@ -1,0 +1,181 @@
+"""Folders with masks, the segmentation task in the one loop, and the comparison of networks."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdlite.segmentation import Segmenter
+from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
+from sdlite.train import segmentation_table
+from sdlite.train.data import sample_generator
+from sdlite.train.masks import NUCLEI, PHOTOS, make_foreground, make_nuclei
+from sdlite.train.segmentation import Pair, SegmentationTask, parameters, plan_for
+from sdlite.train.stages import train
+
+
+def discs(folder, pictures=4, size=40):
+    """Bright discs on dark noise; mask 1 inside, 255 at the last column."""
+    rng = np.random.default_rng(0)
+    (folder / "masks").mkdir(parents=True)
+    lines = []
+    y, x = np.mgrid[:size, :size]
+    for i in range(pictures):
+        mask = (np.hypot(*(rng.uniform(12, size - 12, 2)[:, None, None] - np.stack([y, x]))) < 9).astype(np.uint8)
+        Image.fromarray((40 + 120 * mask + rng.integers(0, 40, mask.shape)).astype(np.uint8)).save(folder / f"{i}.png")
+        mask[:, -1] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "mask_file_name": f"masks/{i}.png"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("discs")
+    discs(folder / "train")
+    discs(folder / "test", 2)
+    return folder
+
+
+def small(padding="same"):
+    plan = UNetPlan(in_channels=1, depth=2, base_width=4, padding=padding, batch_norm=True)
+    return SegmenterConfig(network=plan, tile=32)
+
+
+@pytest.mark.parametrize("arch", ["unet", "fcn"])
+def test_stage_learns_discs_and_exports_a_segmenter(data, tmp_path, monkeypatch, arch):
+    monkeypatch.setattr("sdlite.train.segmentation.plan_for", lambda data, arch: chosen)
+    fcn = FCNPlan(in_channels=1, base_width=4, batch_norm=True)
+    chosen = small() if arch == "unet" else SegmenterConfig(network=fcn, tile=32)
+    options = {"samples": 960, "batch_size": 8, "lr": 1e-2, "arch": arch}
+    train("segmentation", data, tmp_path / "run", options=options)
+    figures = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert figures["iou"] > (0.9 if arch == "unet" else 0.6)
+    assert 0 < figures["boundary_f1"] <= 1
+    assert next((tmp_path / "run").glob("preview-*.png")).stat().st_size
+    with Image.open(data / "test" / "0.png") as image, Image.open(data / "test" / "masks" / "0.png") as mask:
+        found = np.asarray(Segmenter.load(tmp_path / "run" / "export")(image))
+        truth = np.asarray(mask)
+    assert (found == truth)[truth != 255].mean() > 0.9
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_samples_come_from_their_number_alone(data, padding):
+    tasks = [SegmentationTask(data, small(padding), seed=3) for _ in range(2)]
+    indices, numbers = torch.tensor([0, 3, 1]), torch.tensor([5, 6, 7])
+    losses = [task(indices, numbers).item() for task in tasks]
+    assert losses[0] == losses[1]
+    assert tasks[0](indices, numbers + 1).item() != losses[0]
+
+
+@pytest.mark.parametrize("side", [16, 40, 64])
+def test_picture_and_mask_of_a_sample_belong_together(data, side):
+    record = {"file_name": "train/0.png", "mask_file_name": "train/masks/0.png"}
+    pair = Pair(data, record, 1)
+    for number in range(8):
+        values, mask = pair.sample(side, 6, sample_generator(0, number))
+        assert values.shape == (1, side + 12, side + 12)
+        inner = values[0, 6:-6, 6:-6]
+        assert ((inner > 1) == (mask == 1))[mask != 255].all()  # discs are the bright pixels, the darkest of them too
+
+
+def test_huggingface_datasets_loads_picture_and_mask(data):
+    datasets = pytest.importorskip("datasets")
+    row = datasets.load_dataset("imagefolder", data_dir=str(data), split="train")[0]
+    assert row["image"].size == row["mask"].size == (40, 40)
+
+
+def test_plan_fits_the_data(data):
+    unet = plan_for(data, "unet")
+    assert (unet.network.in_channels, unet.network.num_classes) == (1, 2)
+    assert parameters(plan_for(data, "fcn").network) == pytest.approx(parameters(unet.network), rel=0.05)
+
+
+def test_faults_of_masks_are_named(data, tmp_path):
+    for name, picture, pattern in (
+        ("deep", Image.new("I;16", (40, 40)), "has 8 bits"),
+        ("wide", Image.new("L", (41, 40)), "must have one size"),
+    ):
+        discs(tmp_path / name, 1)
+        picture.save(tmp_path / name / "masks" / "0.png")
+        with pytest.raises(ValueError, match=pattern):
+            SegmentationTask(tmp_path / name, small())
+    discs(tmp_path / "classes", 1)
+    Image.new("L", (40, 40), 7).save(tmp_path / "classes" / "masks" / "0.png")
+    with pytest.raises(ValueError, match="target has the value 7; must be a class, 0 to 1"):
+        SegmentationTask(tmp_path / "classes", small())(torch.tensor([0]), torch.tensor([0]))
+    (tmp_path / "classes" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a disc"}')
+    with pytest.raises(ValueError, match='"file_name" and "mask_file_name"'):
+        SegmentationTask(tmp_path / "classes", small())
+
+
+def test_empty_masks_train_and_measure(tmp_path):
+    discs(tmp_path, 1)
+    Image.new("L", (40, 40)).save(tmp_path / "masks" / "0.png")
+    task = SegmentationTask(tmp_path, small())
+    assert task(torch.tensor([0]), torch.tensor([0])).isfinite()
+    assert 0 <= task.evaluate()["mean_iou"] <= 1
+
+
+def wheel(path, folder, pictures):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, picture in pictures.items():
+            picture.save(path.parent / name)
+            archive.write(path.parent / name, f"{folder}/{name}")
+
+
+def test_nuclei_are_cut_in_two_with_a_gap(tmp_path):
+    image = np.tile(np.arange(512, dtype=np.uint16) // 4, (512, 1))
+    pictures = {"img2d.tif": Image.fromarray(image), "mask2d.tif": Image.fromarray(image // 64 * 300)}
+    wheel(tmp_path / f"stardist-{NUCLEI.version}-py3.whl", "stardist/data/images", pictures)
+    assert make_nuclei(tmp_path / "data", sources=tmp_path) == {"train": 1, "test": 1}
+    halves = [np.asarray(Image.open(tmp_path / "data" / split / "00000.png")) for split in ("train", "test")]
+    assert [half.shape for half in halves] == [(512, 320), (512, 160)]
+    assert halves[0].max() < halves[1].min()
+    mask = np.asarray(Image.open(tmp_path / "data" / "train" / "masks" / "00000.png"))
+    assert np.array_equal(mask, halves[0] >= 64)
+    with pytest.raises(ValueError, match="is not empty"):
+        make_nuclei(tmp_path / "data", sources=tmp_path)
+
+
+def test_foreground_is_where_the_drawing_is(tmp_path):
+    names = ("brick.png", "gravel.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "camera.png")
+    names += ("coffee.png", "grass.png", "retina.jpg")
+    photos = {name: Image.new("RGB", (120, 110), (0, 0, 255)) for name in names}
+    wheel(tmp_path / f"scikit_image-{PHOTOS.version}-py3.whl", "skimage/data", photos)
+    for split in ("train", "test"):
+        (tmp_path / "emoji" / split).mkdir(parents=True)
+        icon = Image.new("RGBA", (32, 32))
+        icon.paste((255, 254, 1, 255), (8, 8, 24, 24))
+        icon.save(tmp_path / "emoji" / split / "a.png")
+        line = json.dumps({"file_name": "a.png", "text": "a square", "licence": "MIT"})
+        (tmp_path / "emoji" / split / "metadata.jsonl").write_text("\n".join([line] * 5))
+    counts = make_foreground(tmp_path / "data", tmp_path / "emoji", sources=tmp_path, size=48, train=5, test=3)
+    assert counts == {"train": 5, "test": 3}
+    records = [json.loads(x) for x in (tmp_path / "data" / "train" / "metadata.jsonl").read_text().splitlines()]
+    assert {record["licence"] for record in records} == {"MIT"}
+    for record in records:
+        pixels, mask = (
+            np.asarray(Image.open(tmp_path / "data" / "train" / record[name]))
+            for name in ("file_name", "mask_file_name")
+        )
+        assert pixels.shape == (48, 48, 3)
+        assert 0.02 < mask.mean() < 0.4
+        inside = np.abs(pixels[mask == 1].astype(int) - [255, 254, 1]).max(1) < 8
+        assert inside.mean() > 0.7  # but for its smooth edge
+
+
+def test_comparison_writes_a_table_and_resumes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(segmentation_table, "plan_for", lambda *_: small())
+    monkeypatch.setattr(segmentation_table, "VARIANTS", (("UNet", "both"), ("FCN", "Dice")))
+    for _ in range(2):
+        segmentation_table.compare({"discs": data}, tmp_path, samples=16, seeds=(0, 1))
+    result = json.loads((tmp_path / "table.json").read_text())
+    assert len(result["runs"]) == 4
+    unet = result["table"][0]
+    assert (unet["net"], unet["loss"], unet["seeds"]) == ("UNet", "both", 2)
+    values = [run["iou"] for run in result["runs"] if run["net"] == "UNet"]
+    assert unet["iou"] == [pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1))]
