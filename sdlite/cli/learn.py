@@ -10,25 +10,36 @@ from sdlite.cli.app import app, limit_threads
 
 @app.command()
 def data(
-    kind: Annotated[Literal["emoji"], typer.Argument(help="What the model that ships is trained on.")],
+    kind: Annotated[Literal["emoji", "nuclei", "foreground"], typer.Argument(help="The latter two: with masks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
     sources: Annotated[Path | None, typer.Option(help="Folder with the packages, to fetch nothing.")] = None,
-    size: Annotated[int, typer.Option(help="Pixels, 64 to 512.")] = 128,
+    size: Annotated[int, typer.Option(help="Of emoji, in pixels, 64 to 512.")] = 128,
     style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     concepts: Annotated[Path | None, typer.Option(help="Text file: only these, a name a line.")] = None,
+    emoji: Annotated[Path | None, typer.Option(help="For foreground: folder that `data emoji` made.")] = None,
 ) -> None:
     """Make a data folder out of open packages, from npm, PyPI and Debian."""
     from sdlite.train.emoji import make
+    from sdlite.train.masks import make_foreground, make_nuclei
 
+    if (kind == "foreground") != (emoji is not None):
+        raise ValueError("--emoji FOLDER, made by `sdlite data emoji`, is what `sdlite data foreground` needs")
     names = [] if concepts is None else concepts.read_text(encoding="utf-8").split("\n")
     chosen = {name.strip() for name in names} - {""}
-    counts = make(output, sources=sources, size=size, styles=style or (), concepts=chosen)
+    if kind == "nuclei":
+        counts = make_nuclei(output, sources=sources)
+    elif emoji is not None:
+        counts = make_foreground(output, emoji, sources=sources)
+    else:
+        counts = make(output, sources=sources, size=size, styles=style or (), concepts=chosen)
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
 
 
 @app.command()
 def train(
-    stage: Annotated[Literal["codec", "text", "denoiser"], typer.Argument(help="In this order.")],
+    stage: Annotated[
+        Literal["codec", "text", "denoiser", "segmentation"], typer.Argument(help="The first three in this order.")
+    ],
     folder: Annotated[Path, typer.Option("--data", help="What `sdlite data` made, or pictures with metadata.jsonl.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Of the run; one that is there is resumed.")],
     minutes: Annotated[float | None, typer.Option(help="Budget of this call.")] = None,
@@ -36,7 +47,10 @@ def train(
     codec: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
     text: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="For text: folder of a sentence encoder.")] = None,
-    arch: Annotated[Literal["unet", "dit"] | None, typer.Option(help="For the denoiser.", show_default="unet")] = None,
+    arch: Annotated[
+        Literal["unet", "dit", "fcn"] | None,
+        typer.Option(help="For the denoiser: unet, dit; for segmentation: unet, fcn.", show_default="unet"),
+    ] = None,
     style: Annotated[list[str] | None, typer.Option(help="For the denoiser: only this one; may be repeated.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
