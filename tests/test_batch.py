@@ -123,6 +123,23 @@ def test_exact_is_the_same_for_every_batch_size(tmp_path: Path):
         assert all(images.largest_difference(pair, images.open_image(other)) <= 1 for other in others)
 
 
+def test_workers_are_no_setting(tmp_path: Path, reference: Content):
+    run(tmp_path, ROWS[:8])
+    assert batch.run(ROWS, tmp_path, model="tiny", device="cpu", workers=2).done == 12
+    there = pictures(tmp_path)
+    assert there.keys() == reference.keys() and all(there[name] == reference[name] for name in sorted(there)[:8])
+    for name, data in reference.items():
+        (tmp_path / "first.png").write_bytes(data)
+        pair = images.open_image(tmp_path / "first.png"), images.open_image(tmp_path / name)
+        assert images.largest_difference(*pair) <= 1
+
+
+def test_exact_is_the_same_for_every_number_of_workers(tmp_path: Path):
+    run(tmp_path / "1", exact=True)
+    report = batch.run(ROWS, tmp_path / "2", model="tiny", device="cpu", workers=2, exact=True, batch_size=7)
+    assert report.done == 20 and pictures(tmp_path / "1") == pictures(tmp_path / "2")
+
+
 def test_other_settings_are_refused(tmp_path: Path):
     run(tmp_path, ROWS[:1])
     with pytest.raises(ValueError, match=r"other settings: compute_batch=4 there, 2 now; seed=0 there, 9 now; give"):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_a_picture_is_saved_once(tmp_path: Path):
     assert (tmp_path / ITEMS[0].file_name).read_bytes() == png(ITEMS[0])
     assert names(tmp_path) == sorted([*(item.file_name for item in ITEMS), "run.json"])
     assert sorted(store.done(ITEMS)) == [0, 1, 2, 3]
+
+
+def test_without_exact_the_first_picture_of_a_request_stays(tmp_path: Path):
+    filled(tmp_path, 1)
+    there = (tmp_path / ITEMS[0].file_name).read_bytes()
+    last_bits = Image.new("RGB", (8, 8), (1, 0, 0))
+    last_bits.info.update(images.metadata(ITEMS[0].request, **MODEL, prediction="v", width=8, height=8))
+    with pytest.raises(ValueError, match="is not the picture that goes there"):
+        Store(tmp_path, "1").save(ITEMS[0], images.png_bytes(last_bits), 0.5)
+    entry = Store(tmp_path, "1", exact=False).save(ITEMS[0], images.png_bytes(last_bits), 0.5)
+    assert entry.sha256 == sha256(there) and (tmp_path / ITEMS[0].file_name).read_bytes() == there
+    other = replace(ITEMS[1], file_name=ITEMS[0].file_name)
+    with pytest.raises(ValueError, match="is not the picture that goes there"):
+        Store(tmp_path, "1", exact=False).save(other, png(other), 0.5)
 
 
 def test_a_torn_line_is_ignored_and_its_picture_read_back(tmp_path: Path):

@@ -113,7 +113,7 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
     engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
     plan = make_plan(requests, resolve=_checks(pipe), engine=engine, seed=chosen.seed, name=chosen.name)
     mine = [item for item in plan.items if shard is None or in_shard(item, shard)]
-    return Batch(pipe, plan, mine, Store(Path(output)), chosen)
+    return Batch(pipe, plan, mine, Store(Path(output), exact=chosen.exact), chosen)
 
 
 class Batch:
@@ -126,7 +126,11 @@ class Batch:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What run.json holds: all that decides a picture's bytes besides its request, and how files are called."""
+        """What run.json holds: all that decides a picture besides its request, and how files are called.
+
+        Not the number of threads, on which the last bits depend: another machine, or another number of workers, may go
+        on with a folder. Without `exact` a picture is therefore promised to one grey level; with it, to the byte.
+        """
         return {
             "schema": SCHEMA,
             "model": self.pipe.name,
@@ -136,7 +140,6 @@ class Batch:
             "dtype": str(next(self.pipe.text.parameters()).dtype).removeprefix("torch."),
             "exact": self.options.exact,
             "compute_batch": self.size,
-            "threads": self.threads,
             "seed": self.options.seed,
             "name": DEFAULT if self.options.name is None else self.options.name,
             "format": "folder",
@@ -230,7 +233,7 @@ def _engine(options: Options, root: Path, size: int, threads: int, number: int) 
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 0
     pipe = _load(options, f"cuda:{number % gpus}" if gpus else options.device)
-    return Engine(pipe, Store(root, str(number)), size, options.exact)
+    return Engine(pipe, Store(root, str(number), exact=options.exact), size, options.exact)
 
 
 def _load(options: Options, device: str) -> Pipeline:

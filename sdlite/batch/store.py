@@ -47,12 +47,20 @@ class Entry(NamedTuple):
 class Store:
     """Writes into one output folder, and is all that does.
 
-    worker: tells apart the manifests of processes on one machine. reached: told of each point of a commit, for tests
-    that end the process there.
+    worker: tells apart the manifests of processes on one machine. exact: whoever draws a picture gets the same bytes,
+    so that others in its place are a fault. reached: told of each point of a commit, for tests that end the process
+    there.
     """
 
-    def __init__(self, root: Path, worker: str = "0", reached: Callable[[str], None] = lambda point: None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        worker: str = "0",
+        exact: bool = True,
+        reached: Callable[[str], None] = lambda point: None,
+    ) -> None:
         self.root = root
+        self.exact = exact
         self.reached = reached
         self._manifest = root / f".manifest-{HOST}-{worker}.jsonl"
 
@@ -99,9 +107,9 @@ class Store:
         return os.path.lexists(self.root / item.file_name)
 
     def save(self, item: Item, data: bytes, seconds: float) -> Entry:
-        """Commits the bytes of a picture's file; the same bytes a second time are no harm.
+        """Commits the bytes of a picture's file; the same picture a second time is no harm, the first stays.
 
-        Raises DiskFull, or ValueError if the name is taken by other bytes.
+        Raises DiskFull, or ValueError if the name is taken by another picture, or with `exact` by other bytes.
         """
         path = self.root / item.file_name
         temporary = self.root / f".{item.key[:16]}.{HOST}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -110,8 +118,10 @@ class Store:
             try:
                 write_atomically(path, data, temporary=temporary, reached=self.reached)
             except FileExistsError:
-                if sha256(read_file(path)) != entry.sha256:
+                there = sha256(read_file(path))
+                if there != entry.sha256 and (self.exact or not _shows(path, item)):
                     raise ValueError(_not_ours(path)) from None
+                entry = entry._replace(sha256=there)
             self._list(item.file_name, entry)
         return entry
 
@@ -157,14 +167,9 @@ class Store:
     def _adopt(self, item: Item) -> Entry:
         """Lists a picture that no manifest does, if it is the item's."""
         path = self.root / item.file_name
-        try:
-            data = read_file(path)
-            same = read_metadata(path).request == item.request
-        except (ValueError, OSError):
-            same = False
-        if not same:
+        if not _shows(path, item):
             raise ValueError(_not_ours(path))
-        entry = Entry(item.key, sha256(data), 0.0)
+        entry = Entry(item.key, sha256(read_file(path)), 0.0)
         with _disk(self.root):
             self._list(item.file_name, entry)
         return entry
@@ -250,6 +255,14 @@ def _metadata(item: Item, entry: Entry) -> dict[str, Any]:
 
 def _crc32(row: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+def _shows(path: Path, item: Item) -> bool:
+    """Whether a file that is no link holds the item's picture, by the request recorded in it."""
+    try:
+        return not path.is_symlink() and read_metadata(path).request == item.request
+    except (ValueError, OSError):
+        return False
 
 
 def _is_running(pid: int) -> bool:
