@@ -98,7 +98,7 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises FileNotFoundError, or ValueError for anything else that is wrong with it, both in one line.
     """
-    image = _decoded(path)
+    image = decoded(path)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data:
@@ -106,7 +106,7 @@ def open_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decoded(path: str | Path) -> Image.Image:
+def decoded(path: str | Path) -> Image.Image:
     """The picture in a file, its header checked before any pixel is decoded; whatever Pillow raises, in one line."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
@@ -187,7 +187,7 @@ def _quoted(value: object) -> str:
 
 def read_texts(path: str | Path) -> dict[str, str]:
     """The "parameters" and "sdlite" texts of a picture as they are, whoever wrote them."""
-    info = _decoded(path).info
+    info = decoded(path).info
     return {name: info[name] for name in ("parameters", "sdlite") if isinstance(info.get(name), str)}
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load as load_bytes, save_file
 
+from sdlite.cli import main
 from sdlite.segmentation.segmenter import (
     FCNPlan,
     Segmenter,
@@ -17,6 +18,7 @@ from sdlite.segmentation.segmenter import (
     cutout,
     mask_image,
     mirrored,
+    overlay,
     pixels_of,
     standardized,
 )
@@ -141,6 +143,50 @@ def test_bit_depth_and_exposure_do_not_matter():
 def test_transparency_is_white():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert (pixels_of(clear, 3) == 255).all()
+
+
+def test_overlay_tints_the_foreground_only():
+    for image in (picture(6, 4), Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 900)):
+        classes = torch.zeros(4, 6, dtype=torch.int64)
+        classes[2:] = torch.arange(6)
+        result = np.asarray(overlay(image, mask_image(classes))).astype(int)
+        plain = np.asarray(overlay(image, mask_image(classes * 0))).astype(int)
+        assert ((result != plain).any(-1) == (classes.numpy() > 0)).all()
+        if image.mode == "RGB":
+            assert np.array_equal(plain, np.asarray(image))
+        assert cutout(image, mask_image(classes)).mode == "RGBA"
+    with pytest.raises(ValueError, match="must have one size"):
+        overlay(image, Image.new("P", (5, 4)))
+
+
+def test_command_line_writes_mask_overlay_and_cutout(tmp_path, capsys):
+    segmenter().save(tmp_path / "model")
+    picture(50, 30).save(tmp_path / "a.png")
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(tmp_path / "deep.png")
+
+    def run(*flags, image="a.png"):
+        with pytest.raises(SystemExit) as ended:
+            main(
+                ["segment", str(tmp_path / image), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "o.png"), *flags]
+            )
+        return ended.value.code
+
+    assert run() == 0
+    with Image.open(tmp_path / "o.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (50, 30))
+        assert mask.tobytes() == Segmenter.load(tmp_path / "model")(picture(50, 30)).tobytes()
+    assert run() == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    assert run("--force", "--cutout", image="deep.png") == 0
+    with Image.open(tmp_path / "o.png") as cut:
+        assert (cut.mode, cut.size) == ("RGBA", (30, 20))
+    assert run("--force", "--overlay") == 0
+    assert run("--force", "--overlay", "--cutout") == 2
+    assert run("-o", str(tmp_path / "o.jpg")) == 2
+    capsys.readouterr()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    assert run("--force") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_cutout_keeps_the_foreground():

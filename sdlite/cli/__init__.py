@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sdlite.cli import draw  # noqa: F401  each adds its commands to the app, in the order of --help
 
 # isort: split
-from sdlite.cli import batch, learn, models  # noqa: F401
+from sdlite.cli import batch, learn, models, segment  # noqa: F401
 from sdlite.cli.app import run
 
 

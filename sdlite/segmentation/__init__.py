@@ -11,7 +11,7 @@ from sdlite.segmentation.metrics import (
     pixel_accuracy,
 )
 from sdlite.segmentation.models import FCN, SegmentationUNet, resized
-from sdlite.segmentation.segmenter import Segmenter, cutout
+from sdlite.segmentation.segmenter import Segmenter, cutout, overlay
 
 __all__ = [
     "FCN",
@@ -28,6 +28,7 @@ __all__ = [
     "iou",
     "iou_loss",
     "mean_iou",
+    "overlay",
     "pixel_accuracy",
     "resized",
     "tversky_loss",

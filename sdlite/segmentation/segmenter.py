@@ -23,6 +23,7 @@ from sdlite.segmentation.models import FCN, SegmentationUNet
 Count = Annotated[int, Field(ge=1, le=256)]
 CONTEXT = 8  # part of a tile's side, at each end, that only gives context: an eighth
 COLOURS = (0, 0, 0, 255, 255, 255, 230, 25, 75, 60, 180, 75, 0, 130, 200, 245, 130, 48, 145, 30, 180, 70, 240, 240)
+CYCLES = 42  # of the six colours after black and white, to fill a palette of 256
 MIN_DEVIATION = 1e-3  # of a picture's values; below it there is nothing to see, and noise is not blown up
 
 
@@ -186,8 +187,27 @@ def mask_image(classes: Tensor) -> Image.Image:
     """(H, W) class numbers to a picture of mode "P" with a colour for each class, 0 black and 1 white."""
     data = classes.to("cpu", torch.uint8).contiguous()
     mask = Image.frombytes("P", (data.shape[1], data.shape[0]), data.numpy().tobytes())
-    mask.putpalette(COLOURS * (768 // len(COLOURS)))
+    mask.putpalette([*COLOURS[:6], *COLOURS[6:] * CYCLES])
     return mask
+
+
+def visible(image: Image.Image) -> Image.Image:
+    """RGBA picture; values of 16 or 32 bits become grey, from 2.7 deviations below their mean to 2.7 above."""
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGBA")
+    values = standardized(pixels_of(image, 1)) * 48 + 128
+    grey = values.clamp(0, 255).to(torch.uint8).contiguous()
+    return Image.frombytes("L", image.size, grey.numpy().tobytes()).convert("RGBA")
+
+
+def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """RGB picture in which every class but 0 is tinted half with its colour, class 1 red."""
+    if image.size != mask.size:
+        raise ValueError(f"picture of {image.size} and mask of {mask.size} must have one size")
+    tints = mask.copy()
+    tints.putpalette([0, 0, 0, *COLOURS[6:] * CYCLES])
+    strength = Image.frombytes("L", mask.size, mask.tobytes()).point([0] + [128] * 255)
+    return Image.composite(tints.convert("RGB"), visible(image).convert("RGB"), strength)
 
 
 def cutout(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -197,7 +217,7 @@ def cutout(image: Image.Image, mask: Image.Image) -> Image.Image:
     """
     if image.size != mask.size:
         raise ValueError(f"picture of {image.size} and mask of {mask.size} must have one size")
-    result = image.convert("RGBA")
+    result = visible(image)
     if mask.mode == "P":
         mask = Image.frombytes("L", mask.size, mask.tobytes()).point([0] + [255] * 255)
     alpha = Image.new("L", image.size)
