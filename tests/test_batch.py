@@ -22,10 +22,11 @@ import pytest
 from PIL import Image
 
 from sdlite import batch, images
-from sdlite.batch import local, store
+from sdlite.batch import disk, local, store
+from sdlite.batch.disk import HOST
 from sdlite.batch.draw import Engine, Result, chunks
 from sdlite.batch.plan import Item
-from sdlite.batch.store import HOST, Store
+from sdlite.batch.store import Store
 from sdlite.batch.workers import spread
 from sdlite.pipeline import Pipeline
 
@@ -67,7 +68,7 @@ def complete(folder: Path, reference: Content) -> None:
     assert kept == {*reference, "run.json", "metadata.jsonl"}
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows] == sorted(reference)
-    assert all(row["sha256"] == store.sha256(reference[row["file_name"]]) for row in rows)
+    assert all(row["sha256"] == disk.sha256(reference[row["file_name"]]) for row in rows)
     check = batch.verify(folder)
     assert check.good == sorted(reference) and not (check.missing or check.corrupt or check.extra)
 

@@ -14,7 +14,7 @@ import pytest
 
 from sdlite import batch, cli, images
 from sdlite.batch import local
-from sdlite.batch.store import sha256
+from sdlite.batch.disk import sha256
 from sdlite.pipeline import Pipeline
 
 Run = Callable[..., tuple[int, str, str]]

@@ -12,8 +12,9 @@ from PIL import Image
 
 from sdlite import images
 from sdlite.batch import DiskFull, verify
+from sdlite.batch.disk import HOST, append, sha256
 from sdlite.batch.plan import Item, make_plan
-from sdlite.batch.store import HOST, Store, append, sha256
+from sdlite.batch.store import Store
 
 MODEL = {"model": "m", "model_hash": "ab" * 32}
 ITEMS = make_plan(

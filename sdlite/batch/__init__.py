@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Batch": "sdlite.batch.local",
     "BatchReport": "sdlite.batch.local",
-    "DiskFull": "sdlite.batch.store",
+    "DiskFull": "sdlite.batch.disk",
     "Event": "sdlite.batch.local",
     "Options": "sdlite.batch.local",
     "prepare": "sdlite.batch.local",
@@ -23,6 +23,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from sdlite.batch.check import verify as verify
+    from sdlite.batch.disk import DiskFull as DiskFull
     from sdlite.batch.local import (
         Batch as Batch,
         BatchReport as BatchReport,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         prepare as prepare,
         run as run,
     )
-    from sdlite.batch.store import DiskFull as DiskFull
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from sdlite.batch.store import SHEET, Store, read_file, read_settings, sha256
+from sdlite.batch.disk import read_file, sha256
+from sdlite.batch.store import SHEET, Store, read_settings
 from sdlite.images import read_metadata
 
 

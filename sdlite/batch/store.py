@@ -8,32 +8,19 @@ link, so of two processes that draw the same picture the second finds it there, 
 without one is read back. No link inside the folder is followed; the folder itself may be one.
 """
 
-import errno
-import hashlib
 import json
 import os
-import platform
-import re
-import secrets
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdlite.batch.disk import HOST, append, guarded, read_file, sha256, sweep, temporary
 from sdlite.batch.plan import Item
 from sdlite.images import read_metadata, write_atomically
 
-HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
-NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
-STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
-
-
-class DiskFull(OSError):
-    """The disk, the quota or the file size limit is used up, or the disk is read-only; what is done stays done."""
 
 
 class Entry(NamedTuple):
@@ -66,7 +53,7 @@ class Store:
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Makes the folder, or finds it made by the same settings. Raises ValueError naming each that differs."""
-        with _disk(self.root):
+        with guarded(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / RUN).exists():
                 with suppress(FileExistsError):  # another process was first; it is compared like any other
@@ -79,7 +66,7 @@ class Store:
         ]
         if told:
             raise ValueError(f"{self.root} holds a batch of other settings: {'; '.join(told)}; give another folder")
-        self._sweep()
+        sweep(self.root)
 
     def done(self, items: Iterable[Item]) -> dict[int, Entry]:
         """Which of the items are there, by index. A picture that no manifest lists is read back and listed.
@@ -112,11 +99,10 @@ class Store:
         Raises DiskFull, or ValueError if the name is taken by another picture, or with `exact` by other bytes.
         """
         path = self.root / item.file_name
-        temporary = self.root / f".{item.key[:16]}.{HOST}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
         entry = Entry(item.key, sha256(data), round(seconds, 4))
-        with _disk(self.root):
+        with guarded(self.root):
             try:
-                write_atomically(path, data, temporary=temporary, reached=self.reached)
+                write_atomically(path, data, temporary=temporary(self.root, item.key[:16]), reached=self.reached)
             except FileExistsError:
                 there = sha256(read_file(path))
                 if there != entry.sha256 and (self.exact or not _shows(path, item)):
@@ -131,14 +117,14 @@ class Store:
         Also removes what workers that were killed left half-written.
         failures: index -> why, of this run; what earlier runs listed stays listed while it is not done.
         """
-        self._sweep()
+        sweep(self.root)
         found = self.done(items)
         rows = [_metadata(item, found[item.index]) for item in items if item.index in found]
         by_index = {item.index: item for item in items}
         old = {row["index"]: row["error"] for row in _lines(self.root / ERRORS) if row.get("index") in by_index}
         left = {index: error for index, error in sorted({**old, **failures}.items()) if index not in found}
         errors = [{"index": i, "key": by_index[i].key, "error": error} for i, error in left.items()]
-        with _disk(self.root):
+        with guarded(self.root):
             self._write(INDEX, _json_lines(rows), force=True)
             if errors:
                 self._write(ERRORS, _json_lines(errors), force=True)
@@ -170,38 +156,12 @@ class Store:
         if not _shows(path, item):
             raise ValueError(_not_ours(path))
         entry = Entry(item.key, sha256(read_file(path)), 0.0)
-        with _disk(self.root):
+        with guarded(self.root):
             self._list(item.file_name, entry)
         return entry
 
-    def _sweep(self) -> None:
-        """Removes temporary files of processes that are gone."""
-        for path in self.root.glob(".*.tmp"):
-            match = re.fullmatch(r"\.[0-9a-f]{16}\.(.+)-(\d+)\.[0-9a-f]{8}\.tmp", path.name)
-            if match:
-                with suppress(FileNotFoundError):  # its process was quicker
-                    age = time.time() - path.lstat().st_mtime
-                    if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
-                        path.unlink()
-
     def _write(self, name: str, text: str, *, force: bool) -> None:
         write_atomically(self.root / name, text.encode(), force=force)
-
-
-def append(path: Path, line: bytes) -> None:
-    """One write at the end of a file. Raises OSError if not all of it was taken."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
-    try:
-        if os.write(handle, line) < len(line):
-            raise OSError(errno.ENOSPC, "the disk took half a line")
-    finally:
-        os.close(handle)
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file that is no link. Raises OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | NO_LINKS), "rb") as file:
-        return file.read()
 
 
 def read_settings(root: Path) -> dict[str, Any]:
@@ -215,22 +175,6 @@ def read_settings(root: Path) -> dict[str, Any]:
         return settings
     except (ValueError, RecursionError):
         raise ValueError(f"{root / RUN} is damaged; give another folder") from None
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def _disk(root: Path) -> Iterator[None]:
-    """Turns the system's errors for a disk that takes no more into DiskFull."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        why = f"{root}: {error.strerror}; what is done stays done: make space and give the same command again"
-        raise DiskFull(error.errno, why) from None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -263,16 +207,6 @@ def _shows(path: Path, item: Item) -> bool:
         return not path.is_symlink() and read_metadata(path).request == item.request
     except (ValueError, OSError):
         return False
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it runs and is not ours
-    return True
 
 
 def _not_ours(path: Path) -> str:

@@ -1,0 +1,81 @@
+"""What a batch does to a disk: whole reads and appends without following links, temporary names, and one error when
+the disk takes no more.
+"""
+
+import errno
+import hashlib
+import os
+import platform
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
+
+
+class DiskFull(OSError):
+    """The disk, the quota or the file size limit is used up, or the disk is read-only; what is done stays done."""
+
+
+def append(path: Path, line: bytes) -> None:
+    """One write at the end of a file. Raises OSError if not all of it was taken."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
+    try:
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, "the disk took half a line")
+    finally:
+        os.close(handle)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that is no link. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | NO_LINKS), "rb") as file:
+        return file.read()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def guarded(root: Path) -> Iterator[None]:
+    """Turns the system's errors for a disk that takes no more into DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        why = f"{root}: {error.strerror}; what is done stays done: make space and give the same command again"
+        raise DiskFull(error.errno, why) from None
+
+
+def temporary(folder: Path, stem: str) -> Path:
+    """A free name for a file in the making, which `sweep` knows when its process is gone. stem: 16 hexadecimal."""
+    return folder / f".{stem}.{HOST}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+
+def sweep(folder: Path) -> None:
+    """Removes temporary files of processes that are gone."""
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\.[0-9a-f]{16}\.(.+)-(\d+)\.[0-9a-f]{8}\.tmp", path.name)
+        if match:
+            with suppress(FileNotFoundError):  # its process was quicker
+                age = time.time() - path.lstat().st_mtime
+                if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
+                    path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs and is not ours
+    return True
