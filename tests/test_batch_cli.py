@@ -71,7 +71,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         raise ValueError("one\ntwo")
 
     monkeypatch.setattr(batch, "prepare", prepare, raising=False)
-    flags = "-m m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png"
+    flags = "-m m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
     code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
     assert (code, out, err) == (2, "", "sdlite: error: one\nsdlite: error: two\n")
     assert given == {
@@ -85,6 +85,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         "keep_going": True,
         "shard": "2/3",
         "name": "{index}.png",
+        "format": "webdataset",
         "device": "cpu",
         "dtype": "float32",
         "prediction": None,
@@ -103,6 +104,15 @@ def test_wrong_input_is_a_line_per_fault_and_no_folder(run: Run):
     for arguments in (["none.csv", "-o", "out"], ["fox.csv"], [], ["fox.csv", "-o", "out", "--shards", "0/2"]):
         code, out, err = run(*arguments)
         assert code == 2 and err.startswith("sdlite: error: ") and len(err.splitlines()) == 1
+
+
+def test_shards_are_printed_and_verified(run: Run):
+    code, out, _ = run("fox.csv", "-o", "out", "--format", "webdataset")
+    assert (code, out) == (0, "out/00000.tar\n")
+    assert run("--verify", "out", "-q") == (0, "", "")
+    assert run("fox.csv", "-o", "out", "--format", "webdataset", "-q")[0] == 0
+    code, _, err = run("fox.csv", "-o", "new", "--format", "webdataset", "--contact-sheet")
+    assert code == 2 and "--contact-sheet is drawn from a folder" in err and not Path("new").exists()
 
 
 def test_failures_and_their_exit_codes(run: Run, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch):

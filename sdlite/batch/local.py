@@ -5,6 +5,7 @@
 The same call again draws what is missing and nothing else, in whatever way the last one ended.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from sdlite.batch.draw import EXACT_BATCH, Engine, Result, chunks, draw
 from sdlite.batch.names import DEFAULT
 from sdlite.batch.plan import SCHEMA, Item, Plan, in_shard, make_plan, parse_shard
 from sdlite.batch.read import Source
+from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
 from sdlite.batch.workers import spread
 from sdlite.config import Prediction, Record, Request
@@ -34,7 +36,8 @@ class Options(Record):
 
     model, device, dtype, prediction: as for Pipeline.load. batch_size: computed together. workers: processes. exact:
     the same bytes whatever batch_size, workers and cores, by a fixed batch on one thread each. seed: base of the seeds
-    of rows without one. keep_going: past failures. shard: "I/N", part I of N. name: template of file names.
+    of rows without one. keep_going: past failures. shard: "I/N", part I of N. name: template of file names. format:
+    a folder of PNGs, or WebDataset shards.
     """
 
     model: str | None = None
@@ -48,6 +51,7 @@ class Options(Record):
     keep_going: bool = False
     shard: str | None = None
     name: str | None = None
+    format: Literal["folder", "webdataset"] = "folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
     engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
     plan = make_plan(requests, resolve=_checks(pipe), engine=engine, seed=chosen.seed, name=chosen.name)
     mine = [item for item in plan.items if shard is None or in_shard(item, shard)]
-    return Batch(pipe, plan, mine, Store(Path(output), exact=chosen.exact), chosen)
+    return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
 
 class Batch:
@@ -142,14 +146,12 @@ class Batch:
             "compute_batch": self.size,
             "seed": self.options.seed,
             "name": DEFAULT if self.options.name is None else self.options.name,
-            "format": "folder",
+            "format": self.options.format,
             "versions": versions(),
         }
 
     def missing(self) -> list[Item]:
         """Items of this shard that are not in the folder."""
-        if not self.store.root.is_dir():
-            return list(self.items)
         there = self.store.done(self.items)
         return [item for item in self.items if item.index not in there]
 
@@ -161,6 +163,7 @@ class Batch:
         self.store.open(self.settings)
         todo = {item.index: item for item in self.missing()}
         failed: dict[int, str] = {}
+        left = Counter(shard_of(index) for index in todo)
         drawn = count = 0
         asked = False
 
@@ -179,6 +182,10 @@ class Batch:
                     sha256, seconds = (result.entry.sha256, result.entry.seconds) if result.entry else (None, None)
                     name = todo[result.index].file_name
                     progress(Event(result.index, name, sha256, seconds, result.error, count, len(todo)))
+                shard = shard_of(result.index)
+                left[shard] -= 1
+                if not left[shard]:
+                    self.store.pack([item for item in self.plan.items if shard_of(item.index) == shard], failed)
         finally:
             found = self.store.finish(self.plan.items, failed)
         there = sum(item.index in found for item in self.items)
@@ -233,7 +240,11 @@ def _engine(options: Options, root: Path, size: int, threads: int, number: int) 
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 0
     pipe = _load(options, f"cuda:{number % gpus}" if gpus else options.device)
-    return Engine(pipe, Store(root, str(number), exact=options.exact), size, options.exact)
+    return Engine(pipe, _store(options, root, str(number)), size, options.exact)
+
+
+def _store(options: Options, root: Path, worker: str = "0") -> Store:
+    return Store(root, worker, options.exact, packs=options.format == "webdataset")
 
 
 def _load(options: Options, device: str) -> Pipeline:

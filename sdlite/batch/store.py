@@ -11,16 +11,19 @@ without one is read back. No link inside the folder is followed; the folder itse
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdlite.batch.disk import HOST, append, guarded, read_file, sha256, sweep, temporary
 from sdlite.batch.plan import Item
+from sdlite.batch.shards import Sample, Shards, key_of, shard_of
 from sdlite.images import read_metadata, write_atomically
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
+PICTURES = ".pictures"  # where they wait for their shard
 
 
 class Entry(NamedTuple):
@@ -35,8 +38,8 @@ class Store:
     """Writes into one output folder, and is all that does.
 
     worker: tells apart the manifests of processes on one machine. exact: whoever draws a picture gets the same bytes,
-    so that others in its place are a fault. reached: told of each point of a commit, for tests that end the process
-    there.
+    so that others in its place are a fault. packs: pictures lie in a hidden folder inside until their shard is whole.
+    reached: told of each point of a commit, for tests that end the process there.
     """
 
     def __init__(
@@ -44,17 +47,20 @@ class Store:
         root: Path,
         worker: str = "0",
         exact: bool = True,
+        packs: bool = False,
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
         self.root = root
+        self.pictures = root / PICTURES if packs else root
+        self.shards = Shards(root) if packs else None
         self.exact = exact
         self.reached = reached
-        self._manifest = root / f".manifest-{HOST}-{worker}.jsonl"
+        self._manifest = self.pictures / f".manifest-{HOST}-{worker}.jsonl"
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Makes the folder, or finds it made by the same settings. Raises ValueError naming each that differs."""
         with guarded(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.pictures.mkdir(parents=True, exist_ok=True)
             if not (self.root / RUN).exists():
                 with suppress(FileExistsError):  # another process was first; it is compared like any other
                     self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
@@ -66,7 +72,7 @@ class Store:
         ]
         if told:
             raise ValueError(f"{self.root} holds a batch of other settings: {'; '.join(told)}; give another folder")
-        sweep(self.root)
+        self._sweep()
 
     def done(self, items: Iterable[Item]) -> dict[int, Entry]:
         """Which of the items are there, by index. A picture that no manifest lists is read back and listed.
@@ -74,35 +80,38 @@ class Store:
         Raises ValueError for a file that has an item's name and is not its picture.
         """
         listed, names = self.listed(), self.names()
+        packed = self.shards.rows() if self.shards else {}  # after the names: what is packed meanwhile is not missed
         found: dict[int, Entry] = {}
         for item in items:
-            if item.file_name not in names:
+            if (row := packed.get(key_of(item.index))) is not None:
+                same = {**row, **_fields(item)} == row
+                entry = Entry(item.key if same else "", row["sha256"], 0.0)
+            elif item.file_name not in names:
                 continue
-            entry = listed.get(item.file_name)
-            if entry is None:
-                entry = self._adopt(item)
+            else:
+                entry = listed.get(item.file_name) or self._adopt(item)
             if entry.key != item.key:
                 raise ValueError(
-                    f"{self.root / item.file_name} was drawn from another request than picture {item.index} is now; "
-                    "give another folder"
+                    f"{self.root}: picture {item.index}, {item.file_name}, was drawn from another request than it is "
+                    "now; give another folder"
                 )
             found[item.index] = entry
         return found
 
     def has(self, item: Item) -> bool:
         """Whether a file has the item's name, for a quick look; `done` reads what it is."""
-        return os.path.lexists(self.root / item.file_name)
+        return os.path.lexists(self.pictures / item.file_name)
 
     def save(self, item: Item, data: bytes, seconds: float) -> Entry:
         """Commits the bytes of a picture's file; the same picture a second time is no harm, the first stays.
 
         Raises DiskFull, or ValueError if the name is taken by another picture, or with `exact` by other bytes.
         """
-        path = self.root / item.file_name
+        path = self.pictures / item.file_name
         entry = Entry(item.key, sha256(data), round(seconds, 4))
         with guarded(self.root):
             try:
-                write_atomically(path, data, temporary=temporary(self.root, item.key[:16]), reached=self.reached)
+                write_atomically(path, data, temporary=temporary(self.pictures, item.key[:16]), reached=self.reached)
             except FileExistsError:
                 there = sha256(read_file(path))
                 if there != entry.sha256 and (self.exact or not _shows(path, item)):
@@ -112,25 +121,57 @@ class Store:
         return entry
 
     def finish(self, items: Sequence[Item], failures: Mapping[int, str]) -> dict[int, Entry]:
-        """Writes metadata.jsonl of all items that are there, whoever drew them, and errors.jsonl; returns the former.
+        """Writes metadata.jsonl, or shards, of the items there, whoever drew them, and errors.jsonl; returns the items.
 
         Also removes what workers that were killed left half-written.
         failures: index -> why, of this run; what earlier runs listed stays listed while it is not done.
         """
-        sweep(self.root)
+        self._sweep()
         found = self.done(items)
-        rows = [_metadata(item, found[item.index]) for item in items if item.index in found]
         by_index = {item.index: item for item in items}
         old = {row["index"]: row["error"] for row in _lines(self.root / ERRORS) if row.get("index") in by_index}
         left = {index: error for index, error in sorted({**old, **failures}.items()) if index not in found}
         errors = [{"index": i, "key": by_index[i].key, "error": error} for i, error in left.items()]
         with guarded(self.root):
-            self._write(INDEX, _json_lines(rows), force=True)
+            if self.shards:
+                self.pack(items, left)
+            else:
+                rows = [_metadata(item, found[item.index]) for item in items if item.index in found]
+                self._write(INDEX, _json_lines(rows), force=True)
             if errors:
                 self._write(ERRORS, _json_lines(errors), force=True)
             else:
                 (self.root / ERRORS).unlink(missing_ok=True)
         return found
+
+    def pack(self, items: Sequence[Item], failed: Container[int]) -> None:
+        """Packs each shard whose items are all there or failed, and removes the files of what is packed.
+
+        Raises DiskFull, or ValueError for a picture that is not what was drawn.
+        """
+        if self.shards is None:
+            return
+        with guarded(self.root), self.shards.lock(self.pictures):
+            found, names = self.done(items), self.names()
+            for number, group in groupby(items, lambda item: shard_of(item.index)):
+                shard = list(group)
+                loose = [item for item in shard if item.file_name in names]
+                if loose and all(item.index in found or item.index in failed for item in shard):
+                    self.shards.write(number, {key_of(item.index): self._sample(item, found) for item in loose})
+                    for item in loose:
+                        (self.pictures / item.file_name).unlink()
+
+    def _sample(self, item: Item, found: Mapping[int, Entry]) -> Sample:
+        expected, path = found[item.index].sha256, self.pictures / item.file_name
+
+        def png() -> bytes:
+            data = read_file(path)
+            if sha256(data) != expected:
+                raise ValueError(f"{path} is damaged; `sdlite batch --verify {self.root}` puts it aside")
+            return data
+
+        row = {"key": key_of(item.index), "file_name": item.file_name, **_fields(item), **item.extra}
+        return Sample(row | {"sha256": expected}, png)
 
     def _list(self, file_name: str, entry: Entry) -> None:
         """One write to the manifest. The newline in front ends a line that a crash may have torn."""
@@ -139,7 +180,7 @@ class Store:
 
     def listed(self) -> dict[str, Entry]:
         """Every picture that any manifest lists, by file name; lines that a crash tore are left out."""
-        rows = (row for path in sorted(self.root.glob(".manifest-*.jsonl")) for row in _lines(path))
+        rows = (row for path in sorted(self.pictures.glob(".manifest-*.jsonl")) for row in _lines(path))
         return {
             row["file_name"]: Entry(*(row[field] for field in Entry._fields))
             for row in rows
@@ -147,18 +188,24 @@ class Store:
         }
 
     def names(self) -> set[str]:
-        with os.scandir(self.root) as entries:
+        if not self.pictures.is_dir():
+            return set()
+        with os.scandir(self.pictures) as entries:
             return {entry.name for entry in entries}
 
     def _adopt(self, item: Item) -> Entry:
         """Lists a picture that no manifest does, if it is the item's."""
-        path = self.root / item.file_name
+        path = self.pictures / item.file_name
         if not _shows(path, item):
             raise ValueError(_not_ours(path))
         entry = Entry(item.key, sha256(read_file(path)), 0.0)
         with guarded(self.root):
             self._list(item.file_name, entry)
         return entry
+
+    def _sweep(self) -> None:
+        for folder in {self.root, self.pictures}:
+            sweep(folder)
 
     def _write(self, name: str, text: str, *, force: bool) -> None:
         write_atomically(self.root / name, text.encode(), force=force)
@@ -192,9 +239,19 @@ def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _metadata(item: Item, entry: Entry) -> dict[str, Any]:
-    """A row of metadata.jsonl. Pictures to start from are called otherwise: `image` is the drawn one in `datasets`."""
-    fields = {f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request}
-    return {"file_name": item.file_name, **fields, **item.extra, "sha256": entry.sha256, "seconds": entry.seconds}
+    """A row of metadata.jsonl."""
+    return {
+        "file_name": item.file_name,
+        **_fields(item),
+        **item.extra,
+        "sha256": entry.sha256,
+        "seconds": entry.seconds,
+    }
+
+
+def _fields(item: Item) -> dict[str, Any]:
+    """The request. Pictures to start from are called otherwise: `image` is the drawn one in `datasets`."""
+    return {f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request}
 
 
 def _crc32(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sdlite.batch import Batch, BatchReport, Event
 
 SOME_FAILED, DISK_FULL = 1, 3  # exit codes
+Form = Literal["folder", "webdataset"]
 
 
 @app.command()
@@ -44,11 +45,21 @@ def batch(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Base for the seeds of rows that name none.")] = 0,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Past requests that fail.")] = False,
-    shards: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N, for many machines.")] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only part I of N, for many machines on one folder: in a SLURM array of tasks 1 to N "
+            "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, in what accelerate launch starts $((RANK+1))/$WORLD_SIZE.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="TEMPLATE", help="E.g. '{index:06}-{prompt}.png'.", show_default="index and key"),
     ] = None,
+    form: Annotated[
+        Form, typer.Option("--format", help="PNGs in a folder, or WebDataset shards: DIR/00000.tar, ...")
+    ] = "folder",
     contact_sheet: Annotated[bool, typer.Option("--contact-sheet", help="Also draw DIR/contact-sheet.png.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be drawn, in what time and space.")
@@ -64,10 +75,10 @@ def batch(
 ) -> None:
     """Draw all requests of a file into a folder; the same command again draws what is missing.
 
-    Prints the path of each PNG. Every field of a request is a column (prompt, seed, steps, ...), num_images repeats a
-    row, other columns go into DIR/metadata.jsonl. A .json file is a grid: its lists are combined each with each. Ctrl-C
-    or SIGTERM finishes the batch in hand; a second one stops at once. Exit codes: 0 all done, 1 some failed (see
-    DIR/errors.jsonl), 2 wrong input, 3 disk full, 130 interrupted.
+    Prints the path of each PNG, or of each shard. Every field of a request is a column (prompt, seed, steps, ...),
+    num_images repeats a row, other columns go into the metadata. A .json file is a grid: its lists are combined each
+    with each. Ctrl-C or SIGTERM finishes the batch in hand; a second one stops at once. Exit codes: 0 all done, 1 some
+    failed (see DIR/errors.jsonl), 2 wrong input, 3 disk full, 130 interrupted.
 
     --verify renames a damaged picture to NAME.corrupt, and the same batch command then makes it again; it exits with 1
     if anything is damaged or missing.
@@ -82,8 +93,11 @@ def batch(
     limit_threads()
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
     options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
+    options |= {"shard": shards, "name": name, "format": form}
+    if contact_sheet and form != "folder":
+        raise ValueError(f"--contact-sheet is drawn from a folder of pictures; leave out --format {form}")
     try:
-        prepared = prepare(requests, output, shard=shards, name=name, **options)
+        prepared = prepare(requests, output, **options)
     except ValueError as error:
         for line in str(error).splitlines():
             print(f"sdlite: error: {shown(line)}", file=sys.stderr)
@@ -109,16 +123,16 @@ def batch(
 def _run(prepared: "Batch", report: Report) -> int:
     """Draws what is missing, with a bar or a path each; the exit code."""
     missing, start = len(prepared.missing()), perf_counter()
-    pipe, root = prepared.pipe, prepared.store.root
+    pipe, folder, packed = prepared.pipe, prepared.store.pictures, prepared.store.shards
     report.event("start", model=pipe.name, model_hash=pipe.model_hash, images=len(prepared.items), missing=missing)
     bar = report.bar()
     task = bar.add_task(f"0/{missing} images", total=missing)
-    prints = bar.disable or not sys.stdout.isatty()  # paths would push the bar down the terminal
+    prints = not packed and (bar.disable or not sys.stdout.isatty())  # paths would push the bar down the terminal
 
     def progress(event: "Event") -> None:
         rate = event.done / (perf_counter() - start) * 60
         bar.update(task, completed=event.done, description=f"{event.done}/{event.total} images, {rate:.0f}/min")
-        path = root / event.file_name
+        path = folder / event.file_name
         if event.error is not None:
             report.event("failed", index=event.index, path=str(path), error=event.error)
             report.note(f"picture {event.index} failed: {event.error}")
@@ -130,6 +144,8 @@ def _run(prepared: "Batch", report: Report) -> int:
 
     with Interrupts("batch") as interrupts, bar:
         done = prepared.run(progress, lambda: interrupts.asked)
+    for shard in packed.paths() if packed else ():
+        report.path(shard, "shard")
     return _end(done, report)
 
 

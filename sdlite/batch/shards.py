@@ -1,0 +1,150 @@
+"""WebDataset shards: the finished pictures of a batch in tar files, laid out as img2dataset does.
+
+    00000.tar: 000000000.json, .png, .txt, 000000001.json, ...    00000_stats.json: how many, and the tar's SHA-256
+
+A picture's key is five digits of its shard and four of its place there, both from its index; the text is the prompt,
+the JSON holds the request, the row's other columns and the PNG's SHA-256. The bytes of a shard follow from its pictures
+alone. It is replaced as a whole and on disk before its pictures lose their own files, so that a crash leaves each of
+them in at least one place; those in both are packed again.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from sdlite.batch.disk import NO_LINKS, temporary
+from sdlite.images import write_atomically
+
+SHARD = 10_000  # pictures; four digits of a key
+LOCK = ".lock"
+Row = dict[str, Any]
+
+
+class Sample(NamedTuple):
+    """One picture of a shard. row: its JSON. png: reads the bytes of its file when they are wanted."""
+
+    row: Row
+    png: Callable[[], bytes]
+
+
+def shard_of(index: int) -> int:
+    return index // SHARD
+
+
+def key_of(index: int) -> str:
+    return f"{shard_of(index):05}{index % SHARD:04}"
+
+
+class Shards:
+    """The tar files of a folder, read once as long as they do not change."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._read: dict[Path, tuple[tuple[int, int], list[Row]]] = {}
+
+    def paths(self) -> list[Path]:
+        return sorted(path for path in self.root.glob("[0-9]" * 5 + ".tar") if not path.is_symlink())
+
+    def rows(self) -> dict[str, Row]:
+        """The JSON of every packed picture, by its key. Raises ValueError for a damaged shard."""
+        for path in self.paths():
+            facts = path.stat()
+            stamp = facts.st_mtime_ns, facts.st_size
+            if path not in self._read or self._read[path][0] != stamp:
+                self._read[path] = stamp, _rows(path)
+        return {row["key"]: row for path in self.paths() for row in self._read[path][1]}
+
+    def write(self, number: int, samples: Mapping[str, Sample]) -> None:
+        """Packs samples, by key, with what the shard holds already, which stays as it is."""
+        path = self.root / f"{number:05}.tar"
+        held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
+        keys = sorted(held.keys() | samples.keys())
+        making = temporary(self.root, f"{number:016x}")
+        try:
+            with making.open("x+b") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar, _pictures(path) as old:
+                    for key in keys:
+                        row = held[key] if key in held else samples[key].row
+                        _add(tar, f"{key}.json", (json.dumps(row) + "\n").encode())
+                        _add(tar, f"{key}.png", old(key) if key in held else samples[key].png())
+                        _add(tar, f"{key}.txt", row["prompt"].encode())
+                file.flush()
+                os.fsync(file.fileno())
+                stats = {"count": len(keys), "sha256": hash_of(file)}
+            making.replace(path)
+            write_atomically(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)  # syncs both names
+        finally:
+            making.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, folder: Path) -> Iterator[None]:
+        """One process packs at a time; a lock of a process that dies is free. Windows has no such lock: pack in one."""
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def stats_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_stats.json")
+
+
+def hash_of(file: BinaryIO) -> str:
+    """SHA-256 of an open file, from its beginning."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed wants more of a file
+
+
+def members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file in a shard, in order. Raises tarfile.TarError where it is damaged."""
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if (file := tar.extractfile(member)) is not None:
+                yield member.name, file.read()
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            files = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+            rows = [json.loads(file.read()) for file in files if file is not None]
+        if not all({"key", "file_name", "sha256", "prompt"} <= row.keys() for row in rows):
+            raise ValueError
+        return rows
+    except (tarfile.TarError, EOFError, ValueError, AttributeError):
+        raise ValueError(f"{path} is damaged; `sdlite batch --verify {path.parent}` puts it aside") from None
+
+
+@contextmanager
+def _pictures(path: Path) -> Iterator[Callable[[str], bytes]]:
+    """Reads the PNG of a key out of a shard, which need not exist while nobody asks."""
+    with ExitStack() as stack:
+        tar = stack.enter_context(tarfile.open(path, "r:")) if path.exists() else None
+
+        def read(key: str) -> bytes:
+            file = None if tar is None else tar.extractfile(f"{key}.png")
+            assert file is not None, f"{key} is in the shard"
+            return file.read()
+
+        yield read
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file of no owner and no time, so that the same pictures give the same shard."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, BytesIO(data))
