@@ -70,10 +70,11 @@ HOMES = {
         "train/",
     },
     "safetensors": {"checkpoints/", "segmentation/segmenter.py", "train/"},
+    "ray": {"batch/ray_runner.py"},
     "pickle": set(),
 }
 PRINTS = {"cli/", "bench.py", "train/loop.py"}
-ENVIRONMENT = {"cli/", "bench.py"}
+ENVIRONMENT = {"cli/", "bench.py", "batch/ray_runner.py"}  # Ray takes some of its settings from nowhere else
 
 
 def name(path: Path) -> str:

@@ -27,7 +27,7 @@ from sdlite.batch.disk import HOST
 from sdlite.batch.draw import Engine, Result, chunks
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
-from sdlite.batch.workers import spread
+from sdlite.batch.workers import Processes, spread
 from sdlite.pipeline import Pipeline
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals")
@@ -400,15 +400,15 @@ def refuses(number: int) -> Engine:
 @pytest.mark.slow
 def test_what_kills_its_process_fails_after_three():
     items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
-    results = [r for some in spread(dies_on, [items[:2], items[2:]], 1, lambda: False) for r in some]
+    results = [r for some in spread(Processes(dies_on), [items[:2], items[2:]], 1, lambda: False) for r in some]
     assert sorted(result.index for result in results) == [0, 1, 2, 3]
     assert [(result.index, result.error) for result in results if result.error] == [
         (2, "the process that drew it died, 3 times")
     ]
     with pytest.raises(ValueError, match="no such model"):
-        list(spread(refuses, [items], 1, lambda: False))
+        list(spread(Processes(refuses), [items], 1, lambda: False))
     with pytest.raises(RuntimeError, match=r"end before they draw \(exit code 3\)"):
-        list(spread(dies_at_start, [items], 1, lambda: False))
+        list(spread(Processes(dies_at_start), [items], 1, lambda: False))
 
 
 # ------------------------------------------------------------------------------------------- full disks

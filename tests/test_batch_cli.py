@@ -72,6 +72,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(batch, "prepare", prepare, raising=False)
     flags = "-m m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
+    flags += " --ray --ray-address a:1"
     code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
     assert (code, out, err) == (2, "", "sdlite: error: one\nsdlite: error: two\n")
     assert given == {
@@ -86,6 +87,8 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         "shard": "2/3",
         "name": "{index}.png",
         "format": "webdataset",
+        "ray": True,
+        "ray_address": "a:1",
         "device": "cpu",
         "dtype": "float32",
         "prediction": None,

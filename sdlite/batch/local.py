@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -23,7 +24,7 @@ from sdlite.batch.plan import SCHEMA, Item, Plan, in_shard, make_plan, parse_sha
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
-from sdlite.batch.workers import spread
+from sdlite.batch.workers import Processes, spread
 from sdlite.config import Prediction, Record, Request
 from sdlite.images import png_bytes, versions
 from sdlite.pipeline import Pipeline
@@ -37,7 +38,8 @@ class Options(Record):
     model, device, dtype, prediction: as for Pipeline.load. batch_size: computed together. workers: processes. exact:
     the same bytes whatever batch_size, workers and cores, by a fixed batch on one thread each. seed: base of the seeds
     of rows without one. keep_going: past failures. shard: "I/N", part I of N. name: template of file names. format:
-    a folder of PNGs, or WebDataset shards.
+    a folder of PNGs, or WebDataset shards. ray: workers are actors of a Ray cluster, one of this machine unless
+    ray_address names another, where all machines must see the folder, the model and the pictures to start from.
     """
 
     model: str | None = None
@@ -52,6 +54,12 @@ class Options(Record):
     shard: str | None = None
     name: str | None = None
     format: Literal["folder", "webdataset"] = "folder"
+    ray: bool = False
+    ray_address: str | None = None
+
+    @property
+    def on_ray(self) -> bool:
+        return self.ray or self.ray_address is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +118,10 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
         options["model"] = str(options["model"])
     chosen = Options(**options)
     shard = None if chosen.shard is None else parse_shard(chosen.shard)
-    if pipe is not None and chosen.workers > 1:
-        raise ValueError(f"workers={chosen.workers} load the model by its name; give model instead of pipe")
+    if pipe is not None and (chosen.workers > 1 or chosen.on_ray):
+        raise ValueError("workers and actors load the model by its name; give model instead of pipe")
+    if chosen.on_ray:
+        import_module("sdlite.batch.ray_runner")  # raises if Ray is missing
     if pipe is None:
         pipe = _load(chosen, chosen.device)
     engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
@@ -213,12 +223,26 @@ class Batch:
 
     def _results(self, items: Sequence[Item], halted: Callable[[], bool]) -> Iterator[Result]:
         handed = chunks(self.pipe, items, self.size)
-        if self.options.workers == 1 or len(items) <= self.size:
+        count = min(self.options.workers, len(items))
+        make = partial(_engine, self._settled(), self.store.root.absolute(), self.size)
+        if self.options.on_ray and items:
+            from sdlite.batch.ray_runner import cluster
+
+            address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"
+            threads = None if address and not self.options.exact else self.threads
+            with cluster(make, address=address, count=count, threads=threads, on_gpu=on_gpu) as actors:
+                for results in spread(actors, handed, count, halted):
+                    yield from results
+        elif self.options.workers == 1 or len(items) <= self.size:
             yield from _here(Engine(self.pipe, self.store, self.size, self.options.exact), handed, halted, self.threads)
-            return
-        make = partial(_engine, self.options, self.store.root, self.size, self.threads)
-        for results in spread(make, handed, min(self.options.workers, len(items)), halted):
-            yield from results
+        else:
+            for results in spread(Processes(partial(make, threads=self.threads)), handed, count, halted):
+                yield from results
+
+    def _settled(self) -> Options:
+        """Options that mean the same in another folder."""
+        model = self.options.model
+        return self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
 
 
 def _here(
@@ -235,7 +259,7 @@ def _here(
         engine.close()
 
 
-def _engine(options: Options, root: Path, size: int, threads: int, number: int) -> Engine:
+def _engine(options: Options, root: Path, size: int, number: int, threads: int) -> Engine:
     """What a worker process draws with. With several GPUs each process has its own, in turn."""
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 0

@@ -1,6 +1,6 @@
-"""A batch over several processes, each with the model loaded once.
+"""A batch over several workers, each with the model loaded once: processes of this machine, or of a cluster.
 
-Chunks are handed out as processes ask for them. One that dies (killed, out of memory) is replaced, and what it had not
+Chunks are handed out as workers ask for them. One that dies (killed, out of memory) is replaced, and what it had not
 reported is given out again, an item at a time so that only the one that kills fails; results come over a pipe each,
 for a process that dies while it holds the lock of a shared queue would stop all others.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from sdlite.batch.draw import Engine, Result
 from sdlite.batch.plan import Item
@@ -21,72 +21,135 @@ MAX_TRIES = 3  # of an item on which processes die
 MAX_STARTS_LOST = 3  # processes that died before they had an item
 
 
-@dataclass
-class _Hand:
-    """One process, and what it was given and has not reported."""
+class Gone(Exception):
+    """A worker is no more. ended: because it was given no more chunks."""
 
-    process: BaseProcess
-    pipe: Connection
+    def __init__(self, ended: bool, why: str = "") -> None:
+        super().__init__(why)
+        self.ended = ended
+
+
+class Worker(Protocol):
+    """Draws in another process. Once started it gives an empty list of results, then a list for every chunk."""
+
+    def send(self, chunk: Sequence[Item] | None) -> None:
+        """Hands out a chunk; None: there are no more. Raises Gone."""
+
+    def receive(self) -> list[Result]:
+        """Results of items handed out. Raises Gone, or what was raised while drawing."""
+
+    def stop(self) -> None:
+        """Ends it at once, if it runs."""
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class Team(Protocol[W]):
+    """Where workers come from."""
+
+    def start(self, number: int) -> W: ...
+    def wait(self, workers: Sequence[W]) -> Sequence[W]:
+        """Those that can be received from, one at least."""
+
+
+@dataclass
+class _Hand(Generic[W]):
+    """One worker, and what it was given and has not reported."""
+
+    worker: W
+    number: int
     items: dict[int, Item] = field(default_factory=dict)
 
 
 def spread(
-    make_engine: Callable[[int], Engine], chunks: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
+    team: Team[W], chunks: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
 ) -> Iterator[list[Result]]:
-    """Results of all chunks, drawn by `count` processes; no more are handed out once `halted`.
+    """Results of all chunks, drawn by `count` workers; no more are handed out once `halted`.
 
-    make_engine: called with the process's number in each, so it must be picklable. Raises what a process raised, and
-    RuntimeError if they die before they draw.
+    Raises what a worker raised, and RuntimeError if they die before they draw.
     """
     rest, again = iter(chunks), deque[Sequence[Item]]()
     deaths: Counter[int] = Counter()
     lost_starts = 0
-    hands = [_start(make_engine, number) for number in range(count)]
+    hands = [_Hand(team.start(number), number) for number in range(count)]
     try:
         while hands:
-            for pipe in wait([hand.pipe for hand in hands]):
-                hand = next(hand for hand in hands if hand.pipe is pipe)
+            ready = team.wait([hand.worker for hand in hands])
+            for hand in [hand for hand in hands if hand.worker in ready]:
                 try:
-                    message = hand.pipe.recv()
-                    if isinstance(message, Exception):
-                        raise message
-                    for result in message:
+                    results = hand.worker.receive()
+                    for result in results:
                         del hand.items[result.index]
-                    yield message
+                    yield results
                     chunk = None if halted() else (again.popleft() if again else next(rest, None))
                     hand.items |= {item.index: item for item in chunk or ()}
-                    hand.pipe.send(chunk)
-                except (EOFError, ConnectionError):
-                    number = hands.index(hand)
+                    hand.worker.send(chunk)
+                except Gone as gone:
                     hands.remove(hand)
-                    hand.process.join()
-                    if hand.process.exitcode == 0 and not hand.items:
+                    hand.worker.stop()
+                    if gone.ended and not hand.items:
                         continue
                     deaths.update(hand.items.keys())
                     lost_starts += not hand.items
                     if lost_starts > MAX_STARTS_LOST:
-                        raise RuntimeError(
-                            f"worker processes end before they draw (exit code {hand.process.exitcode})"
-                        ) from None
+                        raise RuntimeError(f"worker processes end before they draw ({gone})") from None
                     yield [
                         Result(index, error=f"the process that drew it died, {MAX_TRIES} times")
                         for index in hand.items
                         if deaths[index] >= MAX_TRIES
                     ]
                     again += [[item] for index, item in hand.items.items() if deaths[index] < MAX_TRIES]
-                    hands.append(_start(make_engine, number))
+                    hands.append(_Hand(team.start(hand.number), hand.number))
     finally:
         for hand in hands:
-            hand.process.kill()
+            hand.worker.stop()
 
 
-def _start(make_engine: Callable[[int], Engine], number: int) -> _Hand:
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_work, args=(make_engine, number, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    return _Hand(process, ours)
+class Processes:
+    """Workers on this machine. make_engine: called with the number of each, in it, so it must be picklable."""
+
+    def __init__(self, make_engine: Callable[[int], Engine]) -> None:
+        self.make_engine = make_engine
+
+    def start(self, number: int) -> "Process":
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_work, args=(self.make_engine, number, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        return Process(process, ours)
+
+    def wait(self, workers: Sequence["Process"]) -> Sequence["Process"]:
+        ready = wait([worker.pipe for worker in workers])
+        return [worker for worker in workers if worker.pipe in ready]
+
+
+class Process:
+    def __init__(self, process: BaseProcess, pipe: "Connection[Any, Any]") -> None:
+        self.process, self.pipe = process, pipe
+
+    def send(self, chunk: Sequence[Item] | None) -> None:
+        try:
+            self.pipe.send(chunk)
+        except ConnectionError:
+            raise self._gone() from None
+
+    def receive(self) -> list[Result]:
+        try:
+            message = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            raise self._gone() from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def stop(self) -> None:
+        self.process.kill()
+
+    def _gone(self) -> Gone:
+        self.process.join()
+        return Gone(self.process.exitcode == 0, f"exit code {self.process.exitcode}")
 
 
 def _work(make_engine: Callable[[int], Engine], number: int, pipe: "Connection[Any, Any]") -> None:

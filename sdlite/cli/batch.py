@@ -39,7 +39,9 @@ def batch(
     ] = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Drawn at the same time.")] = 4,
-    workers: Annotated[int, typer.Option(help="Processes, each with its share of the cores or its GPU.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes, or Ray actors, each with its share of the cores or its GPU.")
+    ] = 1,
     exact: Annotated[
         bool, typer.Option("--exact", help="The same bytes for every --batch-size, --workers and number of cores.")
     ] = False,
@@ -60,6 +62,11 @@ def batch(
     form: Annotated[
         Form, typer.Option("--format", help="PNGs in a folder, or WebDataset shards: DIR/00000.tar, ...")
     ] = "folder",
+    ray: Annotated[bool, typer.Option("--ray", help="Workers are actors of a Ray cluster on this machine.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Of that cluster, if it runs; all its machines must see DIR and the model."),
+    ] = None,
     contact_sheet: Annotated[bool, typer.Option("--contact-sheet", help="Also draw DIR/contact-sheet.png.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be drawn, in what time and space.")
@@ -93,7 +100,7 @@ def batch(
     limit_threads()
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
     options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
-    options |= {"shard": shards, "name": name, "format": form}
+    options |= {"shard": shards, "name": name, "format": form, "ray": ray, "ray_address": ray_address}
     if contact_sheet and form != "folder":
         raise ValueError(f"--contact-sheet is drawn from a folder of pictures; leave out --format {form}")
     try:
