@@ -5,6 +5,7 @@ the ratio within a pair, its median, least and most. Memory and cold start are t
 loads the model and writes one PNG. Prompts differ from run to run, so that no side finds its text encoded already.
 """
 
+import itertools
 import os
 import platform
 import statistics
@@ -13,22 +14,27 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
-from sdlite import __version__
+from sdlite import __version__, batch
+from sdlite.batch.draw import EXACT_BATCH
 from sdlite.config import Request
-from sdlite.images import largest_difference
+from sdlite.images import largest_difference, png_bytes, write_atomically
 from sdlite.models.networks import Network
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline
 
 MAX_LOAD = 0.3  # of the cores, on average over the last minute: above it a timing says more about the others
 COLD_RUNS = 3
+BATCH_IMAGES = 500  # of a timing of the batch machinery
 MIN_SECONDS = 0.2  # of one timing; shorter calls are repeated
 # Linux counts into a child's peak what its parent held at the fork, so a small process starts the child, not this one.
 LAUNCHER = """
@@ -65,8 +71,7 @@ def measure(
     Returns {"machine": ..., "setting": ..., "rows": [...]}, ready for JSON and for `table`. Raises ValueError for a DiT
     against diffusers.
     """
-    request, net = pipe.resolve(request), pipe.denoiser
-    assert isinstance(net, Network), "Pipeline.load gives networks of our own"
+    request, net = pipe.resolve(request), _network(pipe)
     if versus and not isinstance(net, UNet):
         raise ValueError(f"diffusers has no pipeline for this {type(net).__name__} with CLIP; measure it alone")
     kind = type(net).__name__
@@ -89,12 +94,104 @@ def measure(
     return {"machine": _machine(net, load), "setting": setting | {"runs": runs}, "rows": rows}
 
 
+def measure_batch(pipe: Pipeline, request: Request, folder: Path, *, load: float, runs: int = 5) -> dict[str, Any]:
+    """Times what a batch adds to each picture besides drawing it, on the disk of a folder.
+
+    Returns what `measure` does. The machinery is that of a whole run (request checked, grouped, encoded as PNG,
+    committed, listed) with pictures that are there already; the rows after it are its parts.
+    """
+    picture = pipe.generate(pipe.resolve(request.replace(steps=1)))[0]
+    data = png_bytes(picture)
+    parts: dict[str, Callable[[Path], object]] = {
+        "batch machinery, a picture": partial(_idle_batch, _Idle(pipe, picture)),
+        "of which PNG encoding": lambda _: [png_bytes(picture) for _ in range(BATCH_IMAGES)],
+        "of which file, 2 fsyncs and link": partial(_files, data),
+    }
+    timings: dict[str, Timings] = {what: {"CPU": [], "wall": []} for what in parts}
+    with tempfile.TemporaryDirectory(prefix="sdlite-bench-", dir=folder) as place:
+        for run in range(runs + 1):
+            for number, (what, call) in enumerate(parts.items()):
+                spent = _spent(partial(call, Path(place) / f"{run}-{number}"))
+                for side, seconds in zip(timings[what], spent, strict=True):
+                    timings[what][side] += [seconds / BATCH_IMAGES] if run else []  # the first warms up
+    rows = [_row(what, "s", sides) | {"ratio": None} for what, sides in timings.items()]
+    setting = {
+        "picture": f"{picture.width}x{picture.height}, {len(data)} bytes",
+        "pictures": BATCH_IMAGES,
+        "runs": runs,
+    }
+    return {"machine": _machine(_network(pipe), load), "setting": setting, "rows": rows}
+
+
+def measure_exact(pipe: Pipeline, request: Request, *, load: float, runs: int = 5) -> dict[str, Any]:
+    """Times a picture of a batch with `exact` against one without: on one thread both, and as it comes.
+
+    Returns what `measure` does.
+    """
+    requests = [request.replace(prompt=f"{request.prompt} {i}") for i in range(2 * EXACT_BATCH)]
+    rows, threads, folders = [], torch.get_num_threads(), itertools.count()
+    with tempfile.TemporaryDirectory(prefix="sdlite-bench-") as place:
+
+        def seconds(exact: bool) -> float:
+            folder = Path(place) / str(next(folders))
+            return _spent(lambda: batch.run(requests, folder, pipe=pipe, exact=exact))[1] / len(requests)
+
+        for number in sorted({1, threads}):
+            torch.set_num_threads(number)
+            pairs = [(seconds(True), seconds(False)) for _ in range(runs + 1)][1:]  # the first warms up
+            ours, theirs = map(list, zip(*pairs, strict=True))
+            what = f"a picture of {request.steps} steps, --exact on 1 thread, default on {number}"
+            rows.append(_row(what, "s", {"--exact": ours, "default": theirs}))
+    torch.set_num_threads(threads)
+    setting = {"model": pipe.name, "precision": _precision(_network(pipe)), "batch": EXACT_BATCH, "runs": runs}
+    return {"machine": _machine(_network(pipe), load), "setting": setting, "rows": rows}
+
+
+def _network(pipe: Pipeline) -> Network:
+    assert isinstance(pipe.denoiser, Network), "Pipeline.load gives networks of our own"
+    return pipe.denoiser
+
+
+class _Idle:
+    """A pipeline that draws in no time."""
+
+    def __init__(self, pipe: Pipeline, picture: Image) -> None:
+        self._pipe, self._picture = pipe, picture
+        self._latents = torch.zeros(1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def sample_latents(self, *_: Any, **__: Any) -> Iterator[Tensor]:
+        yield self._latents
+
+    def decode(self, _: Tensor, requests: Sequence[Request]) -> list[Image]:
+        return [self._picture] * len(requests)
+
+
+def _idle_batch(idle: Any, folder: Path) -> None:
+    rows = [{"prompt": f"a red apple {i}", "steps": 2} for i in range(BATCH_IMAGES)]
+    assert batch.run(rows, folder, pipe=idle).done == BATCH_IMAGES
+
+
+def _files(data: bytes, folder: Path) -> None:
+    folder.mkdir()
+    for i in range(BATCH_IMAGES):
+        write_atomically(folder / f"{i}.png", data)
+
+
+def _spent(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of all our threads on their cores, and on the wall."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: the rows, then what they were measured on and whether they may be quoted."""
     sides = list(result["rows"][0]["median"])
-    lines = [
-        " | ".join(["", "", *sides, *(["ratio: median (least to most)"] if len(sides) > 1 else []), ""]).strip(" ")
-    ]
+    ratio = ["ratio: median (least to most)"] if any(row["ratio"] for row in result["rows"]) else []
+    lines = [" | ".join(["", "", *sides, *ratio, ""]).strip(" ")]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for row in result["rows"]:
         cells = [row["what"], *(_shown(row["median"][side], row["unit"]) for side in sides)]

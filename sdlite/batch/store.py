@@ -175,8 +175,8 @@ class Store:
 
     def _list(self, file_name: str, entry: Entry) -> None:
         """One write to the manifest. The newline in front ends a line that a crash may have torn."""
-        row = {"file_name": file_name, **entry._asdict()}
-        append(self._manifest, f"\n{json.dumps(row | {'crc32': _crc32(row)})}\n".encode())
+        row = json.dumps({"file_name": file_name, **entry._asdict()})
+        append(self._manifest, f'\n{row[:-1]}, "crc32": "{_crc32(row)}"}}\n'.encode())
 
     def listed(self) -> dict[str, Entry]:
         """Every picture that any manifest lists, by file name; lines that a crash tore are left out."""
@@ -184,7 +184,7 @@ class Store:
         return {
             row["file_name"]: Entry(*(row[field] for field in Entry._fields))
             for row in rows
-            if row.pop("crc32", None) == _crc32(row)
+            if row.pop("crc32", None) == _crc32(json.dumps(row))
         }
 
     def names(self) -> set[str]:
@@ -254,8 +254,8 @@ def _fields(item: Item) -> dict[str, Any]:
     return {f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request}
 
 
-def _crc32(row: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+def _crc32(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _shows(path: Path, item: Item) -> bool:

@@ -71,11 +71,16 @@ def bench(
     height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Measure what a batch adds, and the price of --exact.")
+    ] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="On whose disk, with --batch.")] = Path(),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write every timing to this file.")] = None,
     force: Force = False,
 ) -> None:
     """Measure one UNet evaluation, one image, peak memory and cold start.
 
+    With --batch instead what the machinery of `sdlite batch` takes for a picture, and how much longer --exact is.
     Prints a Markdown table, as ratios with --vs, that says so when the machine was too busy for them to be quoted.
     """
     request = Request(prompt=prompt, steps=steps, width=width, height=height)
@@ -83,12 +88,20 @@ def bench(
         if json_file.is_dir():
             raise ValueError(f"--json={json_file} must be a file, e.g. {json_file / 'bench.json'}")
         check_free([json_file], force)
-    from sdlite.bench import machine_load, measure, table
+    if batch and (vs or not folder.is_dir()):
+        raise ValueError(f"--batch goes without --vs and with a folder that is there, not --dir={folder}")
+    from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
 
     busy = machine_load()
     pipe = load(model, device, dtype, None, Report(False, False))
-    result = measure(pipe, request, load=busy, versus=vs, runs=runs)
-    print(table(result))
+    if batch:
+        machinery = measure_batch(pipe, request, folder, load=busy, runs=runs)
+        exact = measure_exact(pipe, request, load=busy, runs=runs)
+        print(table(machinery), table(exact), sep="\n\n")
+        result = {"machinery": machinery, "exact": exact}
+    else:
+        result = measure(pipe, request, load=busy, versus=vs, runs=runs)
+        print(table(result))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=1) + "\n")
