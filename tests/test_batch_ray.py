@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -146,20 +145,18 @@ def test_what_kills_its_actor_fails_after_three():
 def test_an_address(tmp_path: Path, reference: dict[str, bytes]):
     with pytest.raises(ValueError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
         batch.run(ROWS, tmp_path / "none", model="tiny", device="cpu", exact=True, ray_address="127.0.0.1:1")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PATH": path}
     start = ["ray", "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--block"]
-    environment = os.environ | {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
     head = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert head.stdout is not None
         address = next(line.split("'")[1] for line in head.stdout if "--address=" in line)
-        time.sleep(1)
-        report = batch.run(
-            ROWS, tmp_path / "out", model="tiny", device="cpu", workers=2, exact=True, ray_address=address
-        )
-        assert report.done == 24 and pictures(tmp_path / "out") == reference
+        command = [*COMMAND, "--ray-address", address, "--workers", "2", "-q"]
+        drawn = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert len(drawn.stdout.splitlines()) == 24 and drawn.stderr == ""
+        assert pictures(tmp_path / "out") == reference
     finally:
         head.terminate()
         head.wait()

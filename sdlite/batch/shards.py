@@ -52,6 +52,9 @@ class Shards:
     def paths(self) -> list[Path]:
         return sorted(path for path in self.root.glob("[0-9]" * 5 + ".tar") if not path.is_symlink())
 
+    def path_of(self, number: int) -> Path:
+        return self.root / f"{number:05}.tar"
+
     def rows(self) -> dict[str, Row]:
         """The JSON of every packed picture, by its key. Raises ValueError for a damaged shard."""
         for path in self.paths():
@@ -63,7 +66,7 @@ class Shards:
 
     def write(self, number: int, samples: Mapping[str, Sample]) -> None:
         """Packs samples, by key, with what the shard holds already, which stays as it is."""
-        path = self.root / f"{number:05}.tar"
+        path = self.path_of(number)
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
         keys = sorted(held.keys() | samples.keys())
         making = temporary(self.root, f"{number:016x}")

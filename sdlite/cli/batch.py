@@ -129,6 +129,8 @@ def batch(
 
 def _run(prepared: "Batch", report: Report) -> int:
     """Draws what is missing, with a bar or a path each; the exit code."""
+    from sdlite.batch.shards import shard_of
+
     missing, start = len(prepared.missing()), perf_counter()
     pipe, folder, packed = prepared.pipe, prepared.store.pictures, prepared.store.shards
     report.event("start", model=pipe.name, model_hash=pipe.model_hash, images=len(prepared.items), missing=missing)
@@ -139,7 +141,7 @@ def _run(prepared: "Batch", report: Report) -> int:
     def progress(event: "Event") -> None:
         rate = event.done / (perf_counter() - start) * 60
         bar.update(task, completed=event.done, description=f"{event.done}/{event.total} images, {rate:.0f}/min")
-        path = folder / event.file_name
+        path = packed.path_of(shard_of(event.index)) if packed else folder / event.file_name
         if event.error is not None:
             report.event("failed", index=event.index, path=str(path), error=event.error)
             report.note(f"picture {event.index} failed: {event.error}")
