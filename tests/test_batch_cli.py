@@ -115,7 +115,7 @@ def test_shards_are_printed_and_verified(run: Run):
     assert run("--verify", "out", "-q") == (0, "", "")
     assert run("fox.csv", "-o", "out", "--format", "webdataset", "-q")[0] == 0
     told = events(run("fox.csv", "-o", "told", "--format", "webdataset", "--json")[1])
-    assert [event["event"] for event in told] == ["start", "image", "image", "image", "done", "shard"]
+    assert [event["event"] for event in told] == ["start", "image", "image", "image", "shard", "done"]
     assert {event["path"] for event in told if "path" in event} == {"told/00000.tar"}
     code, _, err = run("fox.csv", "-o", "new", "--format", "webdataset", "--contact-sheet")
     assert code == 2 and "--contact-sheet is drawn from a folder" in err and not Path("new").exists()
