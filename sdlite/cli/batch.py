@@ -51,8 +51,8 @@ def batch(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Only part I of N, for many machines on one folder: in a SLURM array of tasks 1 to N "
-            "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, in what accelerate launch starts $((RANK+1))/$WORLD_SIZE.",
+            help="Only part I of N, for many machines on one folder. SLURM, --array=1-N: $SLURM_ARRAY_TASK_ID/N; "
+            "in a shell that accelerate launch starts: $((RANK+1))/$WORLD_SIZE.",
         ),
     ] = None,
     name: Annotated[
