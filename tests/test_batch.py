@@ -288,7 +288,7 @@ def run_and_die(folder: Path, point: str, number: int) -> None:
 
 def kill_often(folder: Path, reference: Content, kills: int, chance: random.Random) -> tuple[int, int]:
     """Runs killed at random times and points, each resumed by the next; (kills that hit, folders that were filled)."""
-    points = ["time", "written", "synced", "linked", "line"]
+    points = ["time", "written", "synced", "linked", "line", "metadata.jsonl written"]
     hits = whole = 0
     current = folder / "0"
     before: set[str] = set()
@@ -299,7 +299,8 @@ def kill_often(folder: Path, reference: Content, kills: int, chance: random.Rand
             process.join(chance.uniform(0.02, 1.0))
             process.kill()
         else:
-            process = fork(functools.partial(run_and_die, current, point, chance.randrange(max(1, missing // 2))))
+            number = 0 if "metadata" in point else chance.randrange(max(1, missing // 2))  # the index is written once
+            process = fork(functools.partial(run_and_die, current, point, number))
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         hits += process.exitcode != 0
@@ -316,12 +317,15 @@ def kill_often(folder: Path, reference: Content, kills: int, chance: random.Rand
     return hits, whole + 1
 
 
-@pytest.mark.parametrize("point", ["written", "synced", "linked", "line"])
-def test_killed_at_a_point_of_the_commit(tmp_path: Path, reference: Content, point: str):
-    process = fork(functools.partial(run_and_die, tmp_path, point, 6))
+POINTS = [("written", 6, 6), ("synced", 6, 6), ("linked", 6, 7), ("line", 6, 7)]
+POINTS += [("run.json written", 0, 0), ("metadata.jsonl written", 0, 20)]
+
+
+@pytest.mark.parametrize(("point", "number", "there"), POINTS, ids=[point for point, *_ in POINTS])
+def test_killed_at_a_point_of_the_commit(tmp_path: Path, reference: Content, point: str, number: int, there: int):
+    process = fork(functools.partial(run_and_die, tmp_path, point, number))
     process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert len(pictures(tmp_path)) == (6 if point in ("written", "synced") else 7)
+    assert process.exitcode == -signal.SIGKILL and len(pictures(tmp_path)) == there
     run(tmp_path)
     complete(tmp_path, reference)
 

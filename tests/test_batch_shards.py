@@ -195,7 +195,7 @@ def die_in_pack(folder: Path, point: str) -> None:
     calls = itertools.count()
     target, name = {
         "member": (shards, "_add"),
-        "named": (shards, "write_atomically"),
+        "named": (shards, "write"),
         "stats": (Path, "unlink"),
     }[point]
     whole = getattr(target, name)

@@ -134,9 +134,9 @@ def test_another_request_under_the_same_name_is_refused(tmp_path: Path):
 def test_temporary_files_of_the_dead_are_removed(tmp_path: Path):
     filled(tmp_path, 1)
     dead, living, elsewhere, foreign = (
-        tmp_path / f".{'0' * 16}.{HOST}-999999999.{'0' * 8}.tmp",
-        tmp_path / f".{'0' * 16}.{HOST}-{os.getpid()}.{'0' * 8}.tmp",
-        tmp_path / f".{'0' * 16}.other-1.{'0' * 8}.tmp",
+        tmp_path / f".{HOST}-999999999.{'0' * 16}.tmp",
+        tmp_path / f".{HOST}-{os.getpid()}.{'0' * 16}.tmp",
+        tmp_path / f".other-1.{'0' * 16}.tmp",
         tmp_path / ".mine.tmp",
     )
     for path in (dead, living, elsewhere, foreign):

@@ -9,9 +9,11 @@ import platform
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from sdlite.images import write_atomically
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
@@ -55,15 +57,22 @@ def guarded(root: Path) -> Iterator[None]:
         raise DiskFull(error.errno, why) from None
 
 
-def temporary(folder: Path, stem: str) -> Path:
-    """A free name for a file in the making, which `sweep` knows when its process is gone. stem: 16 hexadecimal."""
-    return folder / f".{stem}.{HOST}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
+def write(
+    path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
+) -> None:
+    """`write_atomically`, through a temporary file that `sweep` knows."""
+    write_atomically(path, data, force=force, temporary=temporary(path.parent), reached=reached)
+
+
+def temporary(folder: Path) -> Path:
+    """A free name for a file in the making, which `sweep` knows when its process is gone."""
+    return folder / f".{HOST}-{os.getpid()}.{secrets.token_hex(8)}.tmp"
 
 
 def sweep(folder: Path) -> None:
     """Removes temporary files of processes that are gone."""
     for path in folder.glob(".*.tmp"):
-        match = re.fullmatch(r"\.[0-9a-f]{16}\.(.+)-(\d+)\.[0-9a-f]{8}\.tmp", path.name)
+        match = re.fullmatch(r"\.(.+)-(\d+)\.[0-9a-f]{16}\.tmp", path.name)
         if match:
             with suppress(FileNotFoundError):  # its process was quicker
                 age = time.time() - path.lstat().st_mtime

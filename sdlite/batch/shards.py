@@ -19,8 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sdlite.batch.disk import NO_LINKS, temporary
-from sdlite.images import write_atomically
+from sdlite.batch.disk import NO_LINKS, temporary, write
 
 SHARD = 10_000  # pictures; four digits of a key
 LOCK = ".lock"
@@ -69,7 +68,7 @@ class Shards:
         path = self.path_of(number)
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
         keys = sorted(held.keys() | samples.keys())
-        making = temporary(self.root, f"{number:016x}")
+        making = temporary(self.root)
         try:
             with making.open("x+b") as file:
                 with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar, _pictures(path) as old:
@@ -82,7 +81,7 @@ class Shards:
                 os.fsync(file.fileno())
                 stats = {"count": len(keys), "sha256": hash_of(file)}
             making.replace(path)
-            write_atomically(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)  # syncs both names
+            write(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)  # syncs both names
         finally:
             making.unlink(missing_ok=True)
 

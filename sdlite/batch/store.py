@@ -17,10 +17,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdlite.batch.disk import HOST, append, guarded, read_file, sha256, sweep, temporary
+from sdlite.batch.disk import HOST, append, guarded, read_file, sha256, sweep, write
 from sdlite.batch.plan import Item
 from sdlite.batch.shards import Sample, Shards, key_of, shard_of
-from sdlite.images import read_metadata, write_atomically
+from sdlite.images import read_metadata
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
 PICTURES = ".pictures"  # where they wait for their shard
@@ -111,7 +111,7 @@ class Store:
         entry = Entry(item.key, sha256(data), round(seconds, 4))
         with guarded(self.root):
             try:
-                write_atomically(path, data, temporary=temporary(self.pictures, item.key[:16]), reached=self.reached)
+                write(path, data, reached=self.reached)
             except FileExistsError:
                 there = sha256(read_file(path))
                 if there != entry.sha256 and (self.exact or not _shows(path, item)):
@@ -208,7 +208,8 @@ class Store:
             sweep(folder)
 
     def _write(self, name: str, text: str, *, force: bool) -> None:
-        write_atomically(self.root / name, text.encode(), force=force)
+        path = self.root / name
+        write(path, text.encode(), force=force, reached=lambda point: self.reached(f"{name} {point}"))
 
 
 def read_settings(root: Path) -> dict[str, Any]:
