@@ -57,9 +57,7 @@ def guarded(root: Path) -> Iterator[None]:
         raise DiskFull(error.errno, why) from None
 
 
-def write(
-    path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
-) -> None:
+def write(path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None) -> None:
     """`write_atomically`, through a temporary file that `sweep` knows."""
     write_atomically(path, data, force=force, temporary=temporary(path.parent), reached=reached)
 

@@ -24,7 +24,7 @@ Parts = list[tuple[str, str | None, int]]  # literal text, then a field, its wid
 
 
 def parse_template(template: str) -> Parts:
-    """Raises ValueError, in one line, for a template with other than the fixed fields."""
+    """Raises ValueError, in one line, for a template of other than the fixed fields or of unsafe text between them."""
     fault = f"name={template!r:.80}"
     parts: Parts = []
     try:
@@ -34,6 +34,7 @@ def parse_template(template: str) -> Parts:
             if not re.fullmatch(r"\d{0,3}d?", spec or "", re.ASCII) or (field in TEXTS and "d" in (spec or "")):
                 raise ValueError(f"{{{field}:{spec}}} must have digits after the colon, e.g. {{index:06}} or {{key:8}}")
             parts.append((literal, field, int((spec or "").rstrip("d") or 0)))
+        checked("".join(literal + ("0" if field else "") for literal, field, _ in parts))  # once, not for every row
     except ValueError as error:
         raise ValueError(f"{fault}: {error}") from None
     if not template.endswith(".png"):
