@@ -10,9 +10,9 @@ from PIL import Image
 
 from sdlite.segmentation import Segmenter
 from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
-from sdlite.train import segmentation_table
+from sdlite.train import backgrounds, segmentation_table
 from sdlite.train.data import sample_generator
-from sdlite.train.masks import NUCLEI, PHOTOS, make_foreground, make_nuclei
+from sdlite.train.masks import BACKGROUNDS, MORE_BACKGROUNDS, NUCLEI, PHOTOS, make_foreground, make_nuclei
 from sdlite.train.segmentation import Pair, SegmentationTask, parameters, plan_for
 from sdlite.train.stages import train
 
@@ -141,9 +141,10 @@ def test_nuclei_are_cut_in_two_with_a_gap(tmp_path):
         make_nuclei(tmp_path / "data", sources=tmp_path)
 
 
-def test_foreground_is_where_the_drawing_is(tmp_path):
-    names = ("brick.png", "gravel.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "camera.png")
-    names += ("coffee.png", "grass.png", "retina.jpg")
+@pytest.fixture
+def drawings(tmp_path):
+    """Folder with scikit-image's package, all photos blue, and an emoji folder, all yellow squares of half the side."""
+    names = {name for names in BACKGROUNDS.values() for name in names} | set(MORE_BACKGROUNDS)
     photos = {name: Image.new("RGB", (120, 110), (0, 0, 255)) for name in names}
     wheel(tmp_path / f"scikit_image-{PHOTOS.version}-py3.whl", "skimage/data", photos)
     for split in ("train", "test"):
@@ -153,19 +154,49 @@ def test_foreground_is_where_the_drawing_is(tmp_path):
         icon.save(tmp_path / "emoji" / split / "a.png")
         line = json.dumps({"file_name": "a.png", "text": "a square", "licence": "MIT"})
         (tmp_path / "emoji" / split / "metadata.jsonl").write_text("\n".join([line] * 5))
-    counts = make_foreground(tmp_path / "data", tmp_path / "emoji", sources=tmp_path, size=48, train=5, test=3)
-    assert counts == {"train": 5, "test": 3}
-    records = [json.loads(x) for x in (tmp_path / "data" / "train" / "metadata.jsonl").read_text().splitlines()]
+    return tmp_path
+
+
+@pytest.mark.parametrize("varied", [0, 4])
+def test_foreground_is_where_the_drawing_is(drawings, varied):
+    folder = drawings / "data"
+    counts = make_foreground(folder, drawings / "emoji", sources=drawings, size=48, train=5, test=3, varied=varied)
+    assert counts == {"train": 5 * (varied or 1), "test": 3}
+    records = [json.loads(x) for x in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
     assert {record["licence"] for record in records} == {"MIT"}
+    assert {record["background"] for record in records} == {"photo", "pattern"} | ({"leaves"} if varied else set())
     for record in records:
         pixels, mask = (
-            np.asarray(Image.open(tmp_path / "data" / "train" / record[name]))
-            for name in ("file_name", "mask_file_name")
+            np.asarray(Image.open(folder / "train" / record[name])) for name in ("file_name", "mask_file_name")
         )
         assert pixels.shape == (48, 48, 3)
         assert 0.02 < mask.mean() < 0.4
         inside = np.abs(pixels[mask == 1].astype(int) - [255, 254, 1]).max(1) < 8
         assert inside.mean() > 0.7  # but for its smooth edge
+
+
+def test_varied_backgrounds_leave_the_test_split_as_it_is(drawings):
+    options = {"sources": drawings, "size": 48, "train": 2, "test": 5}
+    make_foreground(drawings / "plain", drawings / "emoji", **options)
+    make_foreground(drawings / "varied", drawings / "emoji", **options, varied=2)
+    for file in sorted((drawings / "plain" / "test").rglob("*.*")):
+        assert (drawings / "varied" / file.relative_to(drawings / "plain")).read_bytes() == file.read_bytes()
+    pictures = {file.read_bytes() for file in (drawings / "varied" / "train").glob("*.png")}
+    assert len(pictures) == 4  # each drawing in front of two backgrounds
+
+
+@pytest.mark.parametrize("make", [backgrounds.crop, backgrounds.altered, backgrounds.leaves])
+def test_backgrounds_come_from_their_generator_and_cover_everything(make):
+    photo = Image.fromarray(np.full((90, 70, 3), 10, np.uint8))
+    draw = [make([photo], 40, sample_generator(0, number)) for number in (0, 0, 1, 2, 3)]
+    assert all(pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8 for pixels in draw)
+    assert np.array_equal(draw[0], draw[1])
+    colours = [len(np.unique(pixels.reshape(-1, 3), axis=0)) for pixels in draw[1:]]
+    if make is backgrounds.leaves:
+        assert min(colours) >= 2
+    else:
+        assert colours == [1] * 4  # a photo of one colour stays that
+        assert (draw[0] == 10).all() == (make is backgrounds.crop)
 
 
 def test_comparison_writes_a_table_and_resumes(data, tmp_path, monkeypatch):

@@ -10,13 +10,15 @@ import io
 import json
 import zipfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sdlite.train.data import Generator, Records, read_records, sample_generator
+from sdlite.train.backgrounds import altered, crop, leaves, pattern
+from sdlite.train.data import Generator, read_records, sample_generator
 from sdlite.train.emoji import Source, archive, fetch
 
 NUCLEI = Source("pip", "stardist", "0.9.2", "BSD-3-Clause", author="Data Science Bowl 2018 (BBBC038), CC0")
@@ -27,7 +29,9 @@ BACKGROUNDS = {
     "train": ("brick.png", "gravel.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "camera.png"),
     "test": ("coffee.png", "grass.png", "retina.jpg"),
 }
+MORE_BACKGROUNDS = ("astronaut.png", "clock_motion.png", "text.png", "cell.png")  # in training, if varied
 PHOTO_SHARE = 0.5  # of the pictures; the others have a pattern behind
+VARIED = {"photo": 0.45, "leaves": 0.3, "pattern": 0.25}  # shares
 SMALLEST, LARGEST = 0.45, 1.0  # side of the drawing over that of the picture
 TURN = 25.0  # degrees, at most, either way
 
@@ -53,22 +57,36 @@ def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
 
 
 def make_foreground(
-    folder: Path, emoji: Path, *, sources: Path | None = None, size: int = 96, train: int = 1500, test: int = 200
+    folder: Path,
+    emoji: Path,
+    *,
+    sources: Path | None = None,
+    size: int = 96,
+    train: int = 1500,
+    test: int = 200,
+    varied: int = 0,
 ) -> Counter[str]:
     """Writes emoji, class 1, in front of photos and patterns; the number of pictures of each split.
 
-    emoji: what `sdlite data emoji` wrote; its test concepts and photos of their own make the test split. Raises
-    ValueError for a folder that is not empty.
+    emoji: what `sdlite data emoji` wrote; its test concepts and photos of their own make the test split.
+    varied: if not 0, how many pictures each training drawing gets, before more photos, these in other colours, and
+    heaps of shapes; the test split stays as it is. Raises ValueError for a folder that is not empty.
     """
     package = _package(folder, PHOTOS, sources)
     counts: Counter[str] = Counter()
     for number, (split, amount) in enumerate({"train": train, "test": test}.items()):
         records = read_records(emoji, split)
-        photos = [_member(package, f"skimage/data/{name}").convert("RGB") for name in BACKGROUNDS[split]]
+        vary = split == "train" and varied > 0
+        names = BACKGROUNDS[split] + (MORE_BACKGROUNDS if vary else ())
+        photos = [_member(package, f"skimage/data/{name}").convert("RGB") for name in names]
         chosen = np.random.default_rng(number).permutation(len(records))[:amount]
-        rows = [_composed(emoji, records, int(i), photos, size, sample_generator(number, int(i))) for i in chosen]
-        _write(folder / split, rows)
-        counts[split] = len(rows)
+        behind = _varied if vary else _plain
+        rows = (
+            _composed(emoji, records[i], photos, size, sample_generator(number + 2 * copy, int(i)), behind)
+            for copy in range(varied if vary else 1)
+            for i in chosen
+        )
+        counts[split] = _write(folder / split, rows)
     return counts
 
 
@@ -84,7 +102,8 @@ def _package(folder: Path, source: Source, sources: Path | None) -> Path:
 Row = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 
 
-def _write(folder: Path, rows: list[Row]) -> None:
+def _write(folder: Path, rows: Iterable[Row]) -> int:
+    """The number of rows."""
     (folder / "masks").mkdir(parents=True)
     lines = []
     for i, (image, mask, record) in enumerate(rows):
@@ -93,13 +112,29 @@ def _write(folder: Path, rows: list[Row]) -> None:
         Image.fromarray(mask).save(folder / names["mask_file_name"])
         lines.append(json.dumps(names | record))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+Behind = Callable[[list[Image.Image], int, Generator], tuple[str, np.ndarray]]
+
+
+def _plain(photos: list[Image.Image], size: int, generator: Generator) -> tuple[str, np.ndarray]:
+    """Kind of a background, and the background."""
+    photo = generator.random() < PHOTO_SHARE
+    return ("photo", crop(photos, size, generator)) if photo else ("pattern", pattern(size, generator))
+
+
+def _varied(photos: list[Image.Image], size: int, generator: Generator) -> tuple[str, np.ndarray]:
+    kind = str(generator.choice(list(VARIED), p=list(VARIED.values())))
+    if kind == "pattern":
+        return kind, pattern(size, generator)
+    return kind, (altered if kind == "photo" else leaves)(photos, size, generator)
 
 
 def _composed(
-    emoji: Path, records: Records, index: int, photos: list[Image.Image], size: int, generator: Generator
+    emoji: Path, record: Mapping[str, Any], photos: list[Image.Image], size: int, generator: Generator, behind: Behind
 ) -> Row:
     """A drawing of random size, turn and place on a random background; the mask is where it covers half or more."""
-    record = records[index]
     with Image.open(emoji / record["file_name"]) as image:
         drawing = image.convert("RGBA")
     side = round(size * generator.uniform(SMALLEST, LARGEST))
@@ -108,36 +143,8 @@ def _composed(
     layer = Image.new("RGBA", (size, size))
     left, top = generator.integers(0, size - side + 1, 2)
     layer.paste(drawing, (int(left), int(top)))
-    photo = generator.random() < PHOTO_SHARE
-    background = _crop(photos, size, generator) if photo else _pattern(size, generator)
+    kind, background = behind(photos, size, generator)
     composed = Image.alpha_composite(Image.fromarray(background).convert("RGBA"), layer).convert("RGB")
     mask = (np.asarray(layer)[..., 3] >= 128).astype(np.uint8)
     kept = {key: record[key] for key in ("text", "concept", "style", "source", "licence") if key in record}
-    return np.asarray(composed), mask, kept | {"background": "photo" if photo else "pattern"}
-
-
-def _crop(photos: list[Image.Image], size: int, generator: Generator) -> np.ndarray:
-    """A square of a random photo, (size, size, 3) uint8, of random scale, mirrored or not."""
-    photo = photos[generator.integers(len(photos))]
-    side = int(generator.integers(size, min(photo.size) + 1))
-    left, top = (int(generator.integers(0, whole - side + 1)) for whole in photo.size)
-    pixels = np.asarray(photo.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side)))
-    return np.ascontiguousarray(pixels[:, ::-1]) if generator.random() < 0.5 else pixels
-
-
-def _pattern(size: int, generator: Generator) -> np.ndarray:
-    """Two random colours mixed by a gradient, by stripes or by noise of random grain: (size, size, 3) uint8."""
-    kind = generator.integers(3)
-    angle, wave = generator.uniform(0, 2 * np.pi), generator.uniform(6, 40)
-    y, x = np.mgrid[:size, :size]
-    along = x * np.cos(angle) + y * np.sin(angle)
-    if kind == 0:
-        mix = (along - along.min()) / np.ptp(along)
-    elif kind == 1:
-        mix = (np.sin(2 * np.pi * along / wave) > 0).astype(float)
-    else:
-        cells = int(generator.integers(3, size // 2))
-        grain = Image.fromarray(generator.random((cells, cells)).astype(np.float32))
-        mix = np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)
-    colours = generator.integers(0, 256, (2, 3))
-    return (colours[0] + (colours[1] - colours[0]) * mix[..., None]).round().astype(np.uint8)
+    return np.asarray(composed), mask, kept | {"background": kind}
