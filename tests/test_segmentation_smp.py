@@ -1,6 +1,6 @@
-"""Losses and shapes against segmentation_models_pytorch; runs where that is installed.
+"""Losses, metrics and shapes against segmentation_models_pytorch; runs where that is installed.
 
-It needs a torchvision built for the torch that is there, and PyPI has none for torch's CPU-only builds.
+It needs a torchvision built for the torch that is there, and PyPI has none for torch's CPU-only builds: hence OWN.
 """
 
 import pytest
@@ -8,7 +8,12 @@ import torch
 
 from sdlite.segmentation import SegmentationUNet, dice_loss, iou_loss
 
-smp = pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
+OWN = "python -m venv smp && smp/bin/pip install segmentation-models-pytorch pytest . && smp/bin/python -m pytest "
+smp = pytest.importorskip(
+    "segmentation_models_pytorch",
+    reason=f"needs segmentation_models_pytorch in an environment of its own: {OWN}{__file__}",
+    exc_type=ImportError,
+)
 
 
 @pytest.mark.parametrize(("ours", "name"), [(dice_loss, "DiceLoss"), (iou_loss, "JaccardLoss")])
