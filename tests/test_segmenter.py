@@ -1,6 +1,7 @@
 """Pictures in, masks out: tiles, folders on disk and every kind of picture."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +87,9 @@ def test_a_model_can_be_saved_where_it_was_loaded_from(tmp_path):
     Segmenter.load(tmp_path).save(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}  # others may read it
 
 
 def one_line(folder, pattern, error=ValueError):

@@ -120,6 +120,18 @@ def test_empty_masks_train_and_measure(tmp_path):
     assert 0 <= task.evaluate()["mean_iou"] <= 1
 
 
+def test_black_and_white_masks_are_not_taken_for_empty_ones(tmp_path):
+    discs(tmp_path, 2)
+    for i in range(2):
+        with Image.open(tmp_path / "masks" / f"{i}.png") as mask:
+            mask.point(lambda value: 255 * (value == 1)).save(tmp_path / "masks" / f"{i}.png")
+    with pytest.raises(ValueError, match="255 does not count: write 1 in its place"):
+        plan_for(tmp_path, "unet")
+    for i in range(2):
+        Image.new("L", (40, 40)).save(tmp_path / "masks" / f"{i}.png")
+    assert plan_for(tmp_path, "unet").network.num_classes == 2
+
+
 def wheel(path, folder, pictures):
     with zipfile.ZipFile(path, "w") as archive:
         for name, picture in pictures.items():

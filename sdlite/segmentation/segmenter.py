@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes, save_file
+from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
 from sdlite.config import Record
@@ -130,13 +130,15 @@ class Segmenter:
         return cls(network.eval().requires_grad_(False), config)
 
     def save(self, folder: Path | str) -> None:
+        """Writes config.json and model.safetensors, each in one step, also over the files that were loaded."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        temporary = folder / ".model.safetensors.tmp"
-        save_file(tensors, temporary)
-        temporary.replace(folder / "model.safetensors")
-        (folder / "config.json").write_text(self.config.model_dump_json(indent=1) + "\n")
+        contents = {"model.safetensors": save_bytes(tensors), "config.json": self.config.model_dump_json(indent=1)}
+        for name, content in contents.items():
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
+            temporary.replace(folder / name)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Mask of the picture's size, mode "P": the values are class numbers, the palette makes them visible."""

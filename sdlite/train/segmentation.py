@@ -142,12 +142,17 @@ def figures(segmenter: Segmenter, pairs: list[Pair]) -> dict[str, float]:
 
 
 def plan_for(data: Path, arch: str) -> SegmenterConfig:
-    """A network for a data folder that trains on a CPU in minutes; grey or colour and the classes as in its masks."""
+    """A network for a data folder that trains on a CPU in minutes; grey or colour and the classes as in its masks.
+
+    Raises ValueError for masks that are black and white, 0 and 255, since white does not count.
+    """
     records = read_records(data, fields=FIELDS)
     with Image.open(data / records[0]["file_name"]) as image:
         channels = 1 if image.mode in ("L", "I", "F", "1") or image.mode.startswith("I;") else 3
     masks = [pair.mask for pair in read_pairs(data, records, channels)]
-    highest = max(int(mask[mask != IGNORED].max()) for mask in masks if (mask != IGNORED).any())
+    highest = max((int(mask[mask != IGNORED].max()) for mask in masks if (mask != IGNORED).any()), default=0)
+    if highest == 0 and any((mask == IGNORED).any() for mask in masks):
+        raise ValueError(f"the masks of {data} have no class but 0; {IGNORED} does not count: write 1 in its place")
     classes = max(highest + 1, 2)
     unet = UNetPlan(in_channels=channels, num_classes=classes, depth=3, base_width=16, padding="same", batch_norm=True)
     return SegmenterConfig(network=equal_fcn(unet) if arch == "fcn" else unet, tile=96)
