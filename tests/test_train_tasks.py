@@ -15,7 +15,7 @@ from sdlite.models.networks import network
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline
 from sdlite.train.codec import CodecTask, decoder_gflop, emoji_codec, load_codec, normalized, psnr, reconstruction_loss
-from sdlite.train.data import on_white
+from sdlite.train.data import on_white, sample_generator
 from sdlite.train.denoiser import DenoiserTask, emoji_dit, emoji_unet, encode_captions, initialize
 from sdlite.train.emoji import write
 from sdlite.train.loop import TrainConfig, checkpoints, fit
@@ -162,6 +162,35 @@ def test_a_decoder_trains_on_under_the_same_latents(folder, runs, tmp_path):
     assert torch.equal(after.encode(images), z) and not torch.equal(after.decode(z), before.decode(z))
 
 
+def test_whole_pictures_are_decoded_from_noisy_latents_at_both_sizes(folder, monkeypatch):
+    task = CodecTask(folder, CODEC, size=32, crop=16, cropped=0)
+    seen, decode = [], task.codec.decode
+    monkeypatch.setattr(task.codec, "decode", lambda z: seen.append(z) or decode(z))
+    images = torch.cat([task._sample(i, generator, 32) for i, generator in [(torch.tensor(0), sample_generator(0, 0))]])
+    z = task.codec.model.encode(images).latent_dist.mean
+    for number, small in ((0, 1), (64, 2), (128, 1)):
+        task(torch.tensor([0]), torch.tensor([number]))
+        assert seen[-1].shape[-1] == z.shape[-1] // small
+    noise = (seen[0] - z) / z.std((0, 2, 3), keepdim=True)
+    assert 0.1 < noise.std().item() < 0.2
+
+
+def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    start = runs / "denoiser" / "export"
+    task = DenoiserTask(folder, parts, UNET, size=64, views=1)
+    task.start_from(start)
+    assert task.latents.x_0.shape[-1] == 16 and task.sample_size == 16
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    theirs = load_model(start).denoiser
+    for denoiser in (theirs, task.denoiser):
+        denoiser.eval()
+    outputs = [d(x, t, d.prepare(parts[1].encode(["a disc"]))) for d in (theirs, task.denoiser)]
+    assert torch.equal(*outputs) and outputs[0].abs().max() > 0
+    with pytest.raises(ValueError, match="another shape"):
+        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(start)
+
+
 def test_codec_figures_by_hand():
     black, white = -torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
     assert psnr(white, black).item() == pytest.approx(0)
@@ -202,7 +231,7 @@ def test_stages_ask_for_what_they_need(folder, tmp_path):
     with pytest.raises(ValueError, match="needs --codec"):
         train("denoiser", folder, tmp_path, options={"samples": 1})
     with pytest.raises(FileNotFoundError, match="holds no codec; run `sdlite train codec`"):
-        train("denoiser", folder, tmp_path, codec=tmp_path, text=tmp_path, options={"samples": 1})
+        train("denoiser", folder, tmp_path, folders=dict.fromkeys(("codec", "text"), tmp_path), options={"samples": 1})
 
 
 def test_a_dit_trains_and_draws(folder, runs, tmp_path):
@@ -260,7 +289,7 @@ def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
     parts = {name: runs / name / "export" for name in ("codec", "text")}
     monkeypatch.setattr("sdlite.train.stages.SIZE", 32)
     monkeypatch.setattr("sdlite.train.denoiser.emoji_dit", lambda *_, sample_size: DIT.replace(sample_size=sample_size))
-    train("denoiser", folder, tmp_path, **parts, options={"arch": "dit", "samples": 2, "batch_size": 2})
+    train("denoiser", folder, tmp_path, folders=parts, options={"arch": "dit", "samples": 2, "batch_size": 2})
     assert load_model(tmp_path / "export").config.denoiser == DIT
     with pytest.raises(ValueError, match="of another model; delete it, or train into another folder"):
-        train("denoiser", folder, tmp_path, **parts, options={"samples": 4, "batch_size": 2})
+        train("denoiser", folder, tmp_path, folders=parts, options={"samples": 4, "batch_size": 2})

@@ -52,6 +52,8 @@ def train(
         typer.Option(help="For the denoiser: unet, dit; for segmentation: unet, fcn.", show_default="unet"),
     ] = None,
     style: Annotated[list[str] | None, typer.Option(help="For the denoiser: only this one; may be repeated.")] = None,
+    start: Annotated[Path | None, typer.Option(help="For the denoiser: model folder to train on.")] = None,
+    size: Annotated[int | None, typer.Option(help="For the denoiser: of the pictures.", show_default="128")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     decay: Annotated[Literal["constant", "cosine"] | None, typer.Option(help="cosine needs --samples.")] = None,
@@ -66,9 +68,10 @@ def train(
     options = {
         name: value
         for name, value in locals().items()
-        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed", "plot", "arch")
+        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed", "plot", "arch", "size")
     }
-    run(stage, folder, output, codec=codec, text=text, teacher=teacher, styles=style or (), options=options)
+    parts = {"codec": codec, "text": text, "teacher": teacher, "start": start}
+    run(stage, folder, output, folders=parts, styles=style or (), options=options)
 
 
 @app.command()

@@ -1,10 +1,13 @@
 """The codec task: an autoencoder from scratch, small enough that decoding costs less than denoising.
 
-    image --encode--> mean, variance --noise--> z --decode--> image';  loss = difference of image' and image + KL
+    image --encode--> mean --noise--> z --decode--> image';  loss = difference of image' and image + KL
 
 Trained on crops at first, which is faster, then on whole pictures: group normalization sees all of a picture, and what
-it learned on crops tints it. At the end every latent channel is brought to mean 0 and deviation 1 by folding both into
-the 1x1 convolutions on either side of the latents, so that the denoiser needs no scaling factor.
+it learned on crops tints it. The whole ones are decoded from noisy latents, half of them averaged to half the size and
+compared with the picture at half the size: latents that are little pictures are easier to predict (Kouzelis et al.
+2025, EQ-VAE, arXiv 2502.09509), and a denoiser can begin at half the size. At the end every latent channel is brought
+to mean 0 and deviation 1 by folding both into the 1x1 convolutions on either side of the latents, so that the denoiser
+needs no scaling factor.
 """
 
 import math
@@ -25,7 +28,9 @@ KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reac
 MIN_DEVIATION = 1e-3  # of a latent channel; below it the channel is dead
 COLOUR_WEIGHT = 10.0  # of the squared error in colour, which is small beside that in brightness
 CROPPED = 28_800  # samples, the first ones, that are crops
+NOISE = 0.15  # on latents of whole pictures, in their deviations: decoding forgives what the denoiser leaves over
 WHOLE = 0.25  # part of these that are a whole picture at the crop's size
+HALVED = 64  # samples at half the size, then as many at the full size, and so on
 COLOURED = 0.3  # part of the samples on a random background instead of white
 HELD_OUT = 256  # pictures that are measured
 SHOWN = 24  # pictures of the preview
@@ -138,8 +143,13 @@ class CodecTask(nn.Module):
         images = torch.cat(samples).to(self.device)
         posterior = self.codec.model.encode(images).latent_dist
         noise = normal(generators, tuple(posterior.mean.shape[1:])).to(self.device)
-        output = self.codec.decode(posterior.mean + posterior.std * noise)  # (B, 3, crop, crop)
-        return reconstruction_loss(output, images) + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
+        z, deviation = posterior.mean, posterior.std  # (B, C, h, w)
+        if int(numbers[0]) >= self.cropped:
+            deviation = NOISE * z.detach().std((0, 2, 3), keepdim=True)
+            if int(numbers[0]) // HALVED % 2:
+                z, images, noise = (F.avg_pool2d(tensor, 2) for tensor in (z, images, 2 * noise))
+        output = self.codec.decode(z + deviation * noise)  # (B, 3, H, W)
+        return reconstruction_loss(output, images) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
     def _sample(self, index: Tensor, generator: np.random.Generator, crop: int) -> Tensor:
         """(1, 3, crop, crop) in [-1, 1]: a crop, or the whole picture at that size, mirrored or not."""

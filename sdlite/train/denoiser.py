@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import assembled
+from sdlite.checkpoints.load import assembled, load_model
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Request, ScheduleConfig, UNetConfig
 from sdlite.diffusion.loss import diffusion_loss
@@ -179,6 +179,13 @@ class DenoiserTask(nn.Module):
         self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
         held = (self.held_records or self.records)[:HELD_OUT]
         self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
+
+    def start_from(self, folder: Path) -> None:
+        """Weights of a model folder's denoiser, trained at half the size, say, where a sample costs a quarter."""
+        before = load_model(folder).denoiser
+        if before.config != self.denoiser.config:
+            raise ValueError(f"{folder} holds a denoiser of another shape; give a model of the same arch")
+        self.denoiser.load_state_dict(before.state_dict())
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ text  --OUT/export--+--> denoiser --> OUT/export is a model folder
 segmentation stands alone; its OUT/export is what `sdlite.segmentation.Segmenter` loads.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ SIZE = 128  # pixels of the pictures that the denoiser is trained on
 DEFAULTS: dict[str, dict[str, Any]] = {
     "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
-    "denoiser": {"batch_size": 32, "lr": 1e-3, "warmup": 3_200, "half_life": 10_000},
+    "denoiser": {"batch_size": 32, "lr": 4e-4, "warmup": 1_600, "half_life": 6_000},
     "segmentation": {"batch_size": 8, "lr": 2e-3, "warmup": 160, "half_life": 400, "report_every": 400},
 }
 
@@ -28,27 +28,29 @@ def train(
     data: Path,
     out: Path,
     *,
-    codec: Path | None = None,
-    text: Path | None = None,
-    teacher: Path | None = None,
+    folders: Mapping[str, Path | None] | None = None,
     styles: Collection[str] = (),
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Trains a stage into `out`, from where it was left if `out` holds a run.
 
-    codec, text: the export folders of those stages, for the denoiser. codec, for the codec: train its decoder further,
-    under the same latents. teacher: folder of a sentence encoder, for text.
-    styles: for the denoiser, only these of the data. options: fields of TrainConfig; those left out or None are the
-    stage's; and arch, "unet" or "dit", of the denoiser. Raises ValueError or FileNotFoundError with what is missing.
+    folders: "codec" and "text", the exports of those stages, for the denoiser; "codec", for the codec: train its
+    decoder further, under the same latents; "teacher", of a sentence encoder, for text; "start", of a model whose
+    denoiser is trained on. styles: for the denoiser, only these of the data. options: fields of TrainConfig; those left
+    out or None are the stage's; arch, "unet" or "dit", and size, pixels of the pictures, are the denoiser's. Raises
+    ValueError or FileNotFoundError with what is missing.
     """
+    folders = folders or {}
     given = {name: value for name, value in options.items() if value is not None}
     arch = given.pop("arch", "unet")
     if arch not in ARCHITECTURES.get(stage, ("unet",)):
         known = ", ".join(ARCHITECTURES.get(stage, ARCHITECTURES["denoiser"]))
         raise ValueError(f"arch={arch!r} must be one of {known}, and is the denoiser's or segmentation's")
+    size = given.pop("size", SIZE)
+    if (size != SIZE or folders.get("start")) and stage != "denoiser":
+        raise ValueError("--size and --start are the denoiser's; leave them out")
     config = TrainConfig(**DEFAULTS[stage] | given)
-    folders = {"codec": codec, "text": text, "teacher": teacher}
-    task = _task(stage, data, out, folders, styles, seed=config.seed, arch=arch)
+    task = _task(stage, data, out, folders, styles, seed=config.seed, arch=arch, size=size)
     fit(task, config, out)
 
 
@@ -56,16 +58,17 @@ def _task(
     stage: Stage,
     data: Path,
     out: Path,
-    folders: dict[str, Path | None],
+    folders: Mapping[str, Path | None],
     styles: Collection[str],
     *,
     seed: int,
     arch: str,
+    size: int,
 ) -> Task:
     if stage == "codec":
         from sdlite.train.codec import CodecTask, emoji_codec
 
-        return CodecTask(data, emoji_codec(), seed=seed, start=folders["codec"])
+        return CodecTask(data, emoji_codec(), seed=seed, start=folders.get("codec"))
     if stage == "segmentation":
         from sdlite.train.segmentation import SegmentationTask, plan_for
 
@@ -74,16 +77,21 @@ def _task(
         from sdlite.train.text import TextTask, emoji_text, small_vocabulary
 
         cache = out / "teacher.safetensors"
-        return TextTask(data, emoji_text(), small_vocabulary(), teacher=folders["teacher"], cache=cache, seed=seed)
+        return TextTask(data, emoji_text(), small_vocabulary(), teacher=folders.get("teacher"), cache=cache, seed=seed)
     from sdlite.train.codec import load_codec
     from sdlite.train.denoiser import DenoiserTask, emoji_dit, emoji_unet
     from sdlite.train.text import load_text
 
     for name in ("codec", "text"):
-        if folders[name] is None:
+        if folders.get(name) is None:
             raise ValueError(f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote")
-    parts = load_codec(folders["codec"] or out), load_text(folders["text"] or out)
+    parts = load_codec(folders.get("codec") or out), load_text(folders.get("text") or out)
     widths = parts[0].config.latent_channels, parts[1].config.hidden_size
-    network = emoji_unet(*widths) if arch == "unet" else emoji_dit(*widths, sample_size=SIZE // parts[0].factor)
+    network = emoji_unet(*widths) if arch == "unet" else emoji_dit(*widths, sample_size=size // parts[0].factor)
     cache = out / "cache.safetensors"
-    return DenoiserTask(data, parts, network, size=SIZE, styles=styles, cache=cache, seed=seed)
+    if size % (4 * parts[0].factor) or not 0 < size <= 512:
+        raise ValueError(f"size={size} must be a multiple of {4 * parts[0].factor} pixels, up to 512")
+    task = DenoiserTask(data, parts, network, size=size, styles=styles, cache=cache, seed=seed)
+    if start := folders.get("start"):
+        task.start_from(start)
+    return task
