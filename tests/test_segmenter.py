@@ -147,6 +147,7 @@ def test_bit_depth_and_exposure_do_not_matter():
 def test_transparency_is_white():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert (pixels_of(clear, 3) == 255).all()
+    assert (np.asarray(overlay(clear, mask_image(torch.zeros(4, 4, dtype=torch.int64)))) == 255).all()
 
 
 def test_overlay_tints_the_foreground_only():

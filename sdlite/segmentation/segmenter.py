@@ -81,12 +81,16 @@ def pixels_of(image: Image.Image, channels: int) -> Tensor:
         if not values.isfinite().all():
             raise ValueError("the picture has values that are infinite or not a number")
         return values.view(1, image.height, image.width).expand(channels, -1, -1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = _over_white(image).convert("L" if channels == 1 else "RGB")
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.view(image.height, image.width, channels).movedim(-1, 0)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def standardized(pixels: Tensor) -> Tensor:
@@ -203,13 +207,13 @@ def visible(image: Image.Image) -> Image.Image:
 
 
 def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """RGB picture in which every class but 0 is tinted half with its colour, class 1 red."""
+    """RGB picture, over white, in which every class but 0 is tinted half with its colour, class 1 red."""
     if image.size != mask.size:
         raise ValueError(f"picture of {image.size} and mask of {mask.size} must have one size")
     tints = mask.copy()
     tints.putpalette([0, 0, 0, *COLOURS[6:] * CYCLES])
     strength = Image.frombytes("L", mask.size, mask.tobytes()).point([0] + [128] * 255)
-    return Image.composite(tints.convert("RGB"), visible(image).convert("RGB"), strength)
+    return Image.composite(tints.convert("RGB"), _over_white(visible(image)).convert("RGB"), strength)
 
 
 def cutout(image: Image.Image, mask: Image.Image) -> Image.Image:
