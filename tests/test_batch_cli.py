@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,41 @@ def test_interrupted_and_resumed(tmp_path: Path, how: signal.Signals):
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert len(again.stdout.splitlines()) == 40 - there
     assert len(batch.verify(tmp_path / "out").good) == 40
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_second_signal_stops_at_once(tmp_path: Path):
+    rows = [{"prompt": f"fox {i}", "steps": 1 if i < 4 else 999} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "sdlite", "batch", "a.jsonl", "-o", "out", "-m", "tiny"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "out").glob("*.png"))) < 4 and process.poll() is None:
+        time.sleep(0.01)
+    assert process.stderr is not None
+    process.send_signal(signal.SIGTERM)
+    assert any("finishing the batch in hand" in line for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 130 and not list((tmp_path / "out").glob("*.tmp"))
+    assert len(batch.verify(tmp_path / "out").good) == 4  # the batch in hand was given up
+    assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits")
+def test_commands_on_one_folder_and_on_a_full_disk(tmp_path: Path, tiny: Pipeline):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "fox {i}", "steps": 2}}\n' for i in range(20)))
+    command = [sys.executable, "-m", "sdlite", "batch", "a.jsonl", "-m", "tiny", "-q", "--exact", "-o"]
+    full = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command, "full"]  # blocks of a file; a picture has more
+    at_once = [
+        subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for words in ([*command, "out"], [*command, "out"], full)
+    ]
+    told = [process.communicate()[1] for process in at_once]
+    assert [process.returncode for process in at_once] == [0, 0, 3]
+    assert told[:2] == ["", ""] and told[2].startswith("sdlite: error: full: File too large; what is done stays done")
+    batch.run(tmp_path / "a.jsonl", tmp_path / "full", pipe=tiny, exact=True)
+    batch.run(tmp_path / "a.jsonl", tmp_path / "alone", pipe=tiny, exact=True)
+    alone, out, full_then = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("alone", "out", "full")
+    )
+    assert len(alone) == 20 and alone == out == full_then
