@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlite.cli import main
 from sdlite.segmentation import Segmenter
 from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
 from sdlite.train import backgrounds, segmentation_table
@@ -195,6 +196,14 @@ def test_varied_backgrounds_leave_the_test_split_as_it_is(drawings):
         assert (drawings / "varied" / file.relative_to(drawings / "plain")).read_bytes() == file.read_bytes()
     pictures = {file.read_bytes() for file in (drawings / "varied" / "train").glob("*.png")}
     assert len(pictures) == 4  # each drawing in front of two backgrounds
+
+
+def test_command_line_varies_backgrounds(drawings, capsys):
+    folders = ["--emoji", str(drawings / "emoji"), "--sources", str(drawings), "-o", str(drawings / "data")]
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "foreground", *folders, "--varied", "2"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "train 10, test 5\n"
 
 
 @pytest.mark.parametrize("make", [backgrounds.crop, backgrounds.altered, backgrounds.leaves])

