@@ -77,7 +77,7 @@ class Request(Record):
     seed: int = Field(0, ge=0, lt=2**64)
     height: Size | None = None
     width: Size | None = None
-    steps: int = Field(30, ge=1, le=MAX_STEPS)
+    steps: int = Field(20, ge=1, le=MAX_STEPS)
     guidance_scale: float = Field(7.5, ge=0, le=100)
     guidance_rescale: Fraction = 0.0
     solver: SolverName = "ddim"

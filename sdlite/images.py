@@ -7,7 +7,9 @@ A picture that sdlite writes holds two PNG texts: "parameters", which Automatic1
 source picture is recorded as the digest of its pixels. What is read from a file is data and is validated as hostile.
 """
 
+import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -43,6 +45,7 @@ A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 c
     "pndm": ("PLMS", None),
     "lcm": ("LCM", None),
 }
+MAX_SHOWN = 64  # pictures that a notebook shows of a list
 MAX_NAME = 200  # characters of a model's name
 MAX_LABEL = 240  # pixels of a contact sheet's row labels
 UNKNOWN_SOURCE = "sha256:unknown"
@@ -276,6 +279,23 @@ def _link(source: Path, path: Path) -> None:
     except OSError:
         path.touch(exist_ok=False)
         source.replace(path)
+
+
+class Images(list[Image.Image]):
+    """Pictures in a list, which a notebook shows with what each was drawn from."""
+
+    def _repr_html_(self) -> str:
+        cells = []
+        for image in self[:MAX_SHOWN]:
+            source = f"data:image/png;base64,{base64.b64encode(png_bytes(image, with_metadata=False)).decode()}"
+            caption = html.escape(image.info.get("parameters", "")).replace("\n", "<br>")
+            cells.append(
+                f'<figure style="display:inline-block;margin:4px;width:{max(image.width, 160)}px;vertical-align:top">'
+                f'<img src="{source}" width="{image.width}" height="{image.height}">'
+                f'<figcaption style="font-size:10px">{caption}</figcaption></figure>'
+            )
+        more = f"<p>and {len(self) - MAX_SHOWN} more</p>" if len(self) > MAX_SHOWN else ""
+        return "".join(cells) + more
 
 
 def next_free_name(folder: str | Path, seed: int) -> Path:

@@ -6,13 +6,14 @@ batch.
 """
 
 import copy
+import html
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdlite.checkpoints.load import ModelParts, load_model
 from sdlite.checkpoints.save import save_folder
@@ -21,7 +22,7 @@ from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import Solver
-from sdlite.images import digest, metadata, to_pil
+from sdlite.images import Images, digest, metadata, to_pil
 from sdlite.initial import Job, begin, first_step
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
@@ -131,6 +132,26 @@ class Pipeline:
         side = self.sample_size * self.codec.factor
         return side, side
 
+    def summary(self) -> dict[str, str]:
+        """What the pipeline is made of, in words: shown by repr and by notebooks."""
+        parts = {"text": self.text, "denoiser": self.denoiser, "codec": self.codec}
+        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items() if isinstance(m, nn.Module)}
+        return {
+            "model": self.name or "unnamed",
+            **{name: f"{type(parts[name]).__name__}, {size / 1e6:.1f} million weights" for name, size in sizes.items()},
+            "draws": "{} x {} pixels, {}".format(*self.default_size, f"prediction {self.denoiser.prediction}"),
+            "device": str(self.device),
+            "sha256": self.model_hash[:10] or "none",
+            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
+        }
+
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(f'{name}: {value}' for name, value in self.summary().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self.summary().items())
+        return f"<table>{''.join(rows)}</table>"
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -140,7 +161,7 @@ class Pipeline:
         image: Image | Sequence[Image] | None = None,
         mask: Image | Sequence[Image] | None = None,
         **fields: Any,
-    ) -> list[Image]:
+    ) -> Images:
         """Draws `num_images` of every prompt, with seeds counting up from the prompt's seed.
 
         image: start from this picture (img2img), changing it by `strength`. mask: repaint its white part only
@@ -165,8 +186,8 @@ class Pipeline:
 
     def generate(
         self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None
-    ) -> list[Image]:
-        """Images in the order of the requests, each with its recipe in `.info`.
+    ) -> Images:
+        """A list of images in the order of the requests, each with its recipe in `.info`.
 
         images, masks: one picture or None per request, for img2img and inpainting. Raises ValueError with one line for
         what cannot be drawn, FloatingPointError when the latents of an image are not finite.
@@ -178,7 +199,7 @@ class Pipeline:
             for x_t in self._sample(mine):
                 latents = x_t
             drawn |= zip(batch, self.decode(latents, [job.request for job in mine]), strict=True)
-        return [drawn[i] for i in range(len(jobs))]
+        return Images(drawn[i] for i in range(len(jobs)))
 
     def sample_latents(
         self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None

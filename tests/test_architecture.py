@@ -48,7 +48,7 @@ GROUPS = {
         "segmentation",
     ],
 }
-RIM = {"cli", "bench", "__init__", "__main__"}  # may import everything
+RIM = {"cli", "bench", "widgets", "__init__", "__main__"}  # may import everything
 
 # Libraries with one home each; torch is everybody's but config's.
 HOMES = {

@@ -99,7 +99,7 @@ def test_automatic1111_reads_the_parameters(tmp_path: Path, prompt: str):
     values = {key: json.loads(value) if value.startswith('"') else value for key, value in found}
     assert "\n".join(lines) == f"{prompt}\nNegative prompt: blurry, bad"
     assert values == {
-        "Steps": "30",
+        "Steps": "20",
         "Sampler": "DPM++ 2M",
         "Schedule type": "Karras",
         "CFG scale": "7.5",
