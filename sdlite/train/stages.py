@@ -15,6 +15,7 @@ from sdlite.train.loop import Task, TrainConfig, fit
 Stage = Literal["codec", "text", "denoiser", "segmentation"]
 ARCHITECTURES = {"denoiser": ("unet", "dit"), "segmentation": ("unet", "fcn")}
 SIZE = 128  # pixels of the pictures that the denoiser is trained on
+VIEWS = 8  # of each picture that the denoiser is trained on, encoded once
 DEFAULTS: dict[str, dict[str, Any]] = {
     "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
@@ -91,7 +92,7 @@ def _task(
     cache = out / "cache.safetensors"
     if size % (4 * parts[0].factor) or not 0 < size <= 512:
         raise ValueError(f"size={size} must be a multiple of {4 * parts[0].factor} pixels, up to 512")
-    task = DenoiserTask(data, parts, network, size=size, styles=styles, cache=cache, seed=seed)
+    task = DenoiserTask(data, parts, network, size=size, styles=styles, views=VIEWS, cache=cache, seed=seed)
     if start := folders.get("start"):
         task.start_from(start)
     return task
