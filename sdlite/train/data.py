@@ -8,6 +8,7 @@ validation/ and test/ are alike and optional. Without splits, DIR/metadata.jsonl
 """
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 Records = list[dict[str, Any]]
@@ -30,6 +32,14 @@ def sample_generator(seed: int, number: int) -> Generator:
 def normal(generators: Sequence[Generator], shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) standard normal noise, each row from its own generator."""
     return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
+
+
+def keep(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a cache in one step: processes that train together may all do so, while others read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary)
+    temporary.replace(path)
 
 
 def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("file_name", "text")) -> Records:

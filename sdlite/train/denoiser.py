@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdlite.checkpoints.load import assembled, load_model
@@ -34,6 +34,7 @@ from sdlite.train.data import (
     Generator,
     Records,
     caption_of,
+    keep,
     load_pixels,
     normal,
     on_white,
@@ -292,6 +293,5 @@ def _cached(path: Path | None, make: Callable[[], Latents]) -> Latents:
         return Latents(**load_file(path))
     latents = make()
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(latents._asdict(), path)
+        keep(latents._asdict(), path)
     return latents

@@ -24,7 +24,7 @@ from sdlite.config import TextConfig
 from sdlite.images import contact_sheet, to_pil
 from sdlite.models.text import TextEncoder, load_tokenizer, save_tokenizer
 from sdlite.models.vocabulary import BOS, EOS, standard_vocabulary
-from sdlite.train.data import Records, caption_of, load_pixels, on_white, read_records, sample_generator
+from sdlite.train.data import Records, caption_of, keep, load_pixels, on_white, read_records, sample_generator
 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2's sentence vectors
@@ -161,8 +161,7 @@ class TextTask(nn.Module):
         if len(self.vectors) != len(phrases):
             self.vectors = teacher.encode(phrases)
             if cache is not None:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                save_file({"vectors": self.vectors}, cache)
+                keep({"vectors": self.vectors}, cache)
 
     @property
     def size(self) -> int:
