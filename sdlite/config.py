@@ -78,7 +78,7 @@ class Request(Record):
     height: Size | None = None
     width: Size | None = None
     steps: int = Field(20, ge=1, le=MAX_STEPS)
-    guidance_scale: float = Field(7.5, ge=0, le=100)
+    guidance_scale: float = Field(5.0, ge=0, le=100)
     guidance_rescale: Fraction = 0.0
     solver: SolverName = "ddim"
     eta: Fraction = 0.0

@@ -15,7 +15,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import ModelParts, load_model
+from sdlite.checkpoints.load import SHIPPED, ModelParts, load_model
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import MAX_SIDE, ModelConfig, Prediction, Request
 from sdlite.diffusion.guidance import Guided
@@ -87,7 +87,7 @@ class Pipeline:
             raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = find_device(device)
         kind = _dtype(dtype, place)
-        parts = load_model("tiny" if path is None else path, prediction=prediction)
+        parts = load_model(SHIPPED if path is None else path, prediction=prediction)
         return cls(
             parts.text.to(place, kind),
             parts.denoiser.to(place, kind),

@@ -102,7 +102,7 @@ def test_automatic1111_reads_the_parameters(tmp_path: Path, prompt: str):
         "Steps": "20",
         "Sampler": "DPM++ 2M",
         "Schedule type": "Karras",
-        "CFG scale": "7.5",
+        "CFG scale": "5.0",
         "Seed": "7",
         "Size": "64x48",
         "Model hash": "0123456789",

@@ -37,6 +37,7 @@ UNTRAINED = "untrained (random weights)"
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 OLD_CODEC_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
 
+SHIPPED = "emoji-128"
 PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "tiny-dit": tiny_dit, "sd15": sd15, "sd21": sd21}
 
 
@@ -53,19 +54,26 @@ class ModelParts:
     notes: tuple[str, ...] = ()
 
 
+def shipped_folder() -> Path:
+    """Where the model that ships lies: inside an installed package, beside it in a clone."""
+    package = Path(__file__).parents[1]
+    places = [folder / "weights" / SHIPPED for folder in (package, package.parent)]
+    return next((place for place in places if place.is_dir()), places[-1])
+
+
 def load_model(
     path: str | Path, *, prediction: Prediction | None = None, config: ModelConfig | None = None, ema: bool = False
 ) -> ModelParts:
     """The model of a diffusers folder, an original .safetensors file or a hub id, in float32 on the CPU.
 
-    "tiny", "tiny-dit", "sd15" and "sd21" are untrained models of those sizes.
+    "emoji-128" is the model that ships; "tiny", "tiny-dit", "sd15" and "sd21" are untrained models of those sizes.
     prediction: overrides what the files say. config: of a single file whose size is not Stable Diffusion's. ema: the
     moving average of the UNet of a single file that has both. Raises CheckpointError with one line.
     """
     if str(path) in PRESETS:
         preset = PRESETS[str(path)]
         return random_model(preset() if prediction is None else preset(prediction=prediction), seed=0)
-    location = Path(path)
+    location = shipped_folder() if str(path) == SHIPPED and not Path(path).exists() else Path(path)
     if location.is_file():
         return load_single_file(location, open_safetensors(location), prediction=prediction, config=config, ema=ema)
     if config is not None or ema:

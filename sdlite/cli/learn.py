@@ -85,7 +85,7 @@ def evaluate(
     pictures: Annotated[int, typer.Option(min=8, max=10_000, help="Held-out pairs to draw.")] = 100,
     minutes: Annotated[float, typer.Option(help="To train the judge, where OUTPUT has none.")] = 10.0,
     steps: Annotated[int, typer.Option(help="Of the solver.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Up to 1: none.")] = 3.0,
+    guidance_scale: Annotated[float, typer.Option(help="Up to 1: none.")] = 5.0,
 ) -> None:
     """Measure what a model draws against held-out pictures, with a judge that has never seen it draw."""
     from sdlite.train.evaluate import evaluate as run
