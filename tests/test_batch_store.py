@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sdlite import images
-from sdlite.batch import DiskFull, verify
+from sdlite.batch import DiskFull, store as store_module, verify
 from sdlite.batch.disk import HOST, append, sha256
 from sdlite.batch.plan import Item, make_plan
 from sdlite.batch.store import Store
@@ -66,6 +66,35 @@ def test_without_exact_the_first_picture_of_a_request_stays(tmp_path: Path):
     other = replace(ITEMS[1], file_name=ITEMS[0].file_name)
     with pytest.raises(ValueError, match="is not the picture that goes there"):
         Store(tmp_path, "1", exact=False).save(other, png(other), 0.5)
+
+
+@pytest.mark.parametrize("call", ["save", "done"])
+def test_a_picture_may_be_packed_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
+    """Another process packs the shard, and removes the file, after this one saw its name and before it reads it."""
+    failed = dict.fromkeys(range(1, len(ITEMS)), "not drawn")
+    ours, theirs = (Store(tmp_path, worker, packs=True) for worker in "01")
+    ours.open(MODEL)
+    first = ours.save(ITEMS[0], png(ITEMS[0]), 0.5)
+    read = {"save": "read_file", "done": "read_metadata"}[call]
+    real = getattr(store_module, read)
+
+    def packed_first(path: Path) -> object:
+        monkeypatch.setattr(store_module, read, real)
+        theirs.finish(ITEMS, failed)
+        assert not path.exists()
+        return real(path)
+
+    if call == "done":
+        next(ours.pictures.glob(".manifest-*")).unlink()  # so that it is read back
+    monkeypatch.setattr(store_module, read, packed_first)
+    if call == "save":
+        assert ours.save(ITEMS[0], png(ITEMS[0]), 0.5) == first
+    else:
+        assert {i: entry.sha256 for i, entry in ours.done(ITEMS).items()} == {0: first.sha256}
+    assert getattr(store_module, read) is real, "it was not read"
+    assert list(ours.finish(ITEMS, failed)) == [0]
+    assert ours.shards is not None and [row["sha256"] for row in ours.shards.rows().values()] == [first.sha256]
+    assert not list(ours.pictures.glob("*.png"))
 
 
 def test_a_torn_line_is_ignored_and_its_picture_read_back(tmp_path: Path):

@@ -79,7 +79,7 @@ class Store:
 
         Raises ValueError for a file that has an item's name and is not its picture.
         """
-        listed, names = self.listed(), self.names()
+        items, listed, names = list(items), self.listed(), self.names()
         packed = self.shards.rows() if self.shards else {}  # after the names: what is packed meanwhile is not missed
         found: dict[int, Entry] = {}
         for item in items:
@@ -89,7 +89,10 @@ class Store:
             elif item.file_name not in names:
                 continue
             else:
-                entry = listed.get(item.file_name) or self._adopt(item)
+                try:
+                    entry = listed.get(item.file_name) or self._adopt(item)
+                except FileNotFoundError:  # packed by another process since
+                    return self.done(items)
             if entry.key != item.key:
                 raise ValueError(
                     f"{self.root}: picture {item.index}, {item.file_name}, was drawn from another request than it is "
@@ -113,9 +116,12 @@ class Store:
             try:
                 write(path, data, reached=self.reached)
             except FileExistsError:
-                there = sha256(read_file(path))
-                if there != entry.sha256 and (self.exact or not _shows(path, item)):
-                    raise ValueError(_not_ours(path)) from None
+                try:
+                    there = sha256(read_file(path))
+                    if there != entry.sha256 and (self.exact or not _shows(path, item)):
+                        raise ValueError(_not_ours(path)) from None
+                except FileNotFoundError:  # another process drew it too, and has packed it since
+                    return self.save(item, data, seconds)
                 entry = entry._replace(sha256=there)
             self._list(item.file_name, entry)
         return entry
@@ -194,7 +200,7 @@ class Store:
             return {entry.name for entry in entries}
 
     def _adopt(self, item: Item) -> Entry:
-        """Lists a picture that no manifest does, if it is the item's."""
+        """Lists a picture that no manifest does, if it is the item's. Raises FileNotFoundError if it is gone."""
         path = self.pictures / item.file_name
         if not _shows(path, item):
             raise ValueError(_not_ours(path))
@@ -260,9 +266,11 @@ def _crc32(text: str) -> str:
 
 
 def _shows(path: Path, item: Item) -> bool:
-    """Whether a file that is no link holds the item's picture, by the request recorded in it."""
+    """Whether a file that is no link holds the item's picture, by the request in it. Raises FileNotFoundError."""
     try:
         return not path.is_symlink() and read_metadata(path).request == item.request
+    except FileNotFoundError:
+        raise
     except (ValueError, OSError):
         return False
 
