@@ -97,6 +97,10 @@ def test_wrong_folders_say_what_to_do(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(ValueError, match=r'metadata.jsonl:1 must be an object with "file_name" and "text"'):
         read_records(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metadata.jsonl lists no picture"):
+        read_records(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="is not empty"):
         make(tmp_path)
     with pytest.raises(ValueError, match="from 64 to 512"):

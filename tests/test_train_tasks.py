@@ -1,6 +1,7 @@
 """The tasks at toy size: every stage from drawings to a picture, and each stage's own promise."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline
 from sdlite.train.codec import CodecTask, decoder_gflop, emoji_codec, load_codec, normalized, psnr, reconstruction_loss
 from sdlite.train.data import on_white, sample_generator
-from sdlite.train.denoiser import DenoiserTask, emoji_dit, emoji_unet, encode_captions, initialize
+from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, encode_captions, initialize
 from sdlite.train.emoji import write
 from sdlite.train.loop import TrainConfig, checkpoints, fit
 from sdlite.train.stages import train
@@ -279,6 +280,46 @@ def test_timesteps_are_uniform_also_within_a_batch(folder, runs):
         assert torch.histc(t.float(), bins=8, min=0, max=1000).sub(4).abs().max() <= 1
     every = task._timesteps(torch.arange(100_000))
     assert torch.histc(every.float(), bins=1000, min=0, max=1000).sub(100).abs().max() <= 3
+
+
+def test_more_timesteps_of_the_middle(folder, runs):
+    """logit(t / 1000) is normal: 50 % of t below 500, and as the normal distribution's table has it, 13.6 % below 250
+    (logit -1.0986) and 1.39 % below 100 (-2.1972)."""
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    task = DenoiserTask(folder, parts, UNET, size=32, views=1, objective=Objective(timesteps="logit_normal"))
+    t = task._timesteps(torch.arange(100_000)).float()
+    for bound, part in ((100, 0.0139), (250, 0.136), (500, 0.5), (750, 0.864), (900, 0.9861)):
+        assert (t < bound).float().mean().item() == pytest.approx(part, abs=5e-4)
+    assert t.min() >= 0 and t.max() <= 999
+
+
+def test_objectives(folder, runs, tmp_path, monkeypatch):
+    """A fresh network predicts zero, so that its unweighted loss is the mean square of what it should predict."""
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    plain = {"min_snr_gamma": None, "zero_terminal_snr": False}
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for prediction in ("epsilon", "v"):
+        objective = Objective(prediction=prediction, **plain)
+        task = DenoiserTask(folder, parts, UNET, size=32, views=1, objective=objective)
+        x_0, contexts = task.latents.x_0[:2].float(), task.latents.contexts[:2]
+        loss = task._loss(x_0, contexts, torch.tensor([300, 300]), noise)
+        abar = task.schedule.abar(torch.tensor(300)).item()
+        target = noise if prediction == "epsilon" else abar**0.5 * noise - (1 - abar) ** 0.5 * x_0
+        assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-5)
+    monkeypatch.setattr("sdlite.train.stages.SIZE", 32)
+    monkeypatch.setattr("sdlite.train.denoiser.emoji_unet", lambda *_: UNET)
+    fields = {"prediction": "epsilon", "min_snr_gamma": 0, "zero_terminal_snr": False}
+    exports = {name: runs / name / "export" for name in ("codec", "text")}
+    run = partial(train, "denoiser", folder, tmp_path, folders=exports)
+    run(options={"samples": 2, "batch_size": 2, **fields})
+    made = load_model(tmp_path / "export").config
+    assert made.denoiser.prediction == "epsilon" and not made.schedule.zero_terminal_snr
+    with pytest.raises(ValueError, match="is a run with prediction=epsilon, not v"):
+        run(options={"samples": 4, "batch_size": 2, **fields, "prediction": "v"})
+    with pytest.raises(ValueError, match="has no answer to pure noise; use v, or"):
+        run(options={"samples": 4, "batch_size": 2, "prediction": "epsilon"})
+    with pytest.raises(ValueError, match="--min-snr-gamma, --zero-terminal-snr are the denoiser's"):
+        train("text", folder, tmp_path, options={"samples": 1, "min_snr_gamma": 5.0})
 
 
 def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):

@@ -54,9 +54,21 @@ def train(
         Literal["unet", "dit", "fcn"] | None,
         typer.Option(help="For the denoiser: unet, dit; for segmentation: unet, fcn.", show_default="unet"),
     ] = None,
-    style: Annotated[list[str] | None, typer.Option(help="For the denoiser: only this one; may be repeated.")] = None,
     start: Annotated[Path | None, typer.Option(help="For the denoiser: model folder to train on.")] = None,
     size: Annotated[int | None, typer.Option(help="For the denoiser: of the pictures.", show_default="128")] = None,
+    prediction: Annotated[
+        Literal["epsilon", "v"] | None, typer.Option(help="For the denoiser.", show_default="v")
+    ] = None,
+    timesteps: Annotated[
+        Literal["uniform", "logit_normal"] | None, typer.Option(help="For the denoiser.", show_default="uniform")
+    ] = None,
+    min_snr_gamma: Annotated[
+        float | None, typer.Option(help="For the denoiser; 0 weighs all timesteps alike.", show_default="5")
+    ] = None,
+    zero_terminal_snr: Annotated[
+        bool | None,
+        typer.Option("--zero-terminal-snr/--no-zero-terminal-snr", help="For the denoiser.", show_default="on"),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     decay: Annotated[Literal["constant", "cosine"] | None, typer.Option(help="cosine needs --samples.")] = None,
@@ -68,13 +80,10 @@ def train(
     from sdlite.train.stages import train as run
 
     limit_threads()
-    options = {
-        name: value
-        for name, value in locals().items()
-        if name in ("minutes", "samples", "batch_size", "lr", "decay", "precision", "seed", "plot", "arch", "size")
-    }
+    apart = ("stage", "folder", "output", "codec", "text", "teacher", "start", "run", "apart")
+    options = {name: value for name, value in locals().items() if name not in apart}
     parts = {"codec": codec, "text": text, "teacher": teacher, "start": start}
-    run(stage, folder, output, folders=parts, styles=style or (), options=options)
+    run(stage, folder, output, folders=parts, options=options)
 
 
 @app.command()

@@ -60,6 +60,8 @@ def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("f
             raise ValueError(f"{path}:{i} must be an object with " + " and ".join(f'"{name}"' for name in fields))
         files = [name for name in fields if name.endswith("file_name")]
         records.append(record | {name: (inside / record[name]).relative_to(folder).as_posix() for name in files})
+    if split == "train" and not records:
+        raise ValueError(f"{path} lists no picture; give a folder with some")
     return records
 
 

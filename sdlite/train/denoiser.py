@@ -1,7 +1,7 @@
 """The denoiser task: a UNet or DiT on latents and contexts that codec and text encoder made once.
 
     pictures --views--> images, captions --codec, text--> x_0, context   (kept in OUT/cache.safetensors)
-    x_0, noise --add_noise(t)--> x_t --network(context or "")--> v;  loss = weighted squared error of v
+    x_0, noise --add_noise(t)--> x_t --network(context or "")--> v or eps;  loss = its weighted squared error
 
 Every picture has several views, each with a caption of its own: plain, mirrored, composed (augment.py), mirrored, and
 so on. One sample in ten has the empty prompt, which guidance needs (Ho and Salimans 2022).
@@ -9,18 +9,19 @@ so on. One sample in ten has the empty prompt, which guidance needs (Ho and Sali
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdlite.checkpoints.load import assembled, load_model
 from sdlite.checkpoints.save import save_folder
-from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Request, ScheduleConfig, UNetConfig
+from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, Request, ScheduleConfig, UNetConfig
 from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images import contact_sheet
@@ -42,7 +43,6 @@ from sdlite.train.data import (
     sample_generator,
 )
 
-GAMMA = 5.0  # of the min-SNR weight, the paper's
 DROPPED = 0.1  # part of the samples without a caption
 HELD_OUT = 256  # pictures whose loss is measured
 GOLDEN = (5**0.5 - 1) / 2
@@ -82,9 +82,30 @@ def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int
     )
 
 
-def emoji_schedule() -> ScheduleConfig:
-    """Zero terminal signal-to-noise ratio, so that dark and light pictures start from the same noise."""
-    return ScheduleConfig(zero_terminal_snr=True, spacing="trailing", final_abar_one=True)
+class Objective(Record):
+    """What the denoiser learns. The defaults are the shipped model's; the figures behind them are on its card.
+
+    timesteps: "logit_normal" draws more of the middle ones (Esser et al. 2024, section 3.1: location 0, scale 1).
+    min_snr_gamma: of `min_snr_weight`; None weighs all timesteps alike. zero_terminal_snr: the last timestep is pure
+    noise, so that dark and light pictures start from the same (Lin et al. 2023); eps cannot be learned from it.
+    """
+
+    prediction: Literal["epsilon", "v"] = "v"
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    min_snr_gamma: float | None = Field(5.0, gt=0)
+    zero_terminal_snr: bool = True
+
+    @model_validator(mode="after")
+    def _learnable(self) -> "Objective":
+        if self.prediction == "epsilon" and self.zero_terminal_snr:
+            raise ValueError("prediction=epsilon has no answer to pure noise; use v, or zero_terminal_snr=False")
+        return self
+
+    def schedule(self) -> ScheduleConfig:
+        return ScheduleConfig(zero_terminal_snr=self.zero_terminal_snr, spacing="trailing", final_abar_one=True)
+
+
+OBJECTIVE = Objective()
 
 
 class Latents(NamedTuple):
@@ -145,10 +166,10 @@ def encode_captions(text: TextEncoder, captions: list[str]) -> Tensor:
 
 
 class DenoiserTask(nn.Module):
-    """v-prediction on the latents of a data folder.
+    """Learns to predict the noise, or the velocity, in the latents of a data folder.
 
-    parts: codec and text encoder, frozen. config: of the network; a DiT's sample_size must be the pictures'. styles:
-    only these of the data. views: of each picture. cache: file that keeps the latents and contexts.
+    parts: codec and text encoder, frozen. config: of the network, whose prediction the objective sets; a DiT's
+    sample_size must be the pictures'. views: of each picture. cache: file that keeps the latents and contexts.
     """
 
     def __init__(
@@ -158,24 +179,22 @@ class DenoiserTask(nn.Module):
         config: DenoiserConfig,
         *,
         size: int = 128,
-        styles: Collection[str] = (),
         views: int = 4,
         cache: Path | None = None,
         seed: int = 0,
+        objective: Objective = OBJECTIVE,
     ) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed, self.objective = seed, objective
+        self.settings = objective.model_dump()  # a run that is resumed must have the same
         self.sample_size = size // parts[0].factor
         if isinstance(config, DiTConfig) and config.sample_size != self.sample_size:
             raise ValueError(f"sample_size={config.sample_size} must be {self.sample_size}: pictures of {size} pixels")
-        self.denoiser = network(config)
+        self.denoiser = network(config.replace(prediction=objective.prediction))
         initialize(self.denoiser, torch.Generator().manual_seed(seed))
-        self.schedule = Schedule(emoji_schedule())
+        self.schedule = Schedule(objective.schedule())
         self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
-        self.records = [r for r in read_records(data) if not styles or r.get("style") in styles]
-        self.held_records = [r for r in read_records(data, "validation") if not styles or r.get("style") in styles]
-        if not self.records:
-            raise ValueError(f"styles={list(styles)} match no picture of {data}; leave them out to train on all")
+        self.records, self.held_records = read_records(data), read_records(data, "validation")
         pixels = load_pixels(data, self.records, size)
         self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
         held = (self.held_records or self.records)[:HELD_OUT]
@@ -185,7 +204,7 @@ class DenoiserTask(nn.Module):
         """Weights of a model folder's denoiser, trained at half the size, say, where a sample costs a quarter."""
         before = load_model(folder).denoiser
         if before.config != self.denoiser.config:
-            raise ValueError(f"{folder} holds a denoiser of another shape; give a model of the same arch")
+            raise ValueError(f"{folder} holds a denoiser of another shape or prediction; give a model of the same")
         self.denoiser.load_state_dict(before.state_dict())
 
     @property
@@ -205,16 +224,20 @@ class DenoiserTask(nn.Module):
         return self._loss(self.latents.x_0[indices], contexts, t, noise)
 
     def _timesteps(self, numbers: Tensor) -> Tensor:
-        """Uniform, and evenly spread over any few samples in a row, which steadies the loss.
+        """(B,) int64, evenly spread over any few samples in a row, which steadies the loss.
 
         Multiples of the golden ratio modulo 1; Kingma et al. 2021 (Variational Diffusion Models), appendix I.1, spread
         those of a batch for the same reason.
         """
-        return ((numbers.double() * GOLDEN).frac() * self.schedule.config.num_train_steps).long()
+        part = (numbers.double() * GOLDEN).frac()
+        if self.objective.timesteps == "logit_normal":
+            part = torch.special.ndtri(part).sigmoid()
+        return (part * self.schedule.config.num_train_steps).long()
 
     def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         x_0, contexts, t, noise = (tensor.to(self.device) for tensor in (x_0.float(), contexts.float(), t, noise))
-        return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=GAMMA)
+        gamma = self.objective.min_snr_gamma
+        return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=gamma)
 
     def evaluate(self) -> dict[str, float]:
         """Loss of held-out pairs, and of as many trained pictures, at the same timesteps with the same noise."""

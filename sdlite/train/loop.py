@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -65,7 +65,10 @@ PER_CALL = {"minutes", "samples", "precision", "report_every", "save_minutes", "
 
 
 class Task(Protocol):
-    """What to learn: a module that gives the loss of a batch. Its parameters are trained; all else stays fixed."""
+    """What to learn: a module that gives the loss of a batch. Its parameters are trained; all else stays fixed.
+
+    It may have `settings`, a dict: what it must have been made with, beside the config, when its run is resumed.
+    """
 
     @property
     def size(self) -> int:
@@ -205,7 +208,7 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
     task.to(accelerator.device)
     state = State(task, config)
     if main:
-        _check_config(config, out)
+        _check_config(config.model_dump(mode="json") | getattr(task, "settings", {}), out)
     if checkpoints(out):
         state.load(checkpoints(out)[-1])
     wrapped, optimizer = accelerator.prepare(task, state.optimizer)
@@ -258,17 +261,16 @@ def _over(samples: int, config: TrainConfig, seconds: float, accelerator: Accele
     return bool(accelerator.reduce(late, "sum").item() > 0)
 
 
-def _check_config(config: TrainConfig, out: Path) -> None:
-    """Writes config.json, or holds config against the one that is there."""
+def _check_config(ours: dict[str, Any], out: Path) -> None:
+    """Writes config.json, or holds ours against the one that is there."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
-    ours = config.model_dump(mode="json")
     if path.is_file():
         theirs = json.loads(path.read_text())
         for name in ours.keys() - PER_CALL:
-            if ours[name] != theirs.get(name):
+            if ours[name] != theirs.get(name, ours[name]):
                 raise ValueError(
-                    f"{out} is a run with {name}={theirs.get(name)}, not {ours[name]}; resume it with that, or give "
+                    f"{out} is a run with {name}={theirs[name]}, not {ours[name]}; resume it with that, or give "
                     "another folder"
                 )
     path.write_text(json.dumps(ours, indent=1) + "\n")
