@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdlite.checkpoints.load import load_model
+from sdlite.checkpoints.load import CheckpointError, load_model
 from sdlite.config import AutoencoderKLConfig
 from sdlite.models.codec import LatentCodec
 from sdlite.models.networks import network
@@ -180,16 +181,35 @@ def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     start = runs / "denoiser" / "export"
     task = DenoiserTask(folder, parts, UNET, size=64, views=1)
-    task.start_from(start)
+    theirs = load_model(start).denoiser
+    task.start_from(theirs)
     assert task.latents.x_0.shape[-1] == 16 and task.sample_size == 16
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
-    theirs = load_model(start).denoiser
     for denoiser in (theirs, task.denoiser):
         denoiser.eval()
     outputs = [d(x, t, d.prepare(parts[1].encode(["a disc"]))) for d in (theirs, task.denoiser)]
     assert torch.equal(*outputs) and outputs[0].abs().max() > 0
-    with pytest.raises(ValueError, match="another shape"):
-        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(start)
+    with pytest.raises(ValueError, match="another shape or prediction"):
+        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(theirs)
+
+
+def test_a_whole_model_is_trained_on(folder, runs, tmp_path):
+    """Its codec, text encoder, kind of network, picture size and prediction are its own unless told."""
+    model, options = runs / "denoiser" / "export", {"samples": 4, "batch_size": 2}
+    train("denoiser", folder, tmp_path / "a", folders={"start": model}, options=options)
+    before, after = load_model(model), load_model(tmp_path / "a" / "export")
+    assert after.config == before.config
+    for part in ("codec", "text"):
+        theirs = getattr(before, part).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in getattr(after, part).state_dict().items())
+    moved = [
+        (a - b).abs().max() for a, b in zip(after.denoiser.parameters(), before.denoiser.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.05
+    with pytest.raises(ValueError, match=r"--arch dit is not what .* holds; leave it out"):
+        train("denoiser", folder, tmp_path / "b", folders={"start": model}, options={"arch": "dit", **options})
+    with pytest.raises(CheckpointError, match="none does not exist"):
+        train("denoiser", folder, tmp_path / "b", folders={"start": Path("none")}, options=options)
 
 
 def test_codec_figures_by_hand():

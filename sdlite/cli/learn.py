@@ -54,7 +54,9 @@ def train(
         Literal["unet", "dit", "fcn"] | None,
         typer.Option(help="For the denoiser: unet, dit; for segmentation: unet, fcn.", show_default="unet"),
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="For the denoiser: model folder to train on.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="For the denoiser: model to train on, emoji-128 or a folder.")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="For the denoiser: of the pictures.", show_default="128")] = None,
     prediction: Annotated[
         Literal["epsilon", "v"] | None, typer.Option(help="For the denoiser.", show_default="v")

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import assembled, load_model
+from sdlite.checkpoints.load import assembled
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, Request, ScheduleConfig, UNetConfig
 from sdlite.diffusion.loss import diffusion_loss
@@ -200,12 +200,11 @@ class DenoiserTask(nn.Module):
         held = (self.held_records or self.records)[:HELD_OUT]
         self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
 
-    def start_from(self, folder: Path) -> None:
-        """Weights of a model folder's denoiser, trained at half the size, say, where a sample costs a quarter."""
-        before = load_model(folder).denoiser
-        if before.config != self.denoiser.config:
-            raise ValueError(f"{folder} holds a denoiser of another shape or prediction; give a model of the same")
-        self.denoiser.load_state_dict(before.state_dict())
+    def start_from(self, denoiser: Network) -> None:
+        """Its weights, trained on other pictures, say, or at half the size, where a sample costs a quarter."""
+        if denoiser.config != self.denoiser.config:
+            raise ValueError("the denoiser to start from has another shape or prediction; take the same config")
+        self.denoiser.load_state_dict(denoiser.state_dict())
 
     @property
     def size(self) -> int:

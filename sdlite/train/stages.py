@@ -36,25 +36,23 @@ def train(
     """Trains a stage into `out`, from where it was left if `out` holds a run.
 
     folders: "codec" and "text", the exports of those stages, for the denoiser; "codec", for the codec: train its
-    decoder further, under the same latents; "teacher", of a sentence encoder, for text; "start", of a model whose
-    denoiser is trained on. options: fields of TrainConfig; those left out or None are the stage's; arch, "unet" or
-    "dit", size, pixels of the pictures, and the fields of Objective are the denoiser's. Raises ValueError or
-    FileNotFoundError with what is missing.
+    decoder further, under the same latents; "teacher", of a sentence encoder, for text; "start", a model whose denoiser
+    is trained on, with its own codec and text encoder unless those are given. options: fields of TrainConfig; those
+    left out or None are the stage's; arch, "unet" or "dit", size, pixels of the pictures, and the fields of Objective
+    are the denoiser's, and where it has one, the start's. Raises ValueError or FileNotFoundError with what is missing.
     """
     folders = folders or {}
     given = {name: value for name, value in options.items() if value is not None}
-    arch = given.pop("arch", "unet")
-    if arch not in ARCHITECTURES.get(stage, ("unet",)):
-        known = ", ".join(ARCHITECTURES.get(stage, ARCHITECTURES["denoiser"]))
-        raise ValueError(f"arch={arch!r} must be one of {known}, and is the denoiser's or segmentation's")
-    size = given.pop("size", SIZE)
-    objective = {name: given.pop(name) for name in OBJECTIVE if name in given}
-    if (size != SIZE or folders.get("start") or objective) and stage != "denoiser":
+    own = {name: given.pop(name) for name in ("size", *OBJECTIVE) if name in given}
+    if (own or folders.get("start")) and stage != "denoiser":
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("size", "start", *OBJECTIVE))
         raise ValueError(f"{flags} are the denoiser's; leave them out")
+    arch = given.pop("arch", None)
+    if arch and arch not in ARCHITECTURES.get(stage, ()):
+        known = ", ".join(ARCHITECTURES.get(stage, ARCHITECTURES["denoiser"]))
+        raise ValueError(f"arch={arch!r} must be one of {known}, and is the denoiser's or segmentation's")
     config = TrainConfig(**DEFAULTS[stage] | given)
-    task = _task(stage, data, out, folders, objective, seed=config.seed, arch=arch, size=size)
-    fit(task, config, out)
+    fit(_task(stage, data, out, folders, arch, config.seed, own), config, out)
 
 
 def _task(
@@ -62,11 +60,9 @@ def _task(
     data: Path,
     out: Path,
     folders: Mapping[str, Path | None],
-    objective: dict[str, Any],
-    *,
+    arch: str | None,
     seed: int,
-    arch: str,
-    size: int,
+    own: dict[str, Any],
 ) -> Task:
     if stage == "codec":
         from sdlite.train.codec import CodecTask, emoji_codec
@@ -75,31 +71,56 @@ def _task(
     if stage == "segmentation":
         from sdlite.train.segmentation import SegmentationTask, plan_for
 
-        return SegmentationTask(data, plan_for(data, arch), seed=seed)
+        return SegmentationTask(data, plan_for(data, arch or "unet"), seed=seed)
     if stage == "text":
         from sdlite.train.text import TextTask, emoji_text, small_vocabulary
 
         cache = out / "teacher.safetensors"
         return TextTask(data, emoji_text(), small_vocabulary(), teacher=folders.get("teacher"), cache=cache, seed=seed)
+    return _denoiser(data, out, folders, arch, seed, own)
+
+
+def _denoiser(
+    data: Path, out: Path, folders: Mapping[str, Path | None], arch: str | None, seed: int, own: dict[str, Any]
+) -> Task:
+    from sdlite.checkpoints.load import load_model
+    from sdlite.config import DenoiserConfig, DiTConfig
     from sdlite.train.codec import load_codec
     from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet
     from sdlite.train.text import load_text
 
-    for name in ("codec", "text"):
-        if folders.get(name) is None:
-            raise ValueError(f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote")
-    parts = load_codec(folders.get("codec") or out), load_text(folders.get("text") or out)
-    widths = parts[0].config.latent_channels, parts[1].config.hidden_size
-    network = emoji_unet(*widths) if arch == "unet" else emoji_dit(*widths, sample_size=size // parts[0].factor)
+    start = load_model(folder) if (folder := folders.get("start")) else None
+    codec, text = (start.codec, start.text) if start else (None, None)
+    if path := folders.get("codec"):
+        codec = load_codec(path)
+    if path := folders.get("text"):
+        text = load_text(path)
+    if codec is None or text is None:
+        name = "codec" if codec is None else "text"
+        raise ValueError(
+            f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote; or --start: a model "
+            "that has all"
+        )
+    size = own.pop("size", codec.factor * start.config.sample_size if start else SIZE)
+    if size % (4 * codec.factor) or not 0 < size <= 512:
+        raise ValueError(f"size={size} must be a multiple of {4 * codec.factor} pixels, up to 512")
+    if own.get("min_snr_gamma") == 0:
+        own["min_snr_gamma"] = None
+    widths = codec.config.latent_channels, text.config.hidden_size
+    network: DenoiserConfig
+    if start:
+        network = start.denoiser.config
+        if arch and (arch == "dit") != isinstance(network, DiTConfig):
+            raise ValueError(f"--arch {arch} is not what {folder} holds; leave it out")
+        own = {"prediction": network.prediction, "zero_terminal_snr": start.config.schedule.zero_terminal_snr} | own
+    elif arch == "dit":
+        network = emoji_dit(*widths, sample_size=size // codec.factor)
+    else:
+        network = emoji_unet(*widths)
     cache = out / "cache.safetensors"
-    if size % (4 * parts[0].factor) or not 0 < size <= 512:
-        raise ValueError(f"size={size} must be a multiple of {4 * parts[0].factor} pixels, up to 512")
-    if objective.get("min_snr_gamma") == 0:
-        objective["min_snr_gamma"] = None
     task = DenoiserTask(
-        data, parts, network, size=size, views=VIEWS, cache=cache, seed=seed,
-        objective=Objective(**objective),
-    )  # fmt: skip
-    if start := folders.get("start"):
-        task.start_from(start)
+        data, (codec, text), network, size=size, views=VIEWS, cache=cache, seed=seed, objective=Objective(**own)
+    )
+    if start:
+        task.start_from(start.denoiser)
     return task
