@@ -434,7 +434,7 @@ def test_bench_passes_on_what_was_asked(run: Run, model: StandIn, monkeypatch: p
 
 def test_real_interrupts(tmp_path: Path):
     """One Ctrl-C, and two, while a picture is drawn, in processes of their own."""
-    flags = ("--model", "tiny", "--steps", 40, "--num-images", 50, "--json", "-q")
+    flags = ("--model", "tiny", "--steps", 200, "--num-images", 50, "--json", "-q")
     runs = [start("generate", "x", *flags, "-o", tmp_path / str(presses)) for presses in (1, 2)]
     for presses, process in enumerate(runs, 1):
         assert process.stdout is not None
@@ -444,7 +444,7 @@ def test_real_interrupts(tmp_path: Path):
                 break
         for _ in range(presses):
             process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
+            time.sleep(0.3)  # signals that come together count once; a picture takes longer than this
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
         assert "Traceback" not in err
