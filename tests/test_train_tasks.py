@@ -336,6 +336,15 @@ def test_objectives(folder, runs, tmp_path, monkeypatch):
     assert made.denoiser.prediction == "epsilon" and not made.schedule.zero_terminal_snr
     with pytest.raises(ValueError, match="is a run with prediction=epsilon, not v"):
         run(options={"samples": 4, "batch_size": 2, **fields, "prediction": "v"})
+    with pytest.raises(ValueError, match="is a run with size=32, not 64"):
+        run(options={"samples": 4, "batch_size": 2, **fields, "size": 64})
+    with (
+        monkeypatch.context() as other,
+        pytest.raises(ValueError, match=r"is a run with data=\w{12}, not \w{12}; resume"),
+    ):
+        one = {"file_name": "train/box-warm.png", "text": "another"}
+        other.setattr("sdlite.train.denoiser.read_records", lambda *_: [one])
+        run(options={"samples": 4, "batch_size": 2, **fields})
     with pytest.raises(ValueError, match="has no answer to pure noise; use v, or"):
         run(options={"samples": 4, "batch_size": 2, "prediction": "epsilon"})
     with pytest.raises(ValueError, match="--min-snr-gamma, --zero-terminal-snr are the denoiser's"):

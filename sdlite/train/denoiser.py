@@ -8,6 +8,7 @@ so on. One sample in ten has the empty prompt, which guidance needs (Ho and Sali
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +187,6 @@ class DenoiserTask(nn.Module):
     ) -> None:
         super().__init__()
         self.seed, self.objective = seed, objective
-        self.settings = objective.model_dump()  # a run that is resumed must have the same
         self.sample_size = size // parts[0].factor
         if isinstance(config, DiTConfig) and config.sample_size != self.sample_size:
             raise ValueError(f"sample_size={config.sample_size} must be {self.sample_size}: pictures of {size} pixels")
@@ -195,6 +195,8 @@ class DenoiserTask(nn.Module):
         self.schedule = Schedule(objective.schedule())
         self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
         self.records, self.held_records = read_records(data), read_records(data, "validation")
+        known = hashlib.sha256(json.dumps(self.records).encode()).hexdigest()[:12]
+        self.settings = {"data": known, "size": size, **objective.model_dump()}  # the same when a run is resumed
         pixels = load_pixels(data, self.records, size)
         self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
         held = (self.held_records or self.records)[:HELD_OUT]
