@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdlite import cli, images
 from sdlite.pipeline import Pipeline
+from sdlite.train.emoji import write
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,6 +23,7 @@ NOT_RUN = {  # the start of each block that is not run as it stands, and why
     "sdlite data emoji": "hours, and the network; test_train_tasks.py runs these stages at toy size",
     "sdlite data nuclei": "the network; test_train_segmentation.py runs these commands on made pictures",
 }
+SHORTER = ("--minutes 10", "--minutes 0.05")  # as shown, as run
 NEAR = 10  # lines by which a count may be off
 
 
@@ -37,15 +39,26 @@ def has_the_prompts(folder: Path) -> None:
     (folder / "notebooks").symlink_to(ROOT / "notebooks")
 
 
-BEFORE = {"sdlite": has_the_prompts, "Your own checkpoint": has_own_checkpoints}
+def has_captioned_pictures(folder: Path) -> None:
+    records = [({"red": "#d33", "blue": "#36c"}[name], f"{name}.png", f"a {name} square") for name in ("red", "blue")]
+    write(folder / "pictures", [{"file_name": name, "text": text, "split": "train"} for _, name, text in records],
+          [Image.new("RGBA", (64, 64), colour) for colour, *_ in records])  # fmt: skip
+
+
+BEFORE = {
+    "sdlite": has_the_prompts,
+    "Your own checkpoint": has_own_checkpoints,
+    "Training": has_captioned_pictures,
+}
 AFTER = {
     "sdlite": ["sheet/contact-sheet.png"],
     "Python": ["folder/model_index.json"],
     "Command line": ["four.png", "strawberries/000003-10.png", "dog.png", "words.png", "star.png"],
     "Batches": ["out/000001-*.png", "out/metadata.jsonl", "grid/contact-sheet.png", "shards/00000.tar"],
     "Your own checkpoint": ["cats.png", "folder/model_index.json"],
+    "Training": ["mine/export/model_index.json", "000000-*.png"],
 }
-SLOW = ("Command line", "Your own checkpoint")
+SLOW = ("Command line", "Your own checkpoint", "Training")
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
@@ -76,13 +89,14 @@ def started(command: list[str], folder: Path, **variables: str) -> str:
 )
 def test_the_blocks_of_a_section_run(tmp_path: Path, section: str):
     BEFORE.get(section, lambda _: None)(tmp_path)
-    for language, code in sections()[section]:
+    for language, shown in sections()[section]:
+        code = shown.replace(*SHORTER)
         if not code.startswith(tuple(NOT_RUN)):
             {"sh": sh, "python": lambda c, f: started([sys.executable, "-c", c], f)}[language](code, tmp_path)
     assert not [pattern for pattern in AFTER.get(section, []) if not list(tmp_path.glob(pattern))]
     if section == "sdlite":
-        drawn, shown = (images.open_image(p) for p in (tmp_path / AFTER[section][0], ROOT / "notebooks/sheet.png"))
-        assert drawn.size == shown.size and images.largest_difference(drawn, shown) <= 2
+        drawn, there = (images.open_image(p) for p in (tmp_path / AFTER[section][0], ROOT / "notebooks/sheet.png"))
+        assert drawn.size == there.size and images.largest_difference(drawn, there) <= 2
 
 
 def test_every_block_that_is_not_run_is_there():
