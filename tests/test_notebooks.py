@@ -87,7 +87,7 @@ def test_is_committed_as_it_ran(path):
         assert not any(output["output_type"] == "error" for output in cell["outputs"])
     for cell in cells(path):
         assert not MACHINE_PATH.search(source(cell)), f"{path.name} names a path of the machine: {source(cell):.300}"
-    assert path.stat().st_size <= MAX_BYTES, f"{path.name} is large; keep its pictures as JPEG only, and make them smaller"
+    assert path.stat().st_size <= MAX_BYTES, f"{path.name} is large; keep pictures as JPEG, and small"
 
 
 @each
