@@ -189,10 +189,12 @@ def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_and_resumed(tmp_path: Path, how: signal.Signals):
+def test_interrupted_and_resumed(run: Run, tmp_path: Path, how: signal.Signals):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "fox {i}", "steps": 2}}\n' for i in range(40)))
-    command = [sys.executable, "-m", "sdlite", "batch", "a.jsonl", "-o", "out", "-m", "tiny", "-q", "--exact"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["a.jsonl", "-o", "out", "-m", "tiny", "-q", "--exact"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdlite", "batch", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("out/")
     process.send_signal(how)
@@ -202,8 +204,8 @@ def test_interrupted_and_resumed(tmp_path: Path, how: signal.Signals):
     assert 0 < there < 40
     if how != signal.SIGKILL:
         assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == there
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert len(again.stdout.splitlines()) == 40 - there
+    code, out, _ = run(*words)
+    assert code == 0 and len(out.splitlines()) == 40 - there
     assert len(batch.verify(tmp_path / "out").good) == 40
 
 

@@ -94,9 +94,25 @@ def test_a_folder_of_ones_own_without_splits_trains(tmp_path):
 def test_wrong_folders_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="sdlite data emoji"):
         read_records(tmp_path)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
-    with pytest.raises(ValueError, match=r'metadata.jsonl:1 must be an object with "file_name" and "text"'):
-        read_records(tmp_path)
+    good = b'{"file_name": "a.png", "text": "line\xe2\x80\xa8separator"}\n'
+    for bad in (
+        b'{"file_name": "a.png"}',
+        b'{"file_name": "a.png", "text": 5}',
+        b'{"file_name":',
+        b"[" * 9999,
+        b"\xff",
+    ):
+        (tmp_path / "metadata.jsonl").write_bytes(good + bad + b"\n")
+        with pytest.raises(ValueError, match=r'jsonl:2 must be a JSON object with text as "file_name" and "text"$'):
+            read_records(tmp_path)
+    for name in ("../a.png", "a/../../a.png", "/a.png"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a disc"}))
+        with pytest.raises(ValueError, match=r"jsonl:1: file_name='.*a\.png' leads out of the folder"):
+            read_records(tmp_path)
+    for name, data, fault in (("a.png", b"GIF89a", "is not a PNG, JPEG or WebP"), ("b.eps", b"%!PS-Adobe", "is not a")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} {fault}"):
+            load_pixels(tmp_path, [{"file_name": name}], 32)
     (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"metadata.jsonl lists no picture"):
         read_records(tmp_path)

@@ -181,8 +181,9 @@ def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     start = runs / "denoiser" / "export"
     task = DenoiserTask(folder, parts, UNET, size=64, views=1)
-    theirs = load_model(start).denoiser
-    task.start_from(theirs)
+    model = load_model(start)
+    theirs = model.denoiser
+    task.start_from(model)
     assert task.latents.x_0.shape[-1] == 16 and task.sample_size == 16
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     for denoiser in (theirs, task.denoiser):
@@ -190,7 +191,7 @@ def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
     outputs = [d(x, t, d.prepare(parts[1].encode(["a disc"]))) for d in (theirs, task.denoiser)]
     assert torch.equal(*outputs) and outputs[0].abs().max() > 0
     with pytest.raises(ValueError, match="another shape or prediction"):
-        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(theirs)
+        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(model)
 
 
 def test_a_whole_model_is_trained_on(folder, runs, tmp_path):
@@ -206,6 +207,8 @@ def test_a_whole_model_is_trained_on(folder, runs, tmp_path):
         (a - b).abs().max() for a, b in zip(after.denoiser.parameters(), before.denoiser.parameters(), strict=True)
     ]
     assert 0 < max(moved) < 0.05
+    train("denoiser", folder, tmp_path / "tiny", folders={"start": Path("tiny")}, options=options)
+    assert load_model(tmp_path / "tiny/export").config == load_model("tiny").config
     with pytest.raises(ValueError, match=r"--arch dit is not what .* holds; leave it out"):
         train("denoiser", folder, tmp_path / "b", folders={"start": model}, options={"arch": "dit", **options})
     with pytest.raises(CheckpointError, match="none does not exist"):

@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdlite.images import decoded
+
 Records = list[dict[str, Any]]
 Generator = np.random.Generator
 
@@ -38,7 +40,7 @@ def keep(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a cache in one step: processes that train together may all do so, while others read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     temporary.replace(path)
 
 
@@ -54,12 +56,20 @@ def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("f
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make the data with `sdlite data emoji -o {folder}`")
     records = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        record = json.loads(line)
-        if not isinstance(record, dict) or not set(fields) <= record.keys():
-            raise ValueError(f"{path}:{i} must be an object with " + " and ".join(f'"{name}"' for name in fields))
-        files = [name for name in fields if name.endswith("file_name")]
-        records.append(record | {name: (inside / record[name]).relative_to(folder).as_posix() for name in files})
+    for i, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
+            raise ValueError(f"{path}:{i} must be a JSON object with text as " + " and ".join(f'"{n}"' for n in fields))
+        for name in fields:
+            if name.endswith("file_name"):
+                file = Path(os.path.normpath(record[name]))
+                if file.is_absolute() or ".." in file.parts:
+                    raise ValueError(f"{path}:{i}: {name}={record[name]!r} leads out of the folder; copy it there")
+                record[name] = (inside / file).relative_to(folder).as_posix()
+        records.append(record)
     if split == "train" and not records:
         raise ValueError(f"{path} lists no picture; give a folder with some")
     return records
@@ -69,8 +79,7 @@ def load_pixels(folder: Path, records: Records, size: int) -> Tensor:
     """(N, 4, size, size) uint8 RGBA of all records, scaled to fit and centred on transparency."""
     pixels = np.zeros((len(records), size, size, 4), np.uint8)
     for row, record in zip(pixels, records, strict=True):
-        with Image.open(folder / record["file_name"]) as image:
-            row[:] = np.asarray(fitted(image.convert("RGBA"), size))
+        row[:] = np.asarray(fitted(decoded(folder / record["file_name"]).convert("RGBA"), size))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 

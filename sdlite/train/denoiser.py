@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import assembled
+from sdlite.checkpoints.load import ModelParts, assembled
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, Request, ScheduleConfig, UNetConfig
 from sdlite.diffusion.loss import diffusion_loss
@@ -102,8 +102,12 @@ class Objective(Record):
             raise ValueError("prediction=epsilon has no answer to pure noise; use v, or zero_terminal_snr=False")
         return self
 
-    def schedule(self) -> ScheduleConfig:
-        return ScheduleConfig(zero_terminal_snr=self.zero_terminal_snr, spacing="trailing", final_abar_one=True)
+    def schedule(self, start: ScheduleConfig | None = None) -> ScheduleConfig:
+        """That of the model to start from, if it ends as the objective asks; else its noise up to that end."""
+        if start is not None and start.zero_terminal_snr == self.zero_terminal_snr:
+            return start
+        end = {"zero_terminal_snr": self.zero_terminal_snr, "spacing": "trailing", "final_abar_one": True}
+        return (start or ScheduleConfig()).replace(**end)
 
 
 OBJECTIVE = Objective()
@@ -196,17 +200,19 @@ class DenoiserTask(nn.Module):
         self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
         self.records, self.held_records = read_records(data), read_records(data, "validation")
         known = hashlib.sha256(json.dumps(self.records).encode()).hexdigest()[:12]
-        self.settings = {"data": known, "size": size, **objective.model_dump()}  # the same when a run is resumed
+        self.settings = {"data": known, "size": size, "start": "", **objective.model_dump()}  # of a run and its resume
         pixels = load_pixels(data, self.records, size)
         self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
         held = (self.held_records or self.records)[:HELD_OUT]
         self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
 
-    def start_from(self, denoiser: Network) -> None:
-        """Its weights, trained on other pictures, say, or at half the size, where a sample costs a quarter."""
-        if denoiser.config != self.denoiser.config:
+    def start_from(self, model: ModelParts) -> None:
+        """Its weights and noise, of training on other pictures, say, or at half the size: a quarter of the cost."""
+        if model.denoiser.config != self.denoiser.config:
             raise ValueError("the denoiser to start from has another shape or prediction; take the same config")
-        self.denoiser.load_state_dict(denoiser.state_dict())
+        self.denoiser.load_state_dict(model.denoiser.state_dict())
+        self.schedule = Schedule(self.objective.schedule(model.config.schedule))
+        self.settings["start"] = model.hash[:12]
 
     @property
     def size(self) -> int:

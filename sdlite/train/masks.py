@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sdlite.images import decoded
 from sdlite.train.backgrounds import altered, crop, leaves, pattern
 from sdlite.train.data import Generator, read_records, sample_generator
 from sdlite.train.emoji import Source, archive, fetch
@@ -135,8 +136,7 @@ def _composed(
     emoji: Path, record: Mapping[str, Any], photos: list[Image.Image], size: int, generator: Generator, behind: Behind
 ) -> Row:
     """A drawing of random size, turn and place on a random background; the mask is where it covers half or more."""
-    with Image.open(emoji / record["file_name"]) as image:
-        drawing = image.convert("RGBA")
+    drawing = decoded(emoji / record["file_name"]).convert("RGBA")
     side = round(size * generator.uniform(SMALLEST, LARGEST))
     drawing = drawing.resize((side, side), Image.Resampling.LANCZOS)
     drawing = drawing.rotate(generator.uniform(-TURN, TURN), Image.Resampling.BICUBIC)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlite.images import contact_sheet
+from sdlite.images import contact_sheet, decoded
 from sdlite.segmentation.losses import combined
 from sdlite.segmentation.metrics import boundary_counts, boundary_f1, confusion, iou, mean_iou
 from sdlite.segmentation.models import SegmentationUNet
@@ -44,13 +44,12 @@ class Pair:
     """A picture, (C, H, W), and its mask, (H, W), both uint8 where they can be."""
 
     def __init__(self, folder: Path, record: Mapping[str, str], channels: int) -> None:
-        with Image.open(folder / record["file_name"]) as image:
-            self.pixels = pixels_of(image, channels)
-        with Image.open(folder / record["mask_file_name"]) as mask:
-            if mask.mode not in ("L", "P"):
-                raise ValueError(f"{record['mask_file_name']} is {mask.mode}; a mask has 8 bits: class numbers")
-            classes = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
-            self.mask = classes.view(mask.height, mask.width)
+        self.pixels = pixels_of(decoded(folder / record["file_name"]), channels)
+        mask = decoded(folder / record["mask_file_name"])
+        if mask.mode not in ("L", "P"):
+            raise ValueError(f"{record['mask_file_name']} is {mask.mode}; a mask has 8 bits: class numbers")
+        classes = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
+        self.mask = classes.view(mask.height, mask.width)
         if self.mask.shape != self.pixels.shape[1:]:
             raise ValueError(f"{record['mask_file_name']} and its picture must have one size")
 
@@ -147,8 +146,8 @@ def plan_for(data: Path, arch: str) -> SegmenterConfig:
     Raises ValueError for masks that are black and white, 0 and 255, since white does not count.
     """
     records = read_records(data, fields=FIELDS)
-    with Image.open(data / records[0]["file_name"]) as image:
-        channels = 1 if image.mode in ("L", "I", "F", "1") or image.mode.startswith("I;") else 3
+    mode = decoded(data / records[0]["file_name"]).mode
+    channels = 1 if mode in ("L", "I", "F", "1") or mode.startswith("I;") else 3
     masks = [pair.mask for pair in read_pairs(data, records, channels)]
     highest = max((int(mask[mask != IGNORED].max()) for mask in masks if (mask != IGNORED).any()), default=0)
     if highest == 0 and any((mask == IGNORED).any() for mask in masks):

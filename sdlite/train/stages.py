@@ -122,5 +122,5 @@ def _denoiser(
         data, (codec, text), network, size=size, views=VIEWS, cache=cache, seed=seed, objective=Objective(**own)
     )
     if start:
-        task.start_from(start.denoiser)
+        task.start_from(start)
     return task
