@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_machinery_and_the_price_of_exact(tmp_path: Path):
     (tmp_path / "disk").mkdir()
     code = "from sdlite import bench, cli; bench.BATCH_IMAGES = 6; cli.main()"

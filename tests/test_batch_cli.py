@@ -188,7 +188,7 @@ def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_interrupted_and_resumed(run: Run, tmp_path: Path, how: signal.Signals):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "fox {i}", "steps": 2}}\n' for i in range(40)))
     words = ["a.jsonl", "-o", "out", "-m", "tiny", "-q", "--exact"]

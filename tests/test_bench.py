@@ -61,6 +61,7 @@ def test_child_reports_its_own_memory():
         bench._child([sys.executable, "-c", "raise SystemExit('what went wrong')"])
 
 
+@pytest.mark.slow
 def test_tiny_model_against_diffusers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "COLD_RUNS", 1)
     monkeypatch.setattr(bench, "MIN_SECONDS", 0)

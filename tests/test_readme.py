@@ -58,7 +58,7 @@ AFTER = {
     "Your own checkpoint": ["cats.png", "folder/model_index.json"],
     "Training": ["mine/export/model_index.json", "000000-*.png"],
 }
-SLOW = ("Command line", "Your own checkpoint", "Training")
+SLOW = ("Command line", "Batches", "Your own checkpoint", "Training")
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
