@@ -47,7 +47,10 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Of the run; one that is there is resumed.")],
     minutes: Annotated[float | None, typer.Option(help="Budget of this call.")] = None,
     samples: Annotated[int | None, typer.Option(help="Length of the whole run.")] = None,
-    codec: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
+    codec: Annotated[
+        Path | None,
+        typer.Option(help="Export folder of that stage: for the denoiser; for codec, to train its decoder on."),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="For text: folder of a sentence encoder.")] = None,
     arch: Annotated[
