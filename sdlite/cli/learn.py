@@ -13,7 +13,7 @@ def data(
     kind: Annotated[Literal["emoji", "nuclei", "foreground"], typer.Argument(help="The latter two: with masks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
     sources: Annotated[Path | None, typer.Option(help="Folder with the packages, to fetch nothing.")] = None,
-    size: Annotated[int, typer.Option(help="Of emoji, in pixels, 64 to 512.")] = 128,
+    size: Annotated[int, typer.Option(help="Side of an emoji in pixels, 64 to 512.")] = 256,
     style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     concepts: Annotated[Path | None, typer.Option(help="Text file: only these, a name a line.")] = None,
     emoji: Annotated[Path | None, typer.Option(help="For foreground: folder that `data emoji` made.")] = None,
@@ -60,12 +60,12 @@ def train(
     start: Annotated[
         Path | None, typer.Option(help="For the denoiser: model to train on, emoji-128 or a folder.")
     ] = None,
-    size: Annotated[int | None, typer.Option(help="For the denoiser: of the pictures.", show_default="128")] = None,
+    size: Annotated[int | None, typer.Option(help="For the denoiser: of the pictures.", show_default="256")] = None,
     prediction: Annotated[
         Literal["epsilon", "v"] | None, typer.Option(help="For the denoiser.", show_default="v")
     ] = None,
     timesteps: Annotated[
-        Literal["uniform", "logit_normal"] | None, typer.Option(help="For the denoiser.", show_default="uniform")
+        Literal["uniform", "logit_normal"] | None, typer.Option(help="For the denoiser.", show_default="logit_normal")
     ] = None,
     min_snr_gamma: Annotated[
         float | None, typer.Option(help="For the denoiser; 0 weighs all timesteps alike.", show_default="5")
@@ -75,7 +75,11 @@ def train(
         typer.Option("--zero-terminal-snr/--no-zero-terminal-snr", help="For the denoiser.", show_default="on"),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
+    adversarial: Annotated[
+        bool | None, typer.Option("--adversarial", help="For the codec, with --codec: sharpen its decoder's edges.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    optimizer: Annotated[Literal["adamw", "muon"] | None, typer.Option(help="Muon learns more per sample.")] = None,
     decay: Annotated[Literal["constant", "cosine"] | None, typer.Option(help="cosine needs --samples.")] = None,
     precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of autocast.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and noise.")] = None,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from sdlite.train.data import Generator, article
+from sdlite.train.data import Generator, article, is_plural
 
 COLOURS = {  # name -> hue in degrees; as most people name them at full saturation
     "red": 0,
@@ -61,7 +61,7 @@ class Example(NamedTuple):
 
 
 def a(subject: str) -> str:
-    return f"{article(subject)} {subject}"
+    return f"{article(subject)} {subject}".strip()
 
 
 def mirrored(example: Example, generator: Generator) -> Example:
@@ -137,7 +137,9 @@ def side_by_side(first: Example, second: Example, generator: Generator) -> Examp
 
 
 def several(example: Example, generator: Generator) -> Example:
-    """Two, three or four of it at half size."""
+    """Two, three or four of it at half size; one in a corner where it is more than one thing already."""
+    if is_plural(example.subject):
+        return in_corner(example, generator)
     number = int(generator.integers(2, len(NUMBERS)))
     small = _shrunk(example.image, 0.5)
     image, half = Image.new("RGBA", example.image.size), example.image.width // 2

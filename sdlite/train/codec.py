@@ -8,9 +8,14 @@ compared with the picture at half the size: latents that are little pictures are
 2025, EQ-VAE, arXiv 2502.09509), and a denoiser can begin at half the size. At the end every latent channel is brought
 to mean 0 and deviation 1 by folding both into the 1x1 convolutions on either side of the latents, so that the denoiser
 needs no scaling factor.
+
+The absolute error alone leaves edges soft, since a blurred edge is the safe guess where it could lie. So the decoder is
+trained on against a discriminator of patches (`--codec OUT/export --adversarial`; Isola et al. 2017), which also says
+how far its features of output and picture are apart (Wang et al. 2018).
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +37,18 @@ NOISE = 0.15  # on latents of whole pictures, in their deviations: decoding forg
 WHOLE = 0.25  # part of these that are a whole picture at the crop's size
 HALVED = 64  # samples at half the size, then as many at the full size, and so on
 COLOURED = 0.3  # part of the samples on a random background instead of white
+ADVERSARIAL_NOISE = 0.35  # on latents at most, in their deviations, for the decoder alone: drawn latents are no better
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 0.1, 1.0  # of the discriminator's word and of its features, beside the L1
+DISCRIMINATOR = (3, 32, 64, 128, 128)  # channels; it sees patches of 46 pixels
+STRONGEST = 0.05  # part of a picture's pixels that count as its edges
 HELD_OUT = 256  # pictures that are measured
 SHOWN = 24  # pictures of the preview
 
 
 def emoji_codec() -> AutoencoderKLConfig:
-    """The shipped model's: 128-pixel images in 16x16 latents of 8 channels, 1.2 GFLOP to decode one."""
+    """The shipped model's: 256-pixel images in 16x16 latents of 8 channels, 5.1 GFLOP to decode one."""
     return AutoencoderKLConfig(
-        block_out_channels=(8, 16, 48, 96),
+        block_out_channels=(8, 16, 48, 96, 128),
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
@@ -85,6 +94,47 @@ def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
     return loss
 
 
+class Discriminator(nn.Module):
+    """Tells patches of pictures from patches that were decoded (PatchGAN; Isola et al. 2017, appendix 6.1.2)."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in pairwise(DISCRIMINATOR))
+        self.last = nn.Conv2d(DISCRIMINATOR[-1], 1, 3, padding=1)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.normal_(0, weight[0].numel() ** -0.5 if weight.ndim > 1 else 0, generator=generator)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to the features of every layer; the last, (B, 1, H/16, W/16), is above 0 for "a picture"."""
+        features = [images]
+        for conv in self.layers:
+            features.append(F.leaky_relu(conv(features[-1]), 0.2))
+        return [*features[1:], self.last(features[-1])]
+
+
+def adversarial_loss(discriminator: Discriminator, output: Tensor, images: Tensor) -> Tensor:
+    """Loss of the decoder and of the discriminator in one: each has gradients of its own part only.
+
+    output, images: (B, 3, H, W). The discriminator's is the hinge loss (Lim and Ye 2017, eq. 5), the decoder's its word
+    and the distance of its features.
+    """
+    fixed = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+    judged = torch.func.functional_call(discriminator, fixed, (output,))
+    real, decoded = discriminator(images), discriminator(output.detach())
+    features = [F.l1_loss(ours, theirs.detach()) for ours, theirs in zip(judged[:-1], real[:-1], strict=True)]
+    decoder = FEATURE_WEIGHT * torch.stack(features).mean() - ADVERSARIAL_WEIGHT * judged[-1].mean()
+    return decoder + F.relu(1 - real[-1]).mean() + F.relu(1 + decoded[-1]).mean()
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Of each image (B, 3, H, W), the mean size of the gradient at the strongest STRONGEST of its pixels. (B,)"""
+    grey = images.clamp(-1, 1).mean(1)
+    across, down = grey[:, :-1].diff(dim=-1), grey[:, :, :-1].diff(dim=-2)  # (B, H-1, W-1) each
+    sizes = (across.square() + down.square()).sqrt().flatten(1)
+    return sizes.topk(max(1, int(STRONGEST * sizes.shape[1]))).values.mean(1)
+
+
 def psnr(output: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image, (B,) dB; the range of values is 2."""
     error = (output.clamp(-1, 1) - images).square().flatten(1).mean(1)
@@ -96,7 +146,8 @@ class CodecTask(nn.Module):
 
     size: pixels of a picture; crop: of the square that one of the first `cropped` samples is. seed: of the first
     weights and all samples. start: an exported codec to begin with, of which only the decoder is trained, on whole
-    pictures: the latents stay what they are, and a denoiser that was trained on them stays right.
+    pictures: the latents stay what they are, and a denoiser that was trained on them stays right. adversarial: train
+    that decoder against a discriminator as well.
     """
 
     def __init__(
@@ -104,13 +155,16 @@ class CodecTask(nn.Module):
         data: Path,
         config: AutoencoderKLConfig,
         *,
-        size: int = 128,
-        crop: int = 64,
+        size: int = 256,
+        crop: int = 128,
         cropped: int = CROPPED,
         seed: int = 0,
         start: Path | None = None,
+        adversarial: bool = False,
     ) -> None:
         super().__init__()
+        if adversarial and start is None:
+            raise ValueError("--adversarial trains the decoder of a codec further; give that with --codec")
         if crop % config.factor or not config.factor <= crop <= size:
             raise ValueError(f"crop={crop} must be a multiple of {config.factor}, and at most size={size}")
         records = read_records(data)
@@ -127,6 +181,7 @@ class CodecTask(nn.Module):
             self.codec.model.quant_conv.requires_grad_(False)
             self.cropped = 0
         self.keeps_latents = start is not None
+        self.discriminator = Discriminator(torch.Generator().manual_seed(seed)) if adversarial else None
 
     @property
     def size(self) -> int:
@@ -145,11 +200,17 @@ class CodecTask(nn.Module):
         noise = normal(generators, tuple(posterior.mean.shape[1:])).to(self.device)
         z, deviation = posterior.mean, posterior.std  # (B, C, h, w)
         if int(numbers[0]) >= self.cropped:
-            deviation = NOISE * z.detach().std((0, 2, 3), keepdim=True)
-            if int(numbers[0]) // HALVED % 2:
+            amount = torch.full((len(z), 1, 1, 1), NOISE)
+            if self.discriminator is not None:
+                amount = torch.tensor([g.random() * ADVERSARIAL_NOISE for g in generators]).float()[:, None, None, None]
+            elif int(numbers[0]) // HALVED % 2:
                 z, images, noise = (F.avg_pool2d(tensor, 2) for tensor in (z, images, 2 * noise))
-        output = self.codec.decode(z + deviation * noise)  # (B, 3, H, W)
-        return reconstruction_loss(output, images) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+            deviation = amount.to(self.device) * z.detach().std((0, 2, 3), keepdim=True)
+        output = self.codec.decode(z + deviation * noise).float()  # (B, 3, H, W)
+        loss = reconstruction_loss(output, images)
+        if self.discriminator is not None:
+            return loss + adversarial_loss(self.discriminator, output, images)
+        return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
     def _sample(self, index: Tensor, generator: np.random.Generator, crop: int) -> Tensor:
         """(1, 3, crop, crop) in [-1, 1]: a crop, or the whole picture at that size, mirrored or not."""
@@ -167,7 +228,8 @@ class CodecTask(nn.Module):
 
     def evaluate(self) -> dict[str, float]:
         images, output = self._held_out(HELD_OUT)
-        return {"held_out_psnr": psnr(output, images).mean().item()}
+        sharp = sharpness(output).mean() / sharpness(images).mean()
+        return {"held_out_psnr": psnr(output, images).mean().item(), "held_out_sharpness": sharp.item()}
 
     def preview(self, path: Path) -> None:
         images, output = self._held_out(SHOWN)

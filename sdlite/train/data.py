@@ -3,14 +3,14 @@
     DIR/train/metadata.jsonl   one line per picture: {"file_name": "a.png", "text": "a red apple", ...}
     DIR/train/a.png            any size; transparency is kept, so that backgrounds can vary
 
-validation/ and test/ are alike and optional. Without splits, DIR/metadata.jsonl is the training data. Beyond "text",
-"concept", "style" and "keywords" make more captions, if they are there.
+validation/ and test/ are alike and optional. Without splits, DIR/metadata.jsonl is the training data. Where a line has
+"concept" and "style", captions are made of these, of "names" (what people call it) and of "descriptions".
 """
 
 import json
 import os
+import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,26 +106,34 @@ def on_white(pixels: Tensor) -> Tensor:
 
 
 TEMPLATES = (
-    "{a} {concept}, {style} style",
-    "{concept}, {style} style",
-    "{concept} in {style} style",
-    "{a} {concept}",
-    "{concept}",
-    "a picture of {a} {concept}",
-    "{keyword}, {style} style",
+    "{a} {subject}, {style} style",
+    "{subject}, {style} style",
+    "{subject} in {style} style",
+    "{a} {subject}",
+    "{subject}",
+    "a picture of {a} {subject}",
+    "{description}, {style} style",
+    "{description}",
 )
-TEMPLATE_WEIGHTS = (0.3, 0.2, 0.1, 0.15, 0.1, 0.05, 0.1)
+TEMPLATE_WEIGHTS = (0.25, 0.2, 0.1, 0.15, 0.15, 0.05, 0.05, 0.05)
+FIRST_NAME = 0.6  # part of the captions that have the commonest name of a concept
+
+
+def is_plural(noun: str) -> bool:
+    """Whether a noun looks like several things: "cherries", "glasses", not "glass", "cactus" or "tennis"."""
+    return bool(re.search(r"[^sui]s$", noun))
 
 
 def article(noun: str) -> str:
-    return "an" if noun[:1] in "aeiou" else "a"
+    """ "a", "an", or nothing before a plural."""
+    return "" if is_plural(noun) else "an" if noun[:1] in "aeiou" else "a"
 
 
 def subject_of(record: dict[str, Any], generator: Generator) -> str:
-    """The concept, or in one case of ten one of its keywords."""
-    keywords = record.get("keywords") or []
-    subject = record.get("concept", record["text"])
-    return str(generator.choice(keywords)) if keywords and generator.random() < 0.1 else str(subject)
+    """One of the record's "names", most often the first; the concept where it has none."""
+    names = record.get("names") or [record.get("concept", record["text"])]
+    first = len(names) == 1 or generator.random() < FIRST_NAME
+    return str(names[0] if first else generator.choice(names[1:]))
 
 
 def caption_of(record: dict[str, Any], generator: Generator) -> str:
@@ -133,6 +141,7 @@ def caption_of(record: dict[str, Any], generator: Generator) -> str:
     if "concept" not in record or "style" not in record:
         return str(record["text"])
     template = str(generator.choice(TEMPLATES, p=TEMPLATE_WEIGHTS))
-    keywords = record.get("keywords") or [record["concept"]]
-    fill = partial(template.format, concept=record["concept"], style=record["style"])
-    return fill(a=article(record["concept"]), keyword=str(generator.choice(keywords)))
+    subject = subject_of(record, generator)
+    described = str(generator.choice(record.get("descriptions") or [subject]))
+    filled = template.format(a=article(subject), subject=subject, style=record["style"], description=described)
+    return " ".join(filled.split())  # an empty article leaves two spaces

@@ -1,16 +1,18 @@
 """The denoiser task: a UNet or DiT on latents and contexts that codec and text encoder made once.
 
-    pictures --views--> images, captions --codec, text--> x_0, context   (kept in OUT/cache.safetensors)
-    x_0, noise --add_noise(t)--> x_t --network(context or "")--> v or eps;  loss = its weighted squared error
+    pictures --views--> images, captions --codec, tokenizer--> x_0, tokens   (kept in OUT/cache.safetensors)
+    x_0, noise --add_noise(t)--> x_t --network(text(tokens) or text(""))--> v or eps;  loss = its weighted squared error
 
-Every picture has several views, each with a caption of its own: plain, mirrored, composed (augment.py), mirrored, and
-so on. One sample in ten has the empty prompt, which guidance needs (Ho and Salimans 2022).
+Every picture has several views: plain and mirrored, whose caption is drawn anew for every sample, and composed
+(augment.py), whose caption says what was composed. One sample in ten has the empty prompt, which guidance needs (Ho
+and Salimans 2022).
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +21,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdlite.checkpoints.load import ModelParts, assembled
 from sdlite.checkpoints.save import save_folder
@@ -42,10 +45,13 @@ from sdlite.train.data import (
     on_white,
     read_records,
     sample_generator,
+    subject_of,
 )
 
+PLAIN = 2  # views of a picture that show it whole, as it is and mirrored
 DROPPED = 0.1  # part of the samples without a caption
 HELD_OUT = 256  # pictures whose loss is measured
+EVEN = 8
 GOLDEN = (5**0.5 - 1) / 2
 LEVELS = 8  # timesteps, evenly spread, at which it is measured
 SHOWN = 24  # pictures of the preview
@@ -54,14 +60,14 @@ SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 
 
 def emoji_unet(latent_channels: int = 8, context_dim: int = 256) -> UNetConfig:
-    """The shipped model's: 14 million parameters for 16x16 latents."""
+    """The shipped model's: 16 million parameters for 16x16 latents, widest where the latents are finest."""
     return UNetConfig(
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=(64, 128, 224),
+        block_out_channels=(160, 160, 192),
         layers_per_block=1,
         attention_stages=(False, True, True),
-        num_heads=(2, 4, 7),
+        num_heads=(5, 5, 6),
         context_dim=context_dim,
         use_linear_projection=True,
         prediction="v",
@@ -69,12 +75,12 @@ def emoji_unet(latent_channels: int = 8, context_dim: int = 256) -> UNetConfig:
 
 
 def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int = 16) -> DiTConfig:
-    """13.8 million parameters for 16x16 latents: those of a UNet of widths 64, 128 and 224, to 0.1 %."""
+    """15.9 million parameters for 16x16 latents: those of `emoji_unet`, to 0.2 %."""
     return DiTConfig(
         in_channels=latent_channels,
         out_channels=latent_channels,
         patch_size=2,
-        width=272,
+        width=292,
         depth=11,
         num_heads=4,
         context_dim=context_dim,
@@ -86,13 +92,14 @@ def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int
 class Objective(Record):
     """What the denoiser learns. The defaults are the shipped model's; the figures behind them are on its card.
 
-    timesteps: "logit_normal" draws more of the middle ones (Esser et al. 2024, section 3.1: location 0, scale 1).
+    timesteps: "logit_normal" draws more of the middle ones (Esser et al. 2024, section 3.1: location 0, scale 1). One
+    sample of EVEN is uniform all the same, so that the last timestep, where drawing begins, is learned as well.
     min_snr_gamma: of `min_snr_weight`; None weighs all timesteps alike. zero_terminal_snr: the last timestep is pure
     noise, so that dark and light pictures start from the same (Lin et al. 2023); eps cannot be learned from it.
     """
 
     prediction: Literal["epsilon", "v"] = "v"
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
     min_snr_gamma: float | None = Field(5.0, gt=0)
     zero_terminal_snr: bool = True
 
@@ -114,25 +121,24 @@ OBJECTIVE = Objective()
 
 
 class Latents(NamedTuple):
-    """Training data of the denoiser. x_0: (N, C, h, w); contexts: (N, T, D); empty: (1, T, D), of the empty prompt."""
+    """Training data of the denoiser, view by view of all records. x_0: (N, C, h, w); tokens: (N, T), of captions."""
 
     x_0: Tensor
-    contexts: Tensor
-    empty: Tensor
+    tokens: Tensor
 
 
 def view(
     mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
 ) -> tuple[Tensor, str]:
-    """Image (4, S, S) uint8 and caption: of four views one is plain, two mirrored where that is right, one composed."""
+    """Image (4, S, S) uint8 and caption: the first view is plain, the second mirrored if right, then composed."""
     record, pixels = mine
     caption = caption_of(record, generator)
-    if number % 4 == 0 or "concept" not in record:
+    if number == 0 or "concept" not in record:
         return pixels, caption
-    if number % 2:
+    if number < PLAIN:
         return (pixels if SIDED.search(str(record["concept"])) else pixels.flip(-1)), caption
     first, second = (
-        Example(Image.fromarray(p.permute(1, 2, 0).numpy()), str(r["concept"]), str(r.get("style", "")))
+        Example(Image.fromarray(p.permute(1, 2, 0).numpy()), subject_of(r, generator), str(r.get("style", "")))
         for r, p in (mine, other)
     )
     made = augmented(first, second, generator)
@@ -145,8 +151,8 @@ def view(
 def encode(
     codec: LatentCodec, text: TextEncoder, records: Records, pixels: Tensor, *, views: int, seed: int, batch: int = 32
 ) -> Latents:
-    """All views of all records as latents and contexts, in float16."""
-    x_0, contexts = [], []
+    """All views of all records as latents in float16 and tokens."""
+    x_0, captions = [], []
     for number in range(views):
         for start in range(0, len(records), batch):
             rows = range(start, min(start + batch, len(records)))
@@ -156,17 +162,20 @@ def encode(
                 j = int(generator.integers(len(records)))
                 made.append(view((records[i], pixels[i]), (records[j], pixels[j]), number, generator))
             x_0.append(codec.encode(on_white(torch.stack([image for image, _ in made]))).half())
-            contexts.append(encode_captions(text, [caption for _, caption in made]).half())
-    return Latents(torch.cat(x_0), torch.cat(contexts), encode_captions(text, [""]).half())
+            captions += [caption for _, caption in made]
+    return Latents(torch.cat(x_0), tokenize(text, captions))
+
+
+def tokenize(text: TextEncoder, captions: list[str]) -> Tensor:
+    """(B, T) int64 as the pipeline has them; a caption beyond T tokens is cut."""
+    length = text.config.max_position_embeddings
+    rows = text.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return rows["input_ids"]
 
 
 @torch.no_grad()
-def encode_captions(text: TextEncoder, captions: list[str]) -> Tensor:
-    """(B, T, D) as the pipeline encodes them, but in one batch; a caption beyond T tokens is cut."""
-    tokens = text.tokenizer(
-        captions, padding="max_length", truncation=True, max_length=text.config.max_position_embeddings,
-        return_tensors="pt",
-    )["input_ids"]  # fmt: skip
+def encode_tokens(text: TextEncoder, tokens: Tensor) -> Tensor:
+    """(B, T, D) of tokens (B, T)."""
     return text.model(tokens).last_hidden_state
 
 
@@ -194,6 +203,7 @@ class DenoiserTask(nn.Module):
         self.sample_size = size // parts[0].factor
         if isinstance(config, DiTConfig) and config.sample_size != self.sample_size:
             raise ValueError(f"sample_size={config.sample_size} must be {self.sample_size}: pictures of {size} pixels")
+        self.edges = EDGES["DiT" if isinstance(config, DiTConfig) else "UNet"]
         self.denoiser = network(config.replace(prediction=objective.prediction))
         initialize(self.denoiser, torch.Generator().manual_seed(seed))
         self.schedule = Schedule(objective.schedule())
@@ -205,6 +215,7 @@ class DenoiserTask(nn.Module):
         self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
         held = (self.held_records or self.records)[:HELD_OUT]
         self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
+        self.empty = tokenize(parts[1], [""])
 
     def start_from(self, model: ModelParts) -> None:
         """Its weights and noise, of training on other pictures, say, or at half the size: a quarter of the cost."""
@@ -227,8 +238,29 @@ class DenoiserTask(nn.Module):
         t = self._timesteps(numbers)
         dropped = torch.tensor([g.random() < DROPPED for g in generators])
         noise = normal(generators, tuple(self.latents.x_0.shape[1:]))
-        contexts = torch.where(dropped[:, None, None], self.latents.empty, self.latents.contexts[indices])
-        return self._loss(self.latents.x_0[indices], contexts, t, noise)
+        captions = [self._caption(int(i), g) for i, g in zip(indices, generators, strict=True)]
+        tokens = torch.where(dropped[:, None], self.empty, self._tokens(indices, captions))
+        # on a CPU the gradient of plain attention takes a sixth of that of the fused kernel
+        kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        with kernel:
+            return self._loss(self.latents.x_0[indices], self._contexts(tokens), t, noise)
+
+    def _contexts(self, tokens: Tensor) -> Tensor:
+        """(B, T) to (B, T, D)"""
+        return encode_tokens(self.parts[1].to(self.device), tokens.to(self.device))
+
+    def _caption(self, index: int, generator: Generator) -> str | None:
+        """A new caption of a plain view, None for a composed one, which keeps its own."""
+        view, row = divmod(index, len(self.records))
+        return caption_of(self.records[row], generator) if view < PLAIN else None
+
+    def _tokens(self, indices: Tensor, captions: list[str | None]) -> Tensor:
+        """(B, T)"""
+        tokens = self.latents.tokens[indices].clone()
+        new = [i for i, caption in enumerate(captions) if caption is not None]
+        if new:
+            tokens[new] = tokenize(self.parts[1], [caption for caption in captions if caption is not None])
+        return tokens
 
     def _timesteps(self, numbers: Tensor) -> Tensor:
         """(B,) int64, evenly spread over any few samples in a row, which steadies the loss.
@@ -238,7 +270,7 @@ class DenoiserTask(nn.Module):
         """
         part = (numbers.double() * GOLDEN).frac()
         if self.objective.timesteps == "logit_normal":
-            part = torch.special.ndtri(part).sigmoid()
+            part = torch.where(numbers % EVEN == 0, part, torch.special.ndtri(part).sigmoid())
         return (part * self.schedule.config.num_train_steps).long()
 
     def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -254,9 +286,8 @@ class DenoiserTask(nn.Module):
         count = min(HELD_OUT, len(latents.x_0))
         levels = torch.linspace(0, self.schedule.config.num_train_steps - 1, LEVELS).long()
         noise = normal([sample_generator(self.seed, i) for i in range(count)], tuple(latents.x_0.shape[1:]))
-        losses = [
-            self._loss(latents.x_0[:count], latents.contexts[:count], t.expand(count), noise).item() for t in levels
-        ]
+        contexts = self._contexts(latents.tokens[:count])
+        losses = [self._loss(latents.x_0[:count], contexts, t.expand(count), noise).item() for t in levels]
         return sum(losses) / LEVELS
 
     def preview(self, path: Path) -> None:
@@ -300,6 +331,12 @@ def write_sums(folder: Path) -> None:
 ZERO = {  # layers that start at zero, so that the network starts as one that predicts nothing
     "UNet": ("conv2", "proj_out", "to_out.0", "ff.net.2", "conv_out"),  # Dhariwal and Nichol 2021
     "DiT": ("adaln_single.linear", "attn2.to_out.0", "proj_out"),  # Peebles and Xie 2023: the gates, not what they gate
+}
+
+
+EDGES = {  # what Muon leaves to AdamW: the first and the last layer, tables that are no matrices
+    "UNet": ("conv_in", "conv_out"),
+    "DiT": ("pos_embed", "scale_shift_table", "denoiser.proj_out"),
 }
 
 

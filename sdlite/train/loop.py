@@ -29,15 +29,16 @@ from torch import Tensor, nn
 from sdlite.config import Record
 from sdlite.train.curves import draw_curves
 from sdlite.train.ema import ema_decay, update_ema
+from sdlite.train.muon import BETAS, Muon
 
 SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 KEPT = 2  # checkpoints: the last, and the one before it should the last be damaged
-BETAS = (0.9, 0.99)  # AdamW; the second below PyTorch's .999, since runs are short
 
 
 class TrainConfig(Record):
     """How to train. All lengths are in samples; minutes is the budget of this call, samples that of the whole run.
 
+    optimizer: "muon" is for all matrices and kernels but the task's `edges`, whose rate is then lr; AdamW for the rest.
     decay: "cosine" lets the rate fall to zero at `samples`. precision: of autocast. half_life: of the EMA.
     save_minutes, show_minutes: between checkpoints, and between figures on held-out data with a preview; 0 is only at
     the end. plot: draw curves.png whenever figures are taken.
@@ -45,6 +46,7 @@ class TrainConfig(Record):
 
     batch_size: int = Field(32, ge=1, le=65_536)
     lr: float = Field(1e-3, gt=0, le=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     warmup: int = Field(3_000, ge=0)
     decay: Literal["constant", "cosine"] = "constant"
     samples: int | None = Field(None, ge=1)
@@ -67,7 +69,8 @@ PER_CALL = {"minutes", "samples", "precision", "report_every", "save_minutes", "
 class Task(Protocol):
     """What to learn: a module that gives the loss of a batch. Its parameters are trained; all else stays fixed.
 
-    It may have `settings`, a dict: what it must have been made with, beside the config, when its run is resumed.
+    It may have `settings`, a dict: what it must have been made with, beside the config, when its run is resumed; and
+    `edges`, parts of the names of matrices that Muon must leave to AdamW: the first and the last layer, embeddings.
     """
 
     @property
@@ -111,9 +114,7 @@ class State:
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.average = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, betas=BETAS, weight_decay=config.weight_decay, fused=False
-        )
+        self.optimizer = _optimizer(module, config)
         self.samples = 0
 
     def save(self, folder: Path) -> None:
@@ -165,6 +166,21 @@ class State:
         finally:
             self.module.load_state_dict(current)
             self.module.train()
+
+
+def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([p for _, p in named], config.lr, betas=BETAS, weight_decay=config.weight_decay)
+    edges = getattr(module, "edges", ())
+    inner = {name for name, p in named if p.ndim > 1 and not any(edge in name for edge in edges)}
+    return Muon(
+        [p for name, p in named if name in inner],
+        [p for name, p in named if name not in inner],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+    )
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -220,7 +236,7 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
         numbers = np.arange(config.batch_size) + state.samples + accelerator.process_index * config.batch_size
         indices = order(task.size, config.seed, numbers)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.samples, config)
+            group["lr"] = group.get("share", 1.0) * learning_rate(state.samples, config)
         with accelerator.autocast():
             loss = wrapped(torch.from_numpy(indices), torch.from_numpy(numbers))
         if not math.isfinite(value := accelerator.reduce(loss.detach(), "mean").item()):

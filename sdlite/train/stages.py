@@ -14,13 +14,13 @@ from sdlite.train.loop import Task, TrainConfig, fit
 
 Stage = Literal["codec", "text", "denoiser", "segmentation"]
 ARCHITECTURES = {"denoiser": ("unet", "dit"), "segmentation": ("unet", "fcn")}
-SIZE = 128  # pixels of the pictures that the denoiser is trained on
+SIZE = 256  # pixels of the pictures that the denoiser is trained on
 OBJECTIVE = ("prediction", "timesteps", "min_snr_gamma", "zero_terminal_snr")  # fields of the denoiser's Objective
-VIEWS = 8  # of each picture that the denoiser is trained on, encoded once
+VIEWS = 4  # of each picture that the denoiser is trained on, encoded once: half of them composed
 DEFAULTS: dict[str, dict[str, Any]] = {
     "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
-    "denoiser": {"batch_size": 32, "lr": 4e-4, "warmup": 1_600, "half_life": 6_000},
+    "denoiser": {"batch_size": 32, "lr": 3e-3, "optimizer": "muon", "warmup": 1_600, "half_life": 20_000},
     "segmentation": {"batch_size": 8, "lr": 2e-3, "warmup": 160, "half_life": 400, "report_every": 400},
 }
 
@@ -47,6 +47,10 @@ def train(
     if (own or folders.get("start")) and stage != "denoiser":
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("size", "start", *OBJECTIVE))
         raise ValueError(f"{flags} are the denoiser's; leave them out")
+    if given.pop("adversarial", False):
+        if stage != "codec":
+            raise ValueError("--adversarial is the codec's; leave it out")
+        own["adversarial"] = True
     arch = given.pop("arch", None)
     if arch and arch not in ARCHITECTURES.get(stage, ()):
         known = ", ".join(ARCHITECTURES.get(stage, ARCHITECTURES["denoiser"]))
@@ -67,7 +71,7 @@ def _task(
     if stage == "codec":
         from sdlite.train.codec import CodecTask, emoji_codec
 
-        return CodecTask(data, emoji_codec(), seed=seed, start=folders.get("codec"))
+        return CodecTask(data, emoji_codec(), seed=seed, start=folders.get("codec"), **own)
     if stage == "segmentation":
         from sdlite.train.segmentation import SegmentationTask, plan_for
 

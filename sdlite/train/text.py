@@ -29,6 +29,7 @@ from sdlite.train.data import Records, caption_of, keep, load_pixels, on_white, 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2's sentence vectors
 TOWER_SIZE = 32  # pixels that the image tower sees: enough to tell concepts and styles apart
+PHRASES = ("names", "descriptions", "keywords")  # fields of a record that are lists of texts
 NEAREST = 6  # pictures shown for each of the QUERIES
 TEMPERATURE = 0.07  # of InfoNCE at the start, as in CLIP
 QUERIES = ("apple", "puppy", "automobile", "love", "noto style", "happy face", "red", "fruit")
@@ -93,11 +94,11 @@ class Teacher:
 
 
 def phrases_of(data: Path, records: Records, limit: int) -> list[str]:
-    """What is distilled: texts, concepts and keywords of the records, then an even choice of data/phrases.txt."""
+    """What is distilled: texts, concepts and PHRASES of the records, then an even choice of data/phrases.txt."""
     own: dict[str, None] = {}
     for record in records:
         own |= dict.fromkeys([str(record["text"]), str(record.get("concept", record["text"]))])
-        own |= dict.fromkeys(str(word) for word in record.get("keywords", ()))
+        own |= dict.fromkeys(str(word) for field in PHRASES for word in record.get(field, ()))
     path = data / "phrases.txt"
     words = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     chosen = words[:: max(1, math.ceil(len(words) / max(1, limit - len(own))))] if limit > len(own) else []
@@ -209,8 +210,8 @@ class TextTask(nn.Module):
             return {}
         ranks = self._ranks([record["text"] for record in self.held_out])
         figures = {f"held_out_recall_{k}": (ranks < k).float().mean().item() for k in (1, 5)}
-        synonyms = [(record.get("keywords") or [record["text"]])[0] for record in self.held_out]
-        return figures | {"keyword_recall_5": (self._ranks(synonyms) < 5).float().mean().item()}
+        synonyms = [(record.get("names") or [record["text"]])[-1] for record in self.held_out]
+        return figures | {"last_name_recall_5": (self._ranks(synonyms) < 5).float().mean().item()}
 
     def preview(self, path: Path) -> None:
         """The pictures nearest to each of some words."""
