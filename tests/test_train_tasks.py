@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
 
 
 def codec_task(folder):
-    return CodecTask(folder, CODEC, size=32, crop=16, cropped=4)
+    return CodecTask(folder, CODEC, size=32, cropped=4)
 
 
 def text_task(folder):
@@ -170,7 +170,7 @@ def test_normalized_latents_have_unit_variance_and_decode_to_the_same(folder):
 
 def test_a_decoder_trains_on_under_the_same_latents(folder, runs, tmp_path):
     start = runs / "codec" / "export"
-    fit(CodecTask(folder, CODEC, size=32, crop=16, start=start), brief(), tmp_path)
+    fit(CodecTask(folder, CODEC, size=32, start=start), brief(), tmp_path)
     before, after = load_codec(start), load_codec(tmp_path / "export")
     images = on_white(codec_task(folder).pixels)
     z = before.encode(images)
@@ -205,9 +205,9 @@ def test_decoder_and_discriminator_learn_from_their_own_part_of_the_loss():
 def test_a_decoder_is_sharpened_under_the_same_latents(folder, runs, tmp_path):
     start = runs / "codec" / "export"
     with pytest.raises(ValueError, match="give that with --codec"):
-        CodecTask(folder, CODEC, size=32, crop=16, adversarial=True)
+        CodecTask(folder, CODEC, size=32, adversarial=True)
     for samples in (2, 8):
-        fit(CodecTask(folder, CODEC, size=32, crop=16, start=start, adversarial=True), brief(samples=samples), tmp_path)
+        fit(CodecTask(folder, CODEC, size=32, start=start, adversarial=True), brief(samples=samples), tmp_path)
     before, after = load_codec(start), load_codec(tmp_path / "export")
     images = on_white(codec_task(folder).pixels)
     assert torch.equal(after.encode(images), before.encode(images))
@@ -239,8 +239,27 @@ def test_plain_views_have_new_captions_and_composed_ones_their_own(folder, runs)
     assert torch.equal(tokens[:1], tokenize(parts[1], ["a box"]))
 
 
+def test_a_larger_codec_learns_the_latents_of_a_smaller_one(folder, runs):
+    """The loss falls by what its latents come nearer, and its decoder reads the teacher's."""
+    start = runs / "codec" / "export"
+    config = CODEC.replace(block_out_channels=(8, 8, 8, 8))
+    task = CodecTask(folder, config, size=64, cropped=0, teacher=start)
+    images = on_white(task.pixels[:2])
+    wanted = load_codec(start).encode(torch.nn.functional.avg_pool2d(images, 2))
+    assert task.codec.encode(images).shape == wanted.shape
+    optimizer = torch.optim.AdamW(task.parameters(), 3e-3)
+    before = (task.codec.encode(images) - wanted).square().mean().item()
+    for number in range(30):
+        optimizer.zero_grad()
+        task(torch.arange(2), torch.tensor([number, number])).backward()
+        optimizer.step()
+    assert (task.codec.encode(images) - wanted).square().mean().item() < 0.5 * before
+    with pytest.raises(ValueError, match="has latents of 4 channels, not 8"):
+        CodecTask(folder, config.replace(latent_channels=8), size=64, teacher=start)
+
+
 def test_whole_pictures_are_decoded_from_noisy_latents_at_both_sizes(folder, monkeypatch):
-    task = CodecTask(folder, CODEC, size=32, crop=16, cropped=0)
+    task = CodecTask(folder, CODEC, size=32, cropped=0)
     seen, decode = [], task.codec.decode
     monkeypatch.setattr(task.codec, "decode", lambda z: seen.append(z) or decode(z))
     images = torch.cat([task._sample(i, generator, 32) for i, generator in [(torch.tensor(0), sample_generator(0, 0))]])

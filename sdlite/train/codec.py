@@ -9,6 +9,9 @@ compared with the picture at half the size: latents that are little pictures are
 to mean 0 and deviation 1 by folding both into the 1x1 convolutions on either side of the latents, so that the denoiser
 needs no scaling factor.
 
+A codec for pictures of twice the size begins with a smaller one's latents (`--teacher OUT/export`): its encoder learns
+to give them, its decoder to draw from them. That is far quicker than to find them anew at 16 pixels a cell.
+
 The absolute error alone leaves edges soft, since a blurred edge is the safe guess where it could lie. So the decoder is
 trained on against a discriminator of patches (`--codec OUT/export --adversarial`; Isola et al. 2017), which also says
 how far its features of output and picture are apart (Wang et al. 2018).
@@ -37,6 +40,8 @@ NOISE = 0.15  # on latents of whole pictures, in their deviations: decoding forg
 WHOLE = 0.25  # part of these that are a whole picture at the crop's size
 HALVED = 64  # samples at half the size, then as many at the full size, and so on
 COLOURED = 0.3  # part of the samples on a random background instead of white
+TEACHER_SIZE = 128
+LATENT_WEIGHT = 1.0  # of the squared error of the encoder's latents, beside that of the decoder's pictures
 ADVERSARIAL_NOISE = 0.35  # on latents at most, in their deviations, for the decoder alone: drawn latents are no better
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 0.1, 1.0  # of the discriminator's word and of its features, beside the L1
 DISCRIMINATOR = (3, 32, 64, 128, 128)  # channels; it sees patches of 46 pixels
@@ -45,10 +50,10 @@ HELD_OUT = 256  # pictures that are measured
 SHOWN = 24  # pictures of the preview
 
 
-def emoji_codec() -> AutoencoderKLConfig:
-    """The shipped model's: 256-pixel images in 16x16 latents of 8 channels, 5.1 GFLOP to decode one."""
+def emoji_codec(size: int = 256) -> AutoencoderKLConfig:
+    """The shipped model's: 256-pixel images in 16x16 latents of 8 channels; or its teacher's, for 128-pixel images."""
     return AutoencoderKLConfig(
-        block_out_channels=(8, 16, 48, 96, 128),
+        block_out_channels=(16, 16, 48, 96, 128) if size > TEACHER_SIZE else (8, 16, 48, 96),
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
@@ -144,10 +149,11 @@ def psnr(output: Tensor, images: Tensor) -> Tensor:
 class CodecTask(nn.Module):
     """Reconstruction of the pictures of a data folder.
 
-    size: pixels of a picture; crop: of the square that one of the first `cropped` samples is. seed: of the first
+    size: pixels of a picture; one of the first `cropped` samples is a square of half that. seed: of the first
     weights and all samples. start: an exported codec to begin with, of which only the decoder is trained, on whole
     pictures: the latents stay what they are, and a denoiser that was trained on them stays right. adversarial: train
-    that decoder against a discriminator as well.
+    that decoder against a discriminator as well. teacher: an exported codec of pictures of half the size, whose latents
+    this one shall have.
     """
 
     def __init__(
@@ -156,20 +162,20 @@ class CodecTask(nn.Module):
         config: AutoencoderKLConfig,
         *,
         size: int = 256,
-        crop: int = 128,
         cropped: int = CROPPED,
         seed: int = 0,
         start: Path | None = None,
         adversarial: bool = False,
+        teacher: Path | None = None,
     ) -> None:
         super().__init__()
         if adversarial and start is None:
             raise ValueError("--adversarial trains the decoder of a codec further; give that with --codec")
-        if crop % config.factor or not config.factor <= crop <= size:
-            raise ValueError(f"crop={crop} must be a multiple of {config.factor}, and at most size={size}")
+        if size % (2 * config.factor):
+            raise ValueError(f"size={size} must be a multiple of {2 * config.factor}")
         records = read_records(data)
         held_out = (read_records(data, "validation") or records)[:HELD_OUT]
-        self.crop, self.cropped, self.seed = crop, cropped, seed
+        self.crop, self.cropped, self.seed = size // 2, cropped, seed
         self.pixels = load_pixels(data, records, size)
         self.held_out = load_pixels(data, held_out, size)
         self.codec = LatentCodec(config)
@@ -180,7 +186,11 @@ class CodecTask(nn.Module):
             self.codec.model.encoder.requires_grad_(False)
             self.codec.model.quant_conv.requires_grad_(False)
             self.cropped = 0
-        self.keeps_latents = start is not None
+        self.teacher = (load_codec(teacher),) if teacher is not None else ()  # in a tuple: no module of this one
+        if self.teacher and self.teacher[0].config.latent_channels != config.latent_channels:
+            theirs = self.teacher[0].config.latent_channels
+            raise ValueError(f"{teacher} has latents of {theirs} channels, not {config.latent_channels}")
+        self.keeps_latents = start is not None or teacher is not None
         self.discriminator = Discriminator(torch.Generator().manual_seed(seed)) if adversarial else None
 
     @property
@@ -199,6 +209,11 @@ class CodecTask(nn.Module):
         posterior = self.codec.model.encode(images).latent_dist
         noise = normal(generators, tuple(posterior.mean.shape[1:])).to(self.device)
         z, deviation = posterior.mean, posterior.std  # (B, C, h, w)
+        latent_error = torch.zeros(())
+        if self.teacher:
+            with torch.no_grad():
+                target = self.teacher[0].to(self.device).encode(F.avg_pool2d(images, 2))
+            latent_error, z = F.mse_loss(z.float(), target.float()), target
         if int(numbers[0]) >= self.cropped:
             amount = torch.full((len(z), 1, 1, 1), NOISE)
             if self.discriminator is not None:
@@ -207,7 +222,7 @@ class CodecTask(nn.Module):
                 z, images, noise = (F.avg_pool2d(tensor, 2) for tensor in (z, images, 2 * noise))
             deviation = amount.to(self.device) * z.detach().std((0, 2, 3), keepdim=True)
         output = self.codec.decode(z + deviation * noise).float()  # (B, 3, H, W)
-        loss = reconstruction_loss(output, images)
+        loss = reconstruction_loss(output, images) + LATENT_WEIGHT * latent_error
         if self.discriminator is not None:
             return loss + adversarial_loss(self.discriminator, output, images)
         return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()

@@ -36,17 +36,20 @@ def train(
     """Trains a stage into `out`, from where it was left if `out` holds a run.
 
     folders: "codec" and "text", the exports of those stages, for the denoiser; "codec", for the codec: train its
-    decoder further, under the same latents; "teacher", of a sentence encoder, for text; "start", a model whose denoiser
-    is trained on, with its own codec and text encoder unless those are given. options: fields of TrainConfig; those
-    left out or None are the stage's; arch, "unet" or "dit", size, pixels of the pictures, and the fields of Objective
-    are the denoiser's, and where it has one, the start's. Raises ValueError or FileNotFoundError with what is missing.
+    decoder further, under the same latents; "teacher", for text a sentence encoder, for the codec one of pictures of
+    half the size; "start", a model whose denoiser is trained on, with its own codec and text encoder unless those are
+    given. options: fields of TrainConfig; those left out or None are the stage's; arch, "unet" or "dit", size, pixels
+    of the pictures, and the fields of Objective are the denoiser's, and where it has one, the start's. Raises
+    ValueError or FileNotFoundError with what is missing.
     """
     folders = folders or {}
     given = {name: value for name, value in options.items() if value is not None}
     own = {name: given.pop(name) for name in ("size", *OBJECTIVE) if name in given}
-    if (own or folders.get("start")) and stage != "denoiser":
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("size", "start", *OBJECTIVE))
+    if (own.keys() - {"size"} or folders.get("start")) and stage != "denoiser":
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("start", *OBJECTIVE))
         raise ValueError(f"{flags} are the denoiser's; leave them out")
+    if "size" in own and stage not in ("codec", "denoiser"):
+        raise ValueError("--size is the codec's and the denoiser's; leave it out")
     if given.pop("adversarial", False):
         if stage != "codec":
             raise ValueError("--adversarial is the codec's; leave it out")
@@ -69,9 +72,12 @@ def _task(
     own: dict[str, Any],
 ) -> Task:
     if stage == "codec":
-        from sdlite.train.codec import CodecTask, emoji_codec
+        from sdlite.train.codec import CodecTask, emoji_codec, load_codec
 
-        return CodecTask(data, emoji_codec(), seed=seed, start=folders.get("codec"), **own)
+        size, start = own.pop("size", SIZE), folders.get("codec")
+        codec = load_codec(start).config if start else emoji_codec(size)
+        parts = {"start": start, "teacher": folders.get("teacher")}
+        return CodecTask(data, codec, size=size, seed=seed, **parts, **own)
     if stage == "segmentation":
         from sdlite.train.segmentation import SegmentationTask, plan_for
 
