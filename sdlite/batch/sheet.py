@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from sdlite.batch.disk import write
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
+from sdlite.files import write_file
 from sdlite.images import MAX_PIXELS, contact_sheet, open_image, png_bytes
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
@@ -25,7 +25,7 @@ def write_sheet(plan: Plan, folder: Path) -> Path:
         raise ValueError(f"{folder} holds no picture of this batch to put on a contact sheet")
     axes = None if plan.axes is None else _labels(plan.axes, plan.items)
     sheet = contact_sheet(pictures, None if axes else [item.request.prompt for item in plan.items], axes=axes)
-    write(folder / SHEET, png_bytes(sheet), force=True)
+    write_file(folder / SHEET, png_bytes(sheet), force=True)
     return folder / SHEET
 
 
