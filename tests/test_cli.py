@@ -216,7 +216,10 @@ def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run("generate", "x", "-q") == (2, "", "sdlite: error: No space left on device\n")
+    code, out, err = run("generate", "x", "-q")
+    assert (code, out, err.count("\n")) == (3, "", 1) and "000000-0.png: No space left on device" in err
+    code, out, err = run("convert", "tiny", "new/model")
+    assert (code, out) == (3, "") and "new/model: No space left on device" in err
     assert names() == []
 
 
@@ -239,10 +242,48 @@ def test_threads_stay_within_the_share_of_a_container(tmp_path: Path, monkeypatc
         torch.set_num_threads(threads)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
+def test_what_nobody_foresaw_is_one_line(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(StandIn, "decode", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["generate", "x"])
+    code, out, err = run("generate", "a cat", "-q")
+    assert (code, out, err.count("\n")) == (70, "", 1), err
+    assert err.startswith("sdlite: error: sdlite generate 'a cat' -q: ZeroDivisionError: division by zero;")
+    assert "SDLITE_DEBUG=1" in err
+    monkeypatch.setenv("SDLITE_DEBUG", "1")
+    code, _, err = run("generate", "a cat", "-q")
+    assert code == 70 and "Traceback" in err and "in <lambda>" in err
+
+
+def test_sigterm_and_a_closed_terminal_end_a_command_in_order(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """They raise KeyboardInterrupt where the command is, so that what it was making goes again."""
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+
+    def save_file(tensors: object, path: Path, metadata: object) -> None:
+        assert path.is_file()
+        os.kill(os.getpid(), numbers[0])
+        time.sleep(1)
+
+    monkeypatch.setattr("sdlite.checkpoints.save.save_file", save_file)
+    while numbers:
+        assert run("convert", "tiny", "new/one.safetensors", "-q") == (130, "", "")
+        assert names() == [] and signal.getsignal(numbers.pop(0)) is signal.SIG_DFL
+
+
+def test_output_that_a_terminal_cannot_encode_is_escaped():
+    """A Windows console of 1252 has no such letters, and the picture is there by the time its name is printed."""
+    code = "\n".join(
+        [
+            "from sdlite.cli import main, app",
+            "@app.app.command()",
+            "def show():",
+            "    print('猫.png')",
+            "    raise ValueError('猫.png is wrong')",
+            "main(['show'])",
+        ]
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout.strip()) == (2, rb"\u732b.png"), done.stderr
+    assert done.stderr.strip() == rb"sdlite: error: \u732b.png is wrong"
 
 
 def test_first_interrupt_finishes_the_picture_in_hand(run: Run, model: StandIn):

@@ -1,6 +1,7 @@
 """What is written: read back by diffusers and transformers, by ourselves, and whole or not at all."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -141,16 +142,42 @@ def test_tiny_autoencoder(tmp_path: Path):
 def test_never_overwrites(sd1: ModelParts, tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="not an empty folder"):
+    with pytest.raises(FileExistsError, match="model exists and is not empty; give a new folder"):
         save_folder(sd1, tmp_path / "model")
     (tmp_path / "one.safetensors").write_text("mine")
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(FileExistsError, match="exists"):
         save_single_file(sd1, tmp_path / "one.safetensors")
     assert (tmp_path / "one.safetensors").read_text() == "mine"
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["model", "one.safetensors", "precious.txt"]
     (tmp_path / "empty").mkdir()
     save_folder(sd1, tmp_path / "empty")
-    assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) & 0o500 == 0o500
+    save_single_file(sd1, tmp_path / "two.safetensors")
+    umask = os.umask(0)
+    os.umask(umask)
+    written = [tmp_path / "two.safetensors", *(path for path in (tmp_path / "empty").rglob("*") if path.is_file())]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}
+
+
+def test_convert_leaves_what_is_there_alone(sd1: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also what appears while the model is read, and what a link leads to; known before the model is read."""
+    save_folder(sd1, tmp_path / "model")
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "missing", tmp_path / "link.safetensors")
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "missing", tmp_path / "theirs")
+    target = tmp_path / "late.safetensors"
+    monkeypatch.setattr(save, "load_model", lambda *_, **__: [sd1, target.write_text("theirs")][0])
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "model", target)
+    assert target.read_text() == (tmp_path / "theirs").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "late.safetensors",
+        "link.safetensors",
+        "model",
+        "theirs",
+    ]
 
 
 def test_whole_or_not_at_all(sd1: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,9 +5,7 @@ make tensors and plain containers only (weights_only).
 """
 
 import json
-import secrets
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from sdlite.checkpoints.load import UNTRAINED, UNTRAINED_NOTE, ModelParts, load_
 from sdlite.checkpoints.single_file import CONFIG_KEY, PREDICTION_KEY, TITLE_KEY
 from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite
 from sdlite.config import AutoencoderKLConfig, DiTConfig, ModelConfig, Prediction
+from sdlite.files import atomic_file, atomic_folder, check_file, check_folder
 from sdlite.models.text import load_tokenizer, save_tokenizer, saved_text_state_dict
 
 MAX_NESTING = 4  # of "state_dict" in pickles; training frameworks make 1
@@ -33,11 +32,9 @@ def save_folder(
 
     diffusers has no pipeline for a DiT with CLIP; it loads the parts of such a folder one by one.
     dtype: None keeps that of each part. max_shard_size: bytes of a weight file, beyond which it is split.
-    Raises CheckpointError if the folder is there and not empty.
+    Raises CheckpointError for what diffusers' layout has no place for, FileExistsError if the folder is there and not
+    empty, DiskFull.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty folder; give a new one")
     files = configs.to_diffusers(parts.config)
     if UNTRAINED_NOTE in parts.notes:
         files["model_index.json"]["_name_or_path"] = UNTRAINED
@@ -47,8 +44,7 @@ def save_folder(
         "text_encoder": saved_text_state_dict(parts.text.model.state_dict()),
     }
 
-    def write(temporary: Path) -> None:
-        temporary.mkdir()
+    with atomic_folder(Path(folder)) as temporary:
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             _write_json(temporary / name, content)
@@ -56,19 +52,15 @@ def save_folder(
         for part, tensors in weights.items():
             _write_shards(temporary / part, WEIGHT_STEMS[part], _plain(tensors, dtype), max_shard_size)
 
-    _write_whole(target, write)
-
 
 def save_single_file(
     parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
 ) -> None:
     """Writes a .safetensors file in the original layout, with the config in its metadata for sdlite.
 
-    Raises CheckpointError if the file is there and not `force`, and for what the layout has no place for.
+    Raises CheckpointError for what the layout has no place for, FileExistsError if the file is there and not `force`,
+    DiskFull.
     """
-    target = Path(path)
-    if target.exists() and (target.is_dir() or not force):
-        raise CheckpointError(f"{target} exists" + ("" if target.is_dir() else "; give another name or force"))
     if not isinstance(parts.config.codec, AutoencoderKLConfig):
         raise CheckpointError("the original layout has no place for an AutoencoderTiny; save a folder")
     if isinstance(parts.config.denoiser, DiTConfig):
@@ -91,7 +83,8 @@ def save_single_file(
     }
     if UNTRAINED_NOTE in parts.notes:
         metadata[TITLE_KEY] = UNTRAINED
-    _write_whole(target, lambda temporary: save_file(_plain(tensors, dtype), temporary, metadata))
+    with atomic_file(Path(path), force=force) as temporary:
+        save_file(_plain(tensors, dtype), temporary, metadata)
 
 
 def convert(
@@ -107,15 +100,17 @@ def convert(
     """Loads a model and saves it in the other form: as one file if target ends in .safetensors, else as a folder.
 
     trust_pickle: read source as a pickle (.ckpt) if it is no safetensors file. The other options are those of
-    `load_model` and `save_folder`. Returns the parts, whose notes say what was guessed. Raises CheckpointError.
+    `load_model` and `save_folder`. Returns the parts, whose notes say what was guessed. Raises as these do.
     """
     origin, goal = Path(source), Path(target)
+    as_file = goal.suffix == ".safetensors"
+    check_file(goal, force=False) if as_file else check_folder(goal, force=False)  # before minutes of reading
     if trust_pickle and origin.is_file() and origin.suffix != ".safetensors":
         weights = _read_pickle(origin)
         parts = load_single_file(origin, weights, prediction=prediction, config=config, ema=ema)
     else:
         parts = load_model(source, prediction=prediction, config=config, ema=ema)
-    if goal.suffix == ".safetensors":
+    if as_file:
         save_single_file(parts, goal, dtype=dtype)
     else:
         save_folder(parts, goal, dtype=dtype)
@@ -178,18 +173,3 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary neighbour of target, which then takes its place in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(target)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdlite.cli.app import AsJson, Device, DType, DTypeName, Force, Model, Override, Quiet, app, load
-from sdlite.cli.output import Report, check_free, shown
+from sdlite.cli.output import Report, check_free, check_writable, shown
 from sdlite.config import Request
+from sdlite.files import sweep, write_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
@@ -46,13 +47,15 @@ def convert(
 
     Prints DST. Nothing is replaced: DST must not exist, or be an empty folder.
     """
-    check_free([target], force=True)
+    check_writable(target.absolute().parent)
     if target.suffix.lower() in NOT_WRITTEN:
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
     import torch
 
     from sdlite.checkpoints.save import convert
 
+    if target.parent.is_dir():
+        sweep(target.parent)
     kind = None if dtype is None else getattr(torch, dtype)
     parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind)
     for note in parts.notes:
@@ -103,8 +106,7 @@ def bench(
         result = measure(pipe, request, load=busy, versus=vs, runs=runs)
         print(table(result))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
+        write_file(json_file, (json.dumps(result, indent=1) + "\n").encode(), force=force)
 
 
 def _picture_facts(path: str) -> dict[str, dict[str, Any]]:

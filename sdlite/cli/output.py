@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
+from sdlite.files import check_file
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # would drive the terminal that shows a foreign file's text
+# What would drive the terminal that shows a foreign file's text, or turn the order of its letters.
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def shown(text: str) -> str:
@@ -26,11 +29,14 @@ def shown(text: str) -> str:
 
 
 def check_free(paths: Sequence[Path], force: bool) -> None:
-    """Raises in one line if one of these files of a folder exists, or if that folder cannot be written."""
+    """Raises in one line if one of these files of a folder may not be written, or if nothing can be in that folder."""
     for path in paths:
-        if path.exists() and not force:
-            raise FileExistsError(f"{path} exists; --force replaces it")
-    folder = paths[0].absolute().parent
+        check_file(path, force)
+    check_writable(paths[0].absolute().parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises in one line unless files can be made in a folder, or in the nearest one above that exists."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         tempfile.TemporaryFile(dir=nearest).close()
