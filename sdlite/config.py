@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Prediction = Literal["epsilon", "v", "sample"]
 SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
 
+UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
 MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
 
@@ -37,8 +38,10 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
     fault = error.errors()[0]
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, fields, 1)
-        return f"unknown field {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}")
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name[:80], fields, 1)
+        return f"unknown field {name!r:.80}; " + (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+        )
     if fault["type"] == "missing":
         return f"{name} is required"
     rule = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -46,18 +49,30 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
     return rule if not name else f"{name}={fault['input']!r:.80} must be {rule}"
 
 
+def _check_number(name: str, given: Any, read: Any) -> None:
+    """Raises ValueError where pydantic read a number that nobody wrote as one: true as 1, "1_0" as 10."""
+    values = given if isinstance(given, list | tuple) else [given]
+    numbers = read if isinstance(read, tuple) else [read]
+    for value, number in zip(values, numbers, strict=False):
+        odd = isinstance(value, bool) or (isinstance(value, str) and "_" in value)
+        if odd and isinstance(number, int | float) and not isinstance(number, bool):
+            raise ValueError(f"{name}={given!r:.80} must be a number, not {value!r:.80}")
+
+
 class Record(BaseModel):
     """Frozen, closed pydantic model whose errors are one-line ValueErrors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
             raise ValueError(_one_line(error, list(type(self).model_fields))) from None
+        for name, value in fields.items():
+            _check_number(name, value, getattr(self, name))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,61 @@ def test_trusted_pickle_still_runs_no_code(tmp_path: Path):
         convert(tmp_path / "old.ckpt", tmp_path / "new", trust_pickle=True)
     assert "\n" not in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["old.ckpt"]
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_a_folder_of_trusted_pickles(sd1: ModelParts, tmp_path: Path):
+    """As diffusers wrote folders before safetensors: one .bin in each part, or several."""
+    save_folder(sd1, tmp_path / "old")
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        file = tmp_path / "old" / part / f"{name}.safetensors"
+        tensors = load_file(file)
+        file.unlink()
+        if part == "unet":
+            halves = list(tensors.items())
+            for i, half in enumerate((halves[::2], halves[1::2]), 1):
+                torch.save(dict(half), file.with_name(f"{name}-{i:05}-of-00002.bin"))
+        elif part == "text_encoder":
+            torch.save(tensors, file.with_name("pytorch_model.bin"))
+        else:
+            torch.save(tensors, file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"as a pickle.*--trust-pickle"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert convert(tmp_path / "old", tmp_path / "new", trust_pickle=True).hash == sd1.hash
+    assert load_model(tmp_path / "new").hash == sd1.hash
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1).expand(2**40),
+        torch.ones(4)[:, None].expand(4, 3),
+        torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (2**40,), check_invariants=True),
+        torch.empty(2**40, device="meta"),
+    ],
+    ids=["expanded", "repeated", "sparse", "meta"],
+)
+def test_a_trusted_pickle_holds_no_more_than_its_bytes(tensor: torch.Tensor, tmp_path: Path):
+    torch.save({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": tensor}}, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"more than the file holds|cannot be read") as error:
+        convert(tmp_path / "old.ckpt", tmp_path / "new", trust_pickle=True, config=tiny())
+    assert "\n" not in str(error.value)
+
+
+def test_a_packed_pickle_is_refused(tmp_path: Path):
+    torch.save({"state_dict": {"a": torch.zeros(100_000)}}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(CheckpointError, match="is a packed archive"):
+        convert(tmp_path / "packed.ckpt", tmp_path / "new", trust_pickle=True, config=tiny())
 
 
 def save_original(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:

@@ -5,7 +5,9 @@ make tensors and plain containers only (weights_only).
 """
 
 import json
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdlite.checkpoints import compvis, configs
-from sdlite.checkpoints.folder import WEIGHT_STEMS
-from sdlite.checkpoints.load import UNTRAINED, UNTRAINED_NOTE, ModelParts, load_model, load_single_file
+from sdlite.checkpoints.folder import SAFE, WEIGHT_STEMS, Reader, open_part, variants
+from sdlite.checkpoints.load import UNTRAINED, ModelParts, load_model
 from sdlite.checkpoints.single_file import CONFIG_KEY, PREDICTION_KEY, TITLE_KEY
-from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite
-from sdlite.config import AutoencoderKLConfig, DiTConfig, ModelConfig, Prediction
+from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite, open_safetensors
+from sdlite.config import UNTRAINED_NOTE, AutoencoderKLConfig, DiTConfig
 from sdlite.files import atomic_file, atomic_folder, check_file, check_folder
 from sdlite.models.text import load_tokenizer, save_tokenizer, saved_text_state_dict
 
@@ -92,24 +94,20 @@ def convert(
     target: str | Path,
     *,
     trust_pickle: bool = False,
-    prediction: Prediction | None = None,
-    config: ModelConfig | None = None,
-    ema: bool = False,
     dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> ModelParts:
     """Loads a model and saves it in the other form: as one file if target ends in .safetensors, else as a folder.
 
-    trust_pickle: read source as a pickle (.ckpt) if it is no safetensors file. The other options are those of
-    `load_model` and `save_folder`. Returns the parts, whose notes say what was guessed. Raises as these do.
+    trust_pickle: read pickles where there are no safetensors: a .ckpt file, or a folder of .bin files. options: those
+    of `load_model`. dtype: as for `save_folder`. Returns the parts, whose notes say what was guessed. Raises as both
+    do.
     """
-    origin, goal = Path(source), Path(target)
+    goal = Path(target)
     as_file = goal.suffix == ".safetensors"
     check_file(goal, force=False) if as_file else check_folder(goal, force=False)  # before minutes of reading
-    if trust_pickle and origin.is_file() and origin.suffix != ".safetensors":
-        weights = _read_pickle(origin)
-        parts = load_single_file(origin, weights, prediction=prediction, config=config, ema=ema)
-    else:
-        parts = load_model(source, prediction=prediction, config=config, ema=ema)
+    reader = Reader(_open_trusted, _open_trusted_part) if trust_pickle else SAFE
+    parts = load_model(source, reader=reader, **options)
     if as_file:
         save_single_file(parts, goal, dtype=dtype)
     else:
@@ -117,12 +115,43 @@ def convert(
     return parts
 
 
+def _open_trusted(path: Path) -> Weights:
+    return open_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _open_trusted_part(folder: Path, stem: str, variant: str | None) -> Weights:
+    """A part's safetensors, or else its pickles, whole or in shards, as diffusers and transformers name them."""
+    if variants(folder, stem):
+        return open_part(folder, stem, variant)
+    name = "pytorch_model" if stem == "model" else stem
+    files = sorted(folder.glob(f"{name}*.bin"))
+    plain = [file for file in files if re.fullmatch(rf"{name}(-\d+-of-\d+)?\.bin", file.name)]
+    chosen = [file for file in files if variant is not None and file.name.startswith(f"{name}.{variant}")] or plain
+    if not chosen:
+        return open_part(folder, stem, variant)
+    parts = [_read_pickle(file) for file in chosen]
+    places = {name: part for part in parts for name in part.shapes}
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensor for key in names for name, tensor in places[key].read([key]).items()}
+
+    return Weights({name: part.shapes[name] for name, part in places.items()}, {}, read)
+
+
 def _read_pickle(path: Path) -> Weights:
-    """Tensors of a pickle that its owner trusts, out of the "state_dict"s around them."""
+    """Tensors of a pickle that its owner trusts, out of the "state_dict"s around them.
+
+    It may hold as much as its bytes say and no more: views that repeat a few numbers and packed archives are refused.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the file makes it raise
-        raise CheckpointError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]:.200}") from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as weights alone: {cause:.200}") from None
     for _ in range(MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -131,13 +160,23 @@ def _read_pickle(path: Path) -> Weights:
     tensors: dict[str, Tensor] = {
         name: value for name, value in content.items() if isinstance(value, Tensor) and value.is_floating_point()
     }
-    if bad := [name for name in tensors if not isinstance(name, str) or not NAME.fullmatch(name)]:
-        raise CheckpointError(f"{path} has a tensor named {bad[0]!r:.80}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise CheckpointError(f"{path} has a tensor named {name!r:.80}")
+        if not _is_plain(tensor):
+            raise CheckpointError(f"{path}: {name} of shape {tuple(tensor.shape)} is more than the file holds")
     return Weights(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {},
         lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names},
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, in memory, and has a number of its own for every element."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _plain(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
