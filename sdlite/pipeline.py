@@ -75,19 +75,26 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         prediction: Prediction | None = None,
+        variant: str | None = None,
+        vae: str | Path | None = None,
+        allow_links: Sequence[str | Path] = (),
     ) -> Self:
         """The model of a diffusers folder, an original single file or a hub id; or an untrained "tiny",
-        "tiny-dit", "sd15" or "sd21".
+        "tiny-dit", "sd15" or "sd21", where nothing here has that name.
 
         device: "auto" takes a GPU if there is one. dtype: of text encoder and denoiser; "auto" is float32 on a CPU and
         float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or what is guessed.
+        variant: which weights of a folder, such as "fp16". vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use
+        instead of the model's. allow_links: folders that links in a model's folder may lead into.
         Raises CheckpointError, a ValueError, with one line that says what is wrong with which file.
         """
         if path == "":
             raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = find_device(device)
         kind = _dtype(dtype, place)
-        parts = load_model(SHIPPED if path is None else path, prediction=prediction)
+        parts = load_model(
+            SHIPPED if path is None else path, prediction=prediction, variant=variant, vae=vae, allow_links=allow_links
+        )
         return cls(
             parts.text.to(place, kind),
             parts.denoiser.to(place, kind),
@@ -329,13 +336,13 @@ class Pipeline:
 
 def find_device(name: str) -> torch.device:
     """The device of that name: "auto", "cpu", "cuda", "cuda:1", "mps". Raises ValueError if it is not there."""
-    kind, _, number = name.partition(":")
+    kind, colon, number = name.partition(":")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if counts[kind]))
     if kind not in counts:
         raise ValueError(f"device={name!r} must be one of auto, {', '.join(counts)}")
-    if not (number or "0").isdecimal() or int(number or "0") >= counts[kind]:
+    if (colon and not (number.isdecimal() and number.isascii())) or int(number or "0") >= counts[kind]:
         raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
     return torch.device(name)
 

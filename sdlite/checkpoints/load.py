@@ -97,8 +97,8 @@ def load_model(
         location, is_there = shipped_folder(), True
     if (config is not None or ema) and not location.is_file():
         raise CheckpointError(f"{path}: config and ema are for single files, and this is none")
-    if variant is not None and location.is_file():
-        raise CheckpointError(f"{path} is a single file; variant={variant!r:.80} is for folders and hub ids")
+    if variant is not None and (location.is_file() or (str(path) in PRESETS and not is_there)):
+        raise CheckpointError(f"{path} has no variants: variant={variant!r:.80} is for folders and hub ids")
     links = [Path(root) for root in allow_links]
     codec = None if vae is None else load_vae(vae, variant=variant, allow_links=links)
     if location.is_file():

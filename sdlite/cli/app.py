@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -56,9 +56,28 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of text encoder and UNet.")]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Override = Annotated[Prediction | None, typer.Option(help="What the model predicts, if its files do not say so.")]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        metavar="FILE|FOLDER|tiny",
+        help="Use this VAE instead of the model's; tiny is TAESD, which the hub gives.",
+        show_default="the model's",
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Which weights of a folder: fp16, non_ema, ...", show_default="plain, else fp16"),
+]
+AllowLinks = Annotated[
+    list[Path] | None,
+    typer.Option("--allow-links", metavar="ROOT", help="Links in a model's folder may lead into this folder."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the PNG.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bar.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bar and no notes, but a word on untrained models.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -73,11 +92,15 @@ def _options(
         print(context.get_help())
 
 
-def load(model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report) -> "Pipeline":
+def load(
+    model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report, **files: Any
+) -> "Pipeline":
+    """The model with its notes told. files: vae, variant and allow_links, as for Pipeline.load."""
     from sdlite.pipeline import Pipeline
 
     limit_threads()
-    pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction)
+    files["allow_links"] = files.get("allow_links") or ()
+    pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction, **files)
     for note in pipe.notes:
         report.note(note)
     return pipe

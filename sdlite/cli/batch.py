@@ -11,12 +11,15 @@ import typer
 from sdlite.cli.app import (
     INTERRUPTED,
     WRONG_INPUT,
+    AllowLinks,
     AsJson,
     Device,
     DType,
     Model,
     Override,
     Quiet,
+    Vae,
+    Variant,
     app,
     limit_threads,
 )
@@ -77,6 +80,9 @@ def batch(
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -99,6 +105,7 @@ def batch(
         raise ValueError("give a file of requests and a folder, e.g. sdlite batch prompts.txt -o out")
     limit_threads()
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
+    options |= {"vae": vae, "variant": variant, "allow_links": tuple(map(str, allow_links or ()))}
     options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
     options |= {"shard": shards, "name": name, "format": form, "ray": ray, "ray_address": ray_address}
     if contact_sheet and form != "folder":

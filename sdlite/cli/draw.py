@@ -8,6 +8,7 @@ import typer
 
 from sdlite.cli.app import (
     INTERRUPTED,
+    AllowLinks,
     AsJson,
     Device,
     DType,
@@ -17,6 +18,8 @@ from sdlite.cli.app import (
     Output,
     Override,
     Quiet,
+    Vae,
+    Variant,
     app,
     load,
 )
@@ -60,6 +63,9 @@ def generate(
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
     attention: Annotated[
         Path | None, typer.Option(help="Also write the first picture under a heat map for each word, as a PNG.")
@@ -84,7 +90,7 @@ def generate(
             _check_sheet(option, path, names, force)
     sources = {name: _open(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
     report = Report(quiet, as_json)
-    pipe = load(model, device, dtype, prediction, report)
+    pipe = load(model, device, dtype, prediction, report, vae=vae, variant=variant, allow_links=allow_links)
     pictures, interrupted = _draw(pipe, requests, sources, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
         from sdlite.images import contact_sheet as sheet_of, save_png
@@ -117,6 +123,9 @@ def regen(
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Draw although the model or a source picture is not the recorded one.")
     ] = False,
@@ -139,7 +148,8 @@ def regen(
     }
     request = _regenerated(picture, recipe, changed, sources, anyway)
     names, report = Names(output, 1, force), Report(quiet, as_json)
-    pipe = load(model, device, dtype, prediction or recipe.prediction, report)
+    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
+    pipe = load(model, device, dtype, prediction or recipe.prediction, report, **files)
     if pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(
             f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "

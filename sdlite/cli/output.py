@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
+from sdlite.config import UNTRAINED_NOTE
 from sdlite.files import check_file
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Names:
     """Where the pictures of a run go, checked before anything is drawn; nothing is created until one is saved."""
 
     def __init__(self, output: str | None, count: int, force: bool) -> None:
+        if output == "":
+            raise ValueError("--output is empty; give FILE.png or a folder, or leave it out")
         path = Path("." if output is None else output)
         is_folder = path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep))
         self.folder = path if is_folder else path.parent
@@ -82,7 +85,7 @@ class Report:
         self.quiet, self.as_json = quiet, as_json
 
     def note(self, text: str) -> None:
-        if not self.quiet:
+        if not self.quiet or text == UNTRAINED_NOTE:  # or a typing error in --model would pass unseen
             typer.echo(f"sdlite: note: {shown(text)}", err=True)
 
     def event(self, event: str, **fields: Any) -> None:
