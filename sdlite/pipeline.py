@@ -201,7 +201,10 @@ class Pipeline:
         """
         jobs = self.jobs(requests, images, masks)
         drawn: dict[int, Image] = {}
-        for batch in self.batches([job.request for job in jobs]):
+        batches = self.batches([job.request for job in jobs])
+        for batch in batches:
+            self.num_evaluations(jobs[batch[0]].request)  # what a solver refuses is said before anything is drawn
+        for batch in batches:
             mine = [jobs[i] for i in batch]
             for x_t in self._sample(mine):
                 latents = x_t
