@@ -7,7 +7,10 @@ batch.
 
 import copy
 import html
+import math
+import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +34,6 @@ from sdlite.models.text import TextEncoder
 from sdlite.noise import ImageNoise
 from sdlite.schedulers import solver_for
 
-TILED_ABOVE = 1024 * 1024  # pixels from which an image is decoded in tiles, to bound memory
 Pictures = Sequence[Image | None] | None
 
 
@@ -233,7 +235,7 @@ class Pipeline:
         pictures = []
         for z, request in zip(latents.chunk(len(latents)), requests, strict=True):
             height, width = z.shape[-2] * self.codec.factor, z.shape[-1] * self.codec.factor
-            images = self.codec.decode(z.float(), tiled=width * height > TILED_ABOVE)  # (1, 3, H, W)
+            images = self.codec.decode(z.float())  # (1, 3, H, W)
             if not images.isfinite().all():
                 raise FloatingPointError(
                     f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
@@ -293,6 +295,12 @@ class Pipeline:
                     f"{name}={side} must be a multiple of {unit}, as the codec shrinks images by {self.codec.factor}"
                     f"{cells}; use {f'{lower} or ' if lower else ''}{lower + unit}"
                 )
+        needed, there = self.codec.decode_bytes(width, height), _memory(self.device)
+        if needed > there:
+            raise ValueError(
+                f"width={width}, height={height}: to decode it takes {needed / 2**30:.1f} GiB of memory or more, and "
+                f"{self.device} has {there / 2**30:.1f}; draw it smaller"
+            )
         return request.replace(width=width, height=height)
 
     @torch.no_grad()
@@ -348,6 +356,15 @@ def find_device(name: str) -> torch.device:
     if (colon and not (number.isdecimal() and number.isascii())) or int(number or "0") >= counts[kind]:
         raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
     return torch.device(name)
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of memory in all, infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
