@@ -167,7 +167,7 @@ class _Idle:
     def sample_latents(self, *_: Any, **__: Any) -> Iterator[Tensor]:
         yield self._latents
 
-    def decode(self, _: Tensor, requests: Sequence[Request]) -> list[Image]:
+    def decode(self, _: Tensor, requests: Sequence[Request], **__: Any) -> list[Image]:
         return [self._picture] * len(requests)
 
 

@@ -18,6 +18,8 @@ MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer 
 MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
 
 Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
+Cells = Annotated[int, Field(ge=1, le=1024)]  # of a latent, along one side
+Sides = Cells | tuple[Cells, Cells]  # of a square, or (height, width)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Annotated[int, Field(ge=1, le=8192)]
 Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
@@ -84,7 +86,9 @@ class Request(Record):
     the negative prompt has no effect. guidance_rescale: Lin et al. 2023, section 3.4. eta: 0 is DDIM, 1 is DDPM's noise
     (solver "ddim" only). clip_skip: text layers left out at the end (Automatic1111's "Clip skip" is this plus 1).
     height, width: pixels; None is the model's own size. image, mask: which picture img2img or inpainting started from,
-    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it.
+    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it. paste: put
+    the untouched picture back outside the mask, with an edge that is mask_blur pixels soft (Automatic1111's "Mask
+    blur"); False is what diffusers draws.
     """
 
     prompt: str = Field(max_length=20_000)
@@ -101,6 +105,8 @@ class Request(Record):
     image: str | None = None
     mask: str | None = None
     strength: float = Field(0.8, gt=0, le=1)
+    paste: bool = True
+    mask_blur: float = Field(4.0, ge=0, le=64)
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -109,6 +115,16 @@ class Request(Record):
         if self.eta > 0 and self.solver != "ddim":
             raise ValueError(f"eta={self.eta:g} has no effect with solver={self.solver!r}; use solver 'ddim' or eta 0")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide the picture, for keys and records.
+
+        paste and mask_blur only where something is pasted: what is without them is as it was before there were any.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        if self.mask is None or not self.paste:
+            del fields["paste"], fields["mask_blur"]
+        return fields
 
 
 class UNetConfig(Record):
@@ -263,13 +279,13 @@ CodecConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 
 
 class ModelConfig(Record):
-    """A whole model. sample_size: the side in latent cells at which it draws unless told otherwise."""
+    """A whole model. sample_size: latent cells that it draws unless told otherwise: the side, or (height, width)."""
 
     denoiser: DenoiserConfig
     schedule: ScheduleConfig
     text: TextConfig
     codec: CodecConfig
-    sample_size: int = Field(64, ge=1, le=1024)
+    sample_size: Sides = 64
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

@@ -40,6 +40,9 @@ class StandIn:
             raise ValueError(f"width={request.width} must be a multiple of 8; use 496 or 504")
         return request.replace(width=request.width or 64, height=request.height or 64)
 
+    def remarks(self, request: Request, image: object = None, mask: object = None) -> list[str]:
+        return ["a remark on it"] if "<lora" in request.prompt else []
+
     def num_evaluations(self, request: Request) -> int:
         return request.steps
 
@@ -52,7 +55,7 @@ class StandIn:
                     time.sleep(0.01)
             yield torch.zeros(len(requests), 4, 8, 8)
 
-    def decode(self, latents: torch.Tensor, requests: Sequence[Request]) -> list[Image.Image]:
+    def decode(self, latents: torch.Tensor, requests: Sequence[Request], **sources: object) -> list[Image.Image]:
         pictures = []
         for request in requests:
             colour = hashlib.sha256(f"{request.seed}{request.prompt}{request.image}{request.steps}".encode()).digest()
@@ -125,7 +128,7 @@ def test_every_flag_reaches_the_request(run: Run, model: StandIn):
     Image.new("RGB", (9, 9), "red").save("in.png")
     Image.new("L", (9, 9), "white").save("mask.png")
     flags = "-n bad -s 5 --steps 3 --guidance-scale 2 --guidance-rescale 0.5 --solver ddim --eta 0.25 -W 72 -H 80"
-    more = "--image in.png --mask mask.png --strength 0.5 --clip-skip 1 --num-images 3 -b 2"
+    more = "--image in.png --mask mask.png --mask-blur 2 --strength 0.5 --clip-skip 1 --num-images 3 -b 2"
     assert run("generate", "a cat", *flags.split(), *more.split())[0] == 0
     assert [[request.seed for request in batch] for batch in model.batches] == [[5, 6], [7]]
     assert model.batches[0][0] == Request(
@@ -139,11 +142,14 @@ def test_every_flag_reaches_the_request(run: Run, model: StandIn):
         eta=0.25,
         width=72,
         height=80,
-        image=images.digest(images.open_image("in.png")),
-        mask=images.digest(images.open_image("mask.png")),
+        image=images.digest(images.open_picture("in.png")),
+        mask=images.digest(images.open_picture("mask.png")),
         strength=0.5,
         clip_skip=1,
+        mask_blur=2,
     )
+    run("generate", "a cat", *flags.split(), *more.split(), "--no-paste")
+    assert not model.batches[-1][0].paste
     run("generate", "a cat", "--cfg-scale", 3)
     assert model.batches[-1][0] == Request(prompt="a cat", guidance_scale=3, width=64, height=64)
 
@@ -177,7 +183,8 @@ BAD = {
     "steps not a number": (["generate", "x", "--steps", "many"], "--steps"),
     "steps 0": (["generate", "x", "--steps", "0"], "steps=0"),
     "steps too many": (["generate", "x", "--steps", "1000000000"], "steps=1000000000"),
-    "seed negative": (["generate", "x", "--seed", "-1"], "seed=-1"),
+    "seed negative": (["generate", "x", "--seed", "-2"], "seed=-2"),
+    "seed not a number": (["generate", "x", "--seed", "x"], "--seed=x must be a whole number, or random"),
     "seed too large": (["generate", "x", "--seed", str(2**64)], "seed=18446744073709551616"),
     "last seed too large": (["generate", "x", "--seed", str(2**64 - 1), "--num-images", "2"], "seed=1844"),
     "guidance nan": (["generate", "x", "--guidance-scale", "nan"], "guidance_scale=nan"),
@@ -190,7 +197,10 @@ BAD = {
     "image missing": (["generate", "x", "--image", "none.png"], "none.png does not exist"),
     "image broken": (["generate", "x", "--image", "bad.png"], "bad.png is not a PNG, JPEG or WebP"),
     "output empty": (["generate", "x", "-o", ""], "--output is empty"),
-    "other format": (["generate", "x", "-o", "a.jpg"], "use a.png or a folder"),
+    "other format": (["generate", "x", "-o", "a.gif"], "use a.gif.png, or a.gif/ for a folder"),
+    "a version for a name": (["generate", "x", "-o", "v1.5"], "use v1.5.png, or v1.5/ for a folder"),
+    "mask black": (["generate", "x", "-i", "ok.png", "--mask", "ok.png"], "ok.png has nothing white"),
+    "no room in a JPEG": (["generate", "猫" * 9_000, "-o", "a.jpg"], "write .png or add --no-metadata"),
     "attention is the picture": (["generate", "x", "-o", "a.png", "--attention", "a.png"], "is where a picture goes"),
     "contact sheet no file": (["generate", "x", "--contact-sheet", "new"], "e.g. new/sheet.png"),
     "folder is a file": (["generate", "x", "-o", "bad.png/a.png"], "cannot write into"),
@@ -396,7 +406,7 @@ def test_real_model_draws_and_draws_again(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket.socket, "connect", no_network)
     code, out, err = run("generate", "a (red:1.2) apple, 猫", "--model", "tiny", "--steps", 3, "-s", 5)
     assert (code, out) == (0, "000000-5.png\n") and "untrained" in err
-    assert images.open_image("000000-5.png").size == (64, 64)
+    assert images.open_picture("000000-5.png").size == (64, 64)
     code, out, err = run("regen", "000000-5.png", "--model", "tiny", "-o", "again.png")
     assert (code, out) == (0, "again.png\n") and "same as 000000-5.png" in err
     assert Path("again.png").read_bytes() == Path("000000-5.png").read_bytes()
@@ -408,7 +418,7 @@ def test_real_model_paints_from_a_picture(run: Run):
     arguments = ("generate", "x", "--model", "tiny", "--steps", 4, "--image", "in.png", "-W", 72, "-H", 56)
     assert run(*arguments, "-o", "a.png", "--strength", 0.5)[:2] == (0, "a.png\n")
     assert run(*arguments, "-o", "b.png", "--mask", "mask.png")[:2] == (0, "b.png\n")
-    assert images.open_image("b.png").size == (72, 56)
+    assert images.open_picture("b.png").size == (72, 56)
     err = run("regen", "b.png", "-m", "tiny", "--set", "image=in.png", "--set", "mask=mask.png")[2]
     assert "same as b.png" in err
 
@@ -521,7 +531,7 @@ def test_real_interrupts(tmp_path: Path):
         assert "Traceback" not in err
         finished = names(tmp_path / str(presses))  # the second process drew on while the first was watched
         assert finished == [f"{i:06d}-{i}.png" for i in range(len(finished))] and 1 <= len(finished) < 50
-        assert all(images.open_image(tmp_path / str(presses) / name).size == (64, 64) for name in finished)
+        assert all(images.open_picture(tmp_path / str(presses) / name).size == (64, 64) for name in finished)
         assert ('"interrupted": true' in out) == (presses == 1)
 
 
@@ -533,3 +543,40 @@ def test_bar_is_for_terminals_and_paths_for_pipes(tmp_path: Path):
     shown = os.read(terminal, 1 << 16).decode(errors="replace")
     assert (process.returncode, out) == (0, f"{tmp_path / 'a.png'}\n")
     assert "picture 1/1" in shown and "a.png" not in shown
+
+
+@pytest.mark.parametrize("word", ["random", "-1"])
+def test_a_seed_is_drawn_printed_and_recorded(run: Run, model: StandIn, word: str):
+    code, out, err = run("generate", "x", "--seed", word, "-o", "a.png", "--num-images", 2)
+    seeds = [images.read_metadata(path).request.seed for path in out.split()]
+    assert (code, seeds[1]) == (0, seeds[0] + 1) and f"note: seed {seeds[0]}\n" in err
+    run("generate", "x", "--seed", word, "-o", "b.png")
+    assert images.read_metadata("b.png").request.seed not in seeds
+
+
+def test_remarks_are_said_once(run: Run, model: StandIn):
+    assert run("generate", "<lora:a:1>", "--num-images", 3)[2].count("note: a remark on it") == 1
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
+def test_other_formats_hold_what_regen_needs(run: Run, model: StandIn, suffix: str):
+    name = f"a{suffix}"
+    assert run("generate", "two\nlines 猫", "-s", 3, "-o", name)[:2] == (0, f"{name}\n")
+    assert images.read_metadata(name).request == Request(prompt="two\nlines 猫", seed=3, width=64, height=64)
+    assert json.loads(run("info", name, "--json")[1])["request"]["seed"] == 3
+    assert run("regen", name, "-o", f"b{suffix}")[0] == 0
+    assert Path(f"b{suffix}").read_bytes() == Path(name).read_bytes()
+
+
+def test_regen_of_a_picture_that_automatic1111_drew(run: Run, model: StandIn):
+    picture, exif = Image.new("RGB", (8, 8)), Image.Exif()
+    text = (
+        "a fox\nNegative prompt: blur\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 72x80, Model hash: ab"
+    )
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    picture.save("theirs.jpg", exif=exif)
+    code, out, err = run("regen", "theirs.jpg", "-o", "ours.png")
+    assert (code, out) == (0, "ours.png\n") and "the picture will be another" in err
+    assert model.batches[0][0] == Request(
+        prompt="a fox", negative_prompt="blur", steps=9, solver="euler_a", guidance_scale=7, seed=5, width=72, height=80
+    )

@@ -148,6 +148,8 @@ def test_published_configs_are_the_presets():
     assert text_config(SD15_TEXT, IDS, "") == sd1.text
     assert schedule_config(SD15_SCHEDULER, "") == (sd1.schedule, None, [])
     assert configs.sample_size(SD21_UNET, "") == 96
+    assert configs.sample_size({"sample_size": [16, 24]}, "") == (16, 24)  # height and width, as in diffusers
+    assert configs.sample_size({"sample_size": [96, 96]}, "") == 96
     dit = DiTConfig(width=1152, depth=28, num_heads=16, context_dim=4096, out_channels=8)
     assert dit_config(DIT, "epsilon", "") == dit
     assert dit_config(DIT | {"sample_size": 128, "interpolation_scale": 2}, "v", "") == dit.replace(
@@ -338,6 +340,8 @@ def test_inert_hooks_are_left_alone(changes: dict[str, Any]):
         ),
         (lambda c: configs.sample_size(c, "x"), {"sample_size": [16, "24"]}, "sample_size"),
         (lambda c: configs.sample_size(c, "x"), {"sample_size": 10**6}, "sample_size"),
+        (lambda c: configs.sample_size(c, "x"), {"sample_size": [8, "8"]}, "sample_size"),
+        (lambda c: configs.sample_size(c, "x"), {"sample_size": [8, 8, 8]}, "sample_size"),
     ],
 )
 def test_other_refused_configs(make: Any, config: dict[str, Any], message: str):

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
 from sdlite.files import write_file
-from sdlite.images import MAX_PIXELS, contact_sheet, open_image, png_bytes
+from sdlite.images import MAX_PIXELS, contact_sheet, open_picture, png_bytes
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
 
@@ -32,7 +32,7 @@ def write_sheet(plan: Plan, folder: Path) -> Path:
 def _small(path: Path, scale: float) -> Image | None:
     if not path.is_file():
         return None
-    picture = open_image(path)
+    picture = open_picture(path)
     picture.thumbnail((max(LEAST_SIDE, picture.width * scale), max(LEAST_SIDE, picture.height * scale)))
     return picture
 

@@ -259,7 +259,9 @@ def _metadata(item: Item, entry: Entry) -> dict[str, Any]:
 
 def _fields(item: Item) -> dict[str, Any]:
     """The request. Pictures to start from are called otherwise: `image` is the drawn one in `datasets`."""
-    return {f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request}
+    return {
+        f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request.deciding().items()
+    }
 
 
 def _crc32(text: str) -> str:
@@ -269,7 +271,7 @@ def _crc32(text: str) -> str:
 def _shows(path: Path, item: Item) -> bool:
     """Whether a file that is no link holds the item's picture, by the request in it. Raises FileNotFoundError."""
     try:
-        return not path.is_symlink() and read_metadata(path).request == item.request
+        return not path.is_symlink() and read_metadata(path).request.deciding() == item.request.deciding()
     except FileNotFoundError:
         raise
     except (ValueError, OSError):

@@ -47,6 +47,7 @@ from sdlite.config import (
     Prediction,
     Record,
     ScheduleConfig,
+    Sides,
     TextConfig,
     UNetConfig,
 )
@@ -83,7 +84,7 @@ def check_model_index(config: Config, where: str) -> None:
             raise _unsupported(where, name, entry, MODEL_INDEX[name])
 
 
-def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, int]:
+def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, Sides]:
     """The denoiser of a folder, "unet" or "transformer", and the model's sample size."""
     if part == "transformer":
         dit = dit_config(config, prediction, where)
@@ -145,15 +146,15 @@ def dit_config(config: Config, prediction: Prediction, where: str) -> DiTConfig:
     return dit
 
 
-def sample_size(config: Config, where: str) -> int:
-    """Side in latent cells that the UNet's config names, 64 if it names none."""
+def sample_size(config: Config, where: str) -> Sides:
+    """Latent cells that the UNet's config names, 64 if it names none: the side, or (height, width)."""
     size = config.get("sample_size")
     if size is None:
         return 64
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 1 <= side <= 1024 for side in sides):
         raise _unsupported(where, "sample_size", size, ("1 to 1024",))
-    return max(sides)
+    return sides[0] if sides[0] == sides[-1] else (sides[0], sides[1])
 
 
 def codec_config(config: Config, where: str) -> CodecConfig:
@@ -256,7 +257,7 @@ def denoiser_part(config: DenoiserConfig) -> str:
     return "transformer" if isinstance(config, DiTConfig) else "unet"
 
 
-def _denoiser_file(config: DenoiserConfig, size: int) -> dict[str, Any]:
+def _denoiser_file(config: DenoiserConfig, size: Sides) -> dict[str, Any]:
     """config.json of the denoiser. size: in latent cells, of the model's images."""
     if isinstance(config, DiTConfig):
         return {

@@ -20,6 +20,7 @@ from sdlite.files import check_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures that are written
 # What would drive the terminal that shows a foreign file's text, or turn the order of its letters.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -57,25 +58,23 @@ class Names:
         self.force = force
         self.paths: list[Path] = []
         if not is_folder:
-            if path.suffix.lower() != ".png":
-                raise ValueError(f"--output={output}: only PNG is written; use {path.with_suffix('.png')} or a folder")
+            if path.suffix.lower() not in SUFFIXES:
+                raise ValueError(
+                    f"--output={output}: pictures are written as {', '.join(SUFFIXES)}; use {output}.png, or {output}/ "
+                    "for a folder"
+                )
             many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
             self.paths = [path] if count == 1 else many
         check_free(self.paths or [self.folder / "*"], force)
 
     def save(self, picture: "Image", index: int, seed: int, with_metadata: bool) -> Path:
         """Writes the picture number `index` of the run and says where."""
-        from sdlite.images import next_free_name, save_png
+        from sdlite.images import save_numbered, save_picture
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            path = self.paths[index] if self.paths else next_free_name(self.folder, seed)
-            try:
-                save_png(picture, path, force=self.force and bool(self.paths), with_metadata=with_metadata)
-                return path
-            except FileExistsError:  # of a number: another run took it in the meantime
-                if self.paths:
-                    raise
+        if not self.paths:
+            return save_numbered(picture, self.folder, seed, with_metadata=with_metadata)
+        save_picture(picture, self.paths[index], force=self.force, with_metadata=with_metadata)
+        return self.paths[index]
 
 
 class Report:
