@@ -76,8 +76,7 @@ def _task(
 
         size, start = own.pop("size", SIZE), folders.get("codec")
         codec = load_codec(start).config if start else emoji_codec(size)
-        parts = {"start": start, "teacher": folders.get("teacher")}
-        return CodecTask(data, codec, size=size, seed=seed, **parts, **own)
+        return CodecTask(data, codec, size=size, seed=seed, start=start, teacher=folders.get("teacher"), **own)
     if stage == "segmentation":
         from sdlite.train.segmentation import SegmentationTask, plan_for
 
