@@ -72,10 +72,12 @@ def _task(
     own: dict[str, Any],
 ) -> Task:
     if stage == "codec":
+        from sdlite.config import AutoencoderKLConfig
         from sdlite.train.codec import CodecTask, emoji_codec, load_codec
 
         size, start = own.pop("size", SIZE), folders.get("codec")
         codec = load_codec(start).config if start else emoji_codec(size)
+        assert isinstance(codec, AutoencoderKLConfig), "load_codec reads no other"
         return CodecTask(data, codec, size=size, seed=seed, start=start, teacher=folders.get("teacher"), **own)
     if stage == "segmentation":
         from sdlite.train.segmentation import SegmentationTask, plan_for
