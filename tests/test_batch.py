@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from sdlite import batch, images
-from sdlite.batch import disk, local, store
+from sdlite.batch import disk, draw as draw_module, local, store
 from sdlite.batch.disk import HOST
 from sdlite.batch.draw import Engine, Result, chunks
 from sdlite.batch.plan import Item
@@ -227,6 +227,35 @@ def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poison
     rows = [{"prompt": "a", "steps": 2, "seed": 10 + i} for i in range(12)]
     report = run(tmp_path, rows)
     assert report.done == 3 and list(report.failed) == [3] and not report.interrupted
+
+
+@pytest.mark.parametrize("where", ["num_evaluations", "sample_latents", "png_bytes"])
+def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    """Not a ValueError, and from the check of the file, from drawing, or from writing the PNG."""
+    place: Any = draw_module if where == "png_bytes" else tiny()
+    whole = getattr(place, where)
+
+    def breaks(given: Any, *rest: Any, **named: Any) -> Any:
+        if "poison" in (given.info["parameters"] if where == "png_bytes" else str(given)):
+            raise IndexError("index 20 is out of bounds\nfor dimension 0")
+        return whole(given, *rest, **named)
+
+    monkeypatch.setattr(place, where, breaks)
+    if where == "num_evaluations":
+        monkeypatch.setattr(place, "sample_latents", functools.partial(_breaks_too, tiny().sample_latents))
+    rows = [{"prompt": "poison" if i == 1 else "a", "steps": 1 + (i == 1), "seed": i} for i in range(12)]
+    report = run(tmp_path / "going", rows, keep_going=True)
+    assert report.failed == {1: "IndexError: index 20 is out of bounds for dimension 0"} and report.done == 11
+    report = run(tmp_path / "stopping", rows)
+    assert list(report.failed) == [1] and report.done < 12
+    monkeypatch.undo()
+    assert run(tmp_path / "stopping", rows).failed == {} and len(pictures(tmp_path / "stopping")) == 12
+
+
+def _breaks_too(whole: Any, requests: Any, **sources: Any) -> Any:
+    if "poison" in str(requests):
+        raise IndexError("index 20 is out of bounds\nfor dimension 0")
+    return whole(requests, **sources)
 
 
 def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch):
