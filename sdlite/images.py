@@ -32,7 +32,8 @@ from sdlite.config import Prediction, Record, Request
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of a picture that is read: the largest that can be drawn, MAX_SIDE squared
-MAX_FILE_BYTES = 128 * 1024 * 1024  # 16 MP of 16-bit RGBA, uncompressed
+MAX_PIXEL_BYTES = 8  # of a file, for each of its pixels at most: 16-bit RGBA, uncompressed
+READABLE = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}  # Pillow's name of a format -> as people write it
 MAX_RECIPE_CHARS = 1024 * 1024  # two prompts of Request's length, every character escaped, and room
 A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 calls them
     "ddim": ("DDIM", None),
@@ -109,25 +110,34 @@ def open_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def decoded(path: str | Path) -> Image.Image:
-    """The picture in a file, its header checked before any pixel is decoded; whatever Pillow raises, in one line."""
+def decoded(path: str | Path, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file, its header checked before any pixel is decoded; whatever Pillow raises, in one line.
+
+    formats: those allowed, as Pillow calls them. A TIFF of several pages is its first page, with "pages" in `.info`;
+    other files of several pictures are refused.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
-    fault = "is larger than 128 MiB; scale the picture down" if Path(path).stat().st_size > MAX_FILE_BYTES else None
+    most = max_pixels * MAX_PIXEL_BYTES
+    fault = f"is larger than {most >> 20} MiB; scale the picture down" if Path(path).stat().st_size > most else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below refuses smaller ones
-            with Image.open(path, formats=() if fault else FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
+            with Image.open(path, formats=() if fault else formats) as image:
+                if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
-                if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's JPEG and a preview
+                several = getattr(image, "is_animated", False)
+                if several and image.format not in ("MPO", "TIFF"):  # MPO: a phone's JPEG and a preview
                     fault = "is an animation; save one of its frames as a PNG and give that"
                 else:
-                    return ImageOps.exif_transpose(image)
+                    upright = ImageOps.exif_transpose(image)
+                    upright.info |= {"pages": "several"} if several and image.format == "TIFF" else {}
+                    return upright
     except Image.DecompressionBombError:
-        fault = f"has more than {MAX_PIXELS >> 20} megapixels; scale the picture down"
+        fault = f"has more than {max_pixels >> 20} megapixels; scale the picture down"
     except UnidentifiedImageError:
-        fault = fault or "is not a PNG, JPEG or WebP picture"
+        *first, last = (READABLE.get(name, name) for name in formats)
+        fault = fault or f"is not a {', '.join(first)} or {last} picture"
     except Exception as error:  # the decoders raise what the bytes lead them to: OSError, SyntaxError, struct.error...
         fault = f"is damaged: {' '.join(str(error).split()) or type(error).__name__}"
     raise ValueError(f"{path} {fault}")
