@@ -65,8 +65,10 @@ class Store:
                 with suppress(FileExistsError):  # another process was first; it is compared like any other
                     self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
         found = read_settings(self.root)
+        if not found.get("exact"):
+            found.pop("compute_batch", None)  # folders of earlier versions have it
         told = [
-            f"{name}={found.get(name)!r} there, {settings.get(name)!r} now"
+            f"{name:.40}={found.get(name)!r:.80} there, {settings.get(name)!r} now"
             for name in sorted(found.keys() | settings.keys())
             if found.get(name) != settings.get(name)
         ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Not all that Pillow opens: EPS starts another program, and some others are hardly tried against hostile files.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "TGA", "PSD")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "TGA", "PSD")
 MAX_PIXELS = 128 * 1024 * 1024
 SOME_FAILED = 1  # exit code
 Task = Callable[["Image", Callable[[float], None]], "Image"]
