@@ -124,9 +124,12 @@ def test_exact_is_the_same_for_every_batch_size(tmp_path: Path):
         assert all(images.largest_difference(pair, images.open_image(other)) <= 1 for other in others)
 
 
-def test_workers_are_no_setting(tmp_path: Path, reference: Content):
+def test_workers_and_batch_size_are_no_settings(tmp_path: Path, reference: Content):
     run(tmp_path, ROWS[:8])
-    assert batch.run(ROWS, tmp_path, model="tiny", device="cpu", workers=2).done == 12
+    settings = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"compute_batch": 4}))  # as earlier versions wrote it
+    assert run(tmp_path, ROWS[:10], batch_size=3).done == 2
+    assert batch.run(ROWS, tmp_path, model="tiny", device="cpu", workers=2, batch_size=2).done == 10
     there = pictures(tmp_path)
     assert there.keys() == reference.keys() and all(there[name] == reference[name] for name in sorted(there)[:8])
     for name, data in reference.items():
@@ -143,7 +146,7 @@ def test_exact_is_the_same_for_every_number_of_workers(tmp_path: Path):
 
 def test_other_settings_are_refused(tmp_path: Path):
     run(tmp_path, ROWS[:1])
-    with pytest.raises(ValueError, match=r"other settings: compute_batch=4 there, 2 now; seed=0 there, 9 now; give"):
+    with pytest.raises(ValueError, match=r"other settings: seed=0 there, 9 now; give"):
         run(tmp_path, ROWS[:1], batch_size=2, seed=9)
     with pytest.raises(ValueError, match="batch_size=0 must be greater"):
         run(tmp_path, ROWS[:1], batch_size=0)

@@ -2,22 +2,47 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdlite.batch.disk import write
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
-from sdlite.images import MAX_PIXELS, contact_sheet, open_image, png_bytes
+from sdlite.images import MAX_PIXELS, contact_sheet, decoded, open_image
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
+MARK = "sdlite contact sheet"  # in a sheet's text "Software": a later run replaces it, and nothing else
 
 
-def write_sheet(plan: Plan, folder: Path) -> Path:
-    """Draws all pictures of a batch that are there into DIR/contact-sheet.png, smaller if they are many."""
+def check_place(place: Path, plan: Plan, folder: Path) -> None:
+    """Raises ValueError or FileExistsError unless a sheet may be written to this file."""
+    if place.suffix.lower() != ".png" or place.is_dir():
+        raise ValueError(f"--contact-sheet={place} must be a .png file, e.g. {folder / SHEET}")
+    if place.absolute() in {(folder / item.file_name).absolute() for item in plan.items}:
+        raise ValueError(f"--contact-sheet={place} is where a picture goes; give it another name")
+    if place.exists() and not is_sheet(place):
+        raise FileExistsError(f"--contact-sheet={place} exists and is no contact sheet; give it another name")
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a contact sheet that `write_sheet` wrote."""
+    try:
+        return decoded(path).info.get("Software") == MARK
+    except (ValueError, OSError):
+        return False
+
+
+def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
+    """Draws all pictures of a batch that are there into one PNG, smaller if they are many. An older sheet is replaced.
+
+    Raises FileExistsError for another file in its place.
+    """
+    check_place(place, plan, folder)
     pixels = sum((item.request.width or 0) * (item.request.height or 0) for item in plan.items)
     scale = min(1.0, sqrt(MAX_PIXELS / pixels))
     pictures = [_small(folder / item.file_name, scale) for item in plan.items]
@@ -25,8 +50,11 @@ def write_sheet(plan: Plan, folder: Path) -> Path:
         raise ValueError(f"{folder} holds no picture of this batch to put on a contact sheet")
     axes = None if plan.axes is None else _labels(plan.axes, plan.items)
     sheet = contact_sheet(pictures, None if axes else [item.request.prompt for item in plan.items], axes=axes)
-    write(folder / SHEET, png_bytes(sheet), force=True)
-    return folder / SHEET
+    text, data = PngInfo(), BytesIO()
+    text.add_text("Software", MARK)
+    sheet.save(data, "PNG", pnginfo=text)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write(place, data.getvalue(), force=True)
 
 
 def _small(path: Path, scale: float) -> Image | None:

@@ -10,19 +10,22 @@ without one is read back. No link inside the folder is followed; the folder itse
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from sdlite.batch.disk import HOST, append, guarded, read_file, sha256, sweep, write
+from sdlite.batch.disk import HOST, append, guarded, read_file, read_lines, sha256, sweep, write
 from sdlite.batch.plan import Item
 from sdlite.batch.shards import Sample, Shards, key_of, shard_of
+from sdlite.config import Record
 from sdlite.images import read_metadata
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
+MAX_RUN_BYTES = 1024 * 1024
 PICTURES = ".pictures"  # where they wait for their shard
 
 
@@ -32,6 +35,23 @@ class Entry(NamedTuple):
     key: str
     sha256: str
     seconds: float
+
+
+class Listed(Record):
+    """A line of a manifest, besides its checksum."""
+
+    file_name: str
+    key: str
+    sha256: str
+    seconds: float
+
+
+class Failed(Record):
+    """A line of errors.jsonl."""
+
+    index: int
+    key: str
+    error: str
 
 
 class Store:
@@ -137,7 +157,8 @@ class Store:
         self._sweep()
         found = self.done(items)
         by_index = {item.index: item for item in items}
-        old = {row["index"]: row["error"] for row in _lines(self.root / ERRORS) if row.get("index") in by_index}
+        lines = (line for row in _lines(self.root / ERRORS) if (line := _record(Failed, row)) is not None)
+        old = {line.index: line.error for line in lines if line.index in by_index}
         left = {index: error for index, error in sorted({**old, **failures}.items()) if index not in found}
         errors = [{"index": i, "key": by_index[i].key, "error": error} for i, error in left.items()]
         with guarded(self.root):
@@ -189,11 +210,9 @@ class Store:
     def listed(self) -> dict[str, Entry]:
         """Every picture that any manifest lists, by file name; lines that a crash tore are left out."""
         rows = (row for path in sorted(self.pictures.glob(".manifest-*.jsonl")) for row in _lines(path))
-        return {
-            row["file_name"]: Entry(*(row[field] for field in Entry._fields))
-            for row in rows
-            if row.pop("crc32", None) == _crc32(json.dumps(row))
-        }
+        whole = (row for row in rows if row.pop("crc32", None) == _crc32(json.dumps(row)))
+        lines = (line for row in whole if (line := _record(Listed, row)) is not None)
+        return {line.file_name: Entry(line.key, line.sha256, line.seconds) for line in lines}
 
     def names(self) -> set[str]:
         if not self.pictures.is_dir():
@@ -225,7 +244,7 @@ def read_settings(root: Path) -> dict[str, Any]:
     if not (root / RUN).is_file():
         raise ValueError(f"{root} holds no batch: there is no {RUN} in it")
     try:
-        settings = json.loads(read_file(root / RUN))
+        settings = json.loads(read_file(root / RUN, MAX_RUN_BYTES))
         if not isinstance(settings, dict):
             raise ValueError
         return settings
@@ -236,11 +255,22 @@ def read_settings(root: Path) -> dict[str, Any]:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSON-lines file, none if there is no file; what is no object is left out."""
     if path.exists():
-        for line in read_file(path).splitlines():
+        for line in read_lines(path):
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):
                     yield row
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _record(kind: type[R], row: Mapping[str, Any]) -> R | None:
+    """The row as a record, None for one that somebody else wrote."""
+    try:
+        return kind(**row)
+    except (ValueError, TypeError):
+        return None
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -270,7 +300,7 @@ def _crc32(text: str) -> str:
 def _shows(path: Path, item: Item) -> bool:
     """Whether a file that is no link holds the item's picture, by the request in it. Raises FileNotFoundError."""
     try:
-        return not path.is_symlink() and read_metadata(path).request == item.request
+        return stat.S_ISREG(path.lstat().st_mode) and read_metadata(path).request == item.request
     except FileNotFoundError:
         raise
     except (ValueError, OSError):
