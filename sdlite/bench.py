@@ -27,7 +27,8 @@ from torch import Tensor
 from sdlite import __version__, batch
 from sdlite.batch.draw import EXACT_BATCH
 from sdlite.config import Request
-from sdlite.images import largest_difference, png_bytes, write_atomically
+from sdlite.files import write_file
+from sdlite.images import largest_difference, png_bytes
 from sdlite.models.networks import Network
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline
@@ -177,7 +178,7 @@ def _idle_batch(idle: Any, folder: Path) -> None:
 def _files(data: bytes, folder: Path) -> None:
     folder.mkdir()
     for i in range(BATCH_IMAGES):
-        write_atomically(folder / f"{i}.png", data)
+        write_file(folder / f"{i}.png", data)
 
 
 def _spent(call: Callable[[], Any]) -> tuple[float, float]:

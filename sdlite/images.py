@@ -11,11 +11,9 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
-import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from io import BytesIO
 from math import ceil, sqrt
@@ -29,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sdlite.config import Prediction, Record, Request
+from sdlite.files import write_file
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of a picture that is read: the largest that can be drawn, MAX_SIDE squared
@@ -223,9 +222,9 @@ def read_metadata(path: str | Path) -> Recipe:
 def save_png(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:
     """Writes a PNG whole or not at all, with the texts in image.info; replaces a file only with force.
 
-    Raises FileExistsError, or OSError as the system says (folder missing or read-only, disk full).
+    Makes the folders on the way. Raises FileExistsError, DiskFull, or OSError as the system says.
     """
-    write_atomically(Path(path), png_bytes(image, with_metadata), force=force)
+    write_file(Path(path), png_bytes(image, with_metadata), force=force)
 
 
 def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:
@@ -237,58 +236,6 @@ def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:
     data = BytesIO()
     image.save(data, "PNG", pnginfo=texts)
     return data.getvalue()
-
-
-def write_atomically(
-    path: Path,
-    data: bytes,
-    *,
-    force: bool = False,
-    temporary: Path | None = None,
-    reached: Callable[[str], None] = lambda point: None,
-) -> None:
-    """Through a temporary file beside it: data on disk, then the name, then the name on disk.
-
-    temporary: its path, which must be free. reached: told of "written", "synced" and "linked", for tests that end the
-    process there. Raises FileExistsError without force, OSError as the system says.
-    """
-    temporary = temporary or path.with_name(f".sdlite-{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            reached("written")
-            os.fsync(file.fileno())
-        reached("synced")
-        if force:
-            temporary.replace(path)
-        else:
-            _link(temporary, path)
-        reached("linked")
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Brings the folder's names to the disk, where the system has a way to (Windows has none)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _link(source: Path, path: Path) -> None:
-    """Gives source a second name that must be free; where the disk knows no links, claims the name and moves."""
-    try:
-        path.hardlink_to(source)
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists; --force replaces it") from None
-    except OSError:
-        path.touch(exist_ok=False)
-        source.replace(path)
 
 
 class Images(list[Image.Image]):

@@ -23,11 +23,11 @@ from PIL import Image
 
 from sdlite import batch, images
 from sdlite.batch import disk, draw as draw_module, local, store
-from sdlite.batch.disk import HOST
 from sdlite.batch.draw import Engine, Result, chunks
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, spread
+from sdlite.files import HOST
 from sdlite.pipeline import Pipeline
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals")

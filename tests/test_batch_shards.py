@@ -252,7 +252,7 @@ def die_in_pack(folder: Path, point: str) -> None:
     calls = itertools.count()
     target, name = {
         "member": (shards, "_add"),
-        "named": (shards, "write"),
+        "named": (shards, "write_file"),
         "stats": (Path, "unlink"),
     }[point]
     whole = getattr(target, name)

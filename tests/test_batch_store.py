@@ -15,9 +15,10 @@ from PIL import Image
 
 from sdlite import images
 from sdlite.batch import DiskFull, store as store_module, verify
-from sdlite.batch.disk import HOST, append, sha256
+from sdlite.batch.disk import append, sha256
 from sdlite.batch.plan import Item, make_plan
 from sdlite.batch.store import Store
+from sdlite.files import HOST
 
 MODEL = {"model": "m", "model_hash": "ab" * 32}
 ITEMS = make_plan(

@@ -316,7 +316,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path):
 
 def test_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    for folder in ("/proc/self", tmp_path / "missing", tmp_path / "file"):
+    for folder in ("/proc/self", tmp_path / "file"):
         with pytest.raises(OSError):
             images.save_png(noise_picture(8, 8), Path(folder) / "a.png")
 

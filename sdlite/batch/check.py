@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sdlite.batch.disk import read_file, sha256, write
+from sdlite.batch.disk import read_file, sha256
 from sdlite.batch.names import checked
 from sdlite.batch.shards import DAMAGED, hash_of, members, stats_of
 from sdlite.batch.sheet import is_sheet
 from sdlite.batch.store import SHEET, Store, read_settings
+from sdlite.files import write_file
 from sdlite.images import read_metadata
 
 
@@ -60,7 +61,7 @@ def _verify_shard(path: Path, store: Store, check: Check) -> None:
         return
     for name, data in _pictures(path):
         if data is not None and not (store.pictures / name).exists():
-            write(store.pictures / name, data)
+            write_file(store.pictures / name, data)
     check.corrupt.extend(name for name, whole in names.items() if not whole)
     path.replace(path.with_name(f"{path.name}.corrupt"))
 

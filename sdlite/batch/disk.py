@@ -1,34 +1,23 @@
-"""What a batch does to a disk: whole reads and appends without following links, temporary names, and one error when
+"""What a batch does to a disk beside writing whole files: reads and appends without following links, one error when
 the disk takes no more.
 """
 
 import errno
 import hashlib
 import os
-import platform
-import re
-import secrets
 import stat
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from sdlite.images import write_atomically
+from sdlite.files import FULL, DiskFull as DiskFull
 
-HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # a named pipe in a file's place would wait for its other end
 MAX_FILE_BYTES = 128 * 1024 * 1024  # of a picture: the largest that can be drawn, uncompressed, has less
 MAX_LIST_BYTES = 1024**3  # of a manifest: a million pictures take 250 MB
 MAX_LINE_BYTES = 64 * 1024
-STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
-
-
-class DiskFull(OSError):
-    """The disk, the quota or the file size limit is used up, or the disk is read-only; what is done stays done."""
 
 
 def append(path: Path, line: bytes) -> None:
@@ -79,36 +68,5 @@ def guarded(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        why = f"{root}: {error.strerror}; what is done stays done: make space and give the same command again"
+        why = f"{root}: {os.strerror(error.errno)}; what is done stays done: make space and give the same command again"
         raise DiskFull(error.errno, why) from None
-
-
-def write(path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None) -> None:
-    """`write_atomically`, through a temporary file that `sweep` knows."""
-    write_atomically(path, data, force=force, temporary=temporary(path.parent), reached=reached)
-
-
-def temporary(folder: Path) -> Path:
-    """A free name for a file in the making, which `sweep` knows when its process is gone."""
-    return folder / f".{HOST}-{os.getpid()}.{secrets.token_hex(8)}.tmp"
-
-
-def sweep(folder: Path) -> None:
-    """Removes temporary files of processes that are gone."""
-    for path in folder.glob(".*.tmp"):
-        match = re.fullmatch(r"\.(.+)-(\d+)\.[0-9a-f]{16}\.tmp", path.name)
-        if match:
-            with suppress(FileNotFoundError):  # its process was quicker
-                age = time.time() - path.lstat().st_mtime
-                if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
-                    path.unlink()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it runs and is not ours
-    return True

@@ -20,7 +20,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sdlite.batch.disk import MAX_FILE_BYTES, NO_LINKS, temporary, write
+from sdlite.batch.disk import MAX_FILE_BYTES, NO_LINKS
+from sdlite.files import atomic_file, write_file
 
 SHARD = 10_000  # pictures; four digits of a key
 MEMBERS = 3 * SHARD  # of a tar file
@@ -80,22 +81,15 @@ class Shards:
         path = self.path_of(number)
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
         keys = sorted(held.keys() | samples.keys())
-        making = temporary(self.root)
-        try:
-            with making.open("x+b") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar, _pictures(path) as old:
-                    for key in keys:
-                        row = held[key] if key in held else samples[key].row
-                        _add(tar, f"{key}.json", (json.dumps(row) + "\n").encode())
-                        _add(tar, f"{key}.png", old(key) if key in held else samples[key].png())
-                        _add(tar, f"{key}.txt", row["prompt"].encode())
-                file.flush()
-                os.fsync(file.fileno())
-                stats = {"count": len(keys), "sha256": hash_of(file)}
-            making.replace(path)
-            write(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)  # syncs both names
-        finally:
-            making.unlink(missing_ok=True)
+        with atomic_file(path, force=True) as making, making.open("w+b") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar, _pictures(path) as old:
+                for key in keys:
+                    row = held[key] if key in held else samples[key].row
+                    _add(tar, f"{key}.json", (json.dumps(row) + "\n").encode())
+                    _add(tar, f"{key}.png", old(key) if key in held else samples[key].png())
+                    _add(tar, f"{key}.txt", row["prompt"].encode())
+            stats = {"count": len(keys), "sha256": hash_of(file)}
+        write_file(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)
 
     @contextmanager
     def lock(self, folder: Path) -> Iterator[None]:

@@ -10,9 +10,9 @@ from typing import Any
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdlite.batch.disk import write
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
+from sdlite.files import write_file
 from sdlite.images import MAX_PIXELS, contact_sheet, decoded, open_image
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
@@ -25,7 +25,7 @@ def check_place(place: Path, plan: Plan, folder: Path) -> None:
         raise ValueError(f"--contact-sheet={place} must be a .png file, e.g. {folder / SHEET}")
     if place.absolute() in {(folder / item.file_name).absolute() for item in plan.items}:
         raise ValueError(f"--contact-sheet={place} is where a picture goes; give it another name")
-    if place.exists() and not is_sheet(place):
+    if place.exists() and place != folder / SHEET and not is_sheet(place):
         raise FileExistsError(f"--contact-sheet={place} exists and is no contact sheet; give it another name")
 
 
@@ -53,8 +53,7 @@ def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
     text, data = PngInfo(), BytesIO()
     text.add_text("Software", MARK)
     sheet.save(data, "PNG", pnginfo=text)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write(place, data.getvalue(), force=True)
+    write_file(place, data.getvalue(), force=True)
 
 
 def _small(path: Path, scale: float) -> Image | None:

@@ -18,10 +18,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sdlite.batch.disk import HOST, append, guarded, read_file, read_lines, sha256, sweep, write
+from sdlite.batch.disk import append, guarded, read_file, read_lines, sha256
 from sdlite.batch.plan import Item
 from sdlite.batch.shards import Sample, Shards, key_of, shard_of
 from sdlite.config import Record
+from sdlite.files import HOST, sweep, write_file
 from sdlite.images import read_metadata
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
@@ -136,7 +137,7 @@ class Store:
         entry = Entry(item.key, sha256(data), round(seconds, 4))
         with guarded(self.root):
             try:
-                write(path, data, reached=self.reached)
+                write_file(path, data, reached=self.reached)
             except FileExistsError:
                 try:
                     there = sha256(read_file(path))
@@ -236,7 +237,7 @@ class Store:
 
     def _write(self, name: str, text: str, *, force: bool) -> None:
         path = self.root / name
-        write(path, text.encode(), force=force, reached=lambda point: self.reached(f"{name} {point}"))
+        write_file(path, text.encode(), force=force, reached=lambda point: self.reached(f"{name} {point}"))
 
 
 def read_settings(root: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from sdlite.cli.app import INTERRUPTED, Force, Quiet, app, limit_threads
 from sdlite.cli.output import Interrupts, Report, check_free, shown
+from sdlite.files import DiskFull, sweep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +56,7 @@ def segment(
     many = len(pictures) > 1 or images[0].is_dir()
     places = _places(pictures, output, many)
     check_free([place for _, place in places], force or many)
+    sweep(places[0][1].parent)
     report = Report(quiet, as_json=False)
     todo = [(picture, place) for picture, place in places if force or not (many and place.exists())]
     if len(todo) < len(places):
@@ -115,7 +117,6 @@ def _task(model: Path, overlay: bool, cutout: bool) -> Task:
 
 def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
     """Makes each file; of many, one that fails stops no other. Returns the exit code."""
-    from sdlite.batch import DiskFull
     from sdlite.batch.draw import reason
 
     failed = 0
@@ -153,5 +154,4 @@ def _make(
     if "pages" in image.info:
         report.note(f"{picture} has several pages; the first is labelled")
     result = task(image, progress)
-    place.parent.mkdir(parents=True, exist_ok=True)
     save_png(result, place, force=force, with_metadata=False)

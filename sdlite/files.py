@@ -1,0 +1,292 @@
+"""One way to read JSON from outside and one way to write a result, whole or not at all.
+
+Reading: limits on bytes, brackets and depth hold before and after parsing, and a key that is there twice is refused.
+
+Writing: a file or a folder is made under a temporary name beside its place, brought to the disk, and only then renamed.
+The rule about what is there already is the same everywhere: a name that is taken is refused without `force`; with it a
+file or link is replaced, the link itself and never its target; folders take the place of folders only, and nothing
+takes the place of a device. Whatever ends the making, an error or Ctrl-C, also removes the temporary file. Only a
+process that is killed leaves one, under a name that `sweep` knows.
+"""
+
+import errno
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 16 * 2**20
+MAX_BRACKETS = 500_000  # of lists and objects, which take 20 to 50 times the memory of their text
+MAX_DEPTH = 64
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
+STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an error of the system
+
+
+class DiskFull(OSError):
+    """The disk or the quota is used up, or the disk is read-only. strerror is the whole message."""
+
+
+def parse_json(text: bytes | str) -> Any:
+    """A JSON value. Raises ValueError, in one line, for text that is not JSON in UTF-8 or goes beyond the limits."""
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    except UnicodeDecodeError:
+        raise ValueError("not JSON in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    _check_depth(value)
+    return value
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError or ValueError, in one line that begins with the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: has more than {max_bytes} bytes")
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return content
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_depth(value: Any) -> None:
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _containers(outer)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
+    inside = value.values() if isinstance(value, dict) else value
+    return [inner for inner in inside if isinstance(inner, dict | list)]
+
+
+@contextmanager
+def atomic_file(
+    path: Path, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
+) -> Iterator[Path]:
+    """Gives the name of an empty temporary file; when the block ends well, what it holds is on disk under `path`.
+
+    Folders on the way are made. reached: told of "written", "synced" and "linked", for tests that end the process
+    there. Raises FileExistsError, DiskFull, or OSError as the system says; then `path` is as it was.
+    """
+    path = path if path.name else path.absolute()
+    _check_file(path, force)
+    with _making(path) as temporary:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # what the umask leaves; some writers take 0600
+        yield temporary
+        temporary.chmod(stat.S_IMODE(mode))
+        reached("written")
+        _sync(temporary)
+        reached("synced")
+        if force:
+            _check_file(path, force)
+            temporary.replace(path)
+        else:
+            _link(temporary, path)
+        reached("linked")
+        _sync(path.parent)
+
+
+def write_file(
+    path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
+) -> None:
+    """The bytes as a file, by `atomic_file`."""
+    with atomic_file(path, force=force, reached=reached) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Gives a new temporary folder; when the block ends well, it is on disk as `path`.
+
+    `path` must be free or an empty folder; with force, a folder that holds files is replaced, and removed only when the
+    new one is in its place. Folders on the way are made. Raises as `atomic_file` does.
+    """
+    path = path if path.name else path.absolute()
+    _check_folder(path, force)
+    with _making(path) as temporary:
+        temporary.mkdir()
+        mode = _file_mode(temporary)
+        yield temporary
+        for entry in sorted(temporary.rglob("*"), reverse=True):  # what is inside before the folder it is in
+            if entry.is_file():
+                entry.chmod(mode)
+            _sync(entry)
+        _sync(temporary)
+        _check_folder(path, force)
+        _move_folder(temporary, path)
+        _sync(path.parent)
+
+
+def temporary_name(folder: Path) -> Path:
+    """A free name for something in the making, which `sweep` knows when its process is gone."""
+    return folder / f".{HOST}-{os.getpid()}.{secrets.token_hex(8)}.tmp"
+
+
+def sweep(folder: Path) -> None:
+    """Removes what processes that are gone left in the making in this folder."""
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\.(.+)-(\d{1,10})\.[0-9a-f]{16}\.tmp", path.name)
+        if match:
+            with suppress(OSError):  # its process was quicker, or it is not ours
+                age = time.time() - path.lstat().st_mtime
+                if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
+                    _remove(path)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # it runs and is not ours
+    return True
+
+
+@contextmanager
+def _making(path: Path) -> Iterator[Path]:
+    """A temporary name beside path, whose folders are there; both go again if the block fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    temporary = temporary_name(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except BaseException as error:
+        _remove(temporary)
+        for folder in missing:
+            with suppress(OSError):  # it holds something else by now, or was never made
+                folder.rmdir()
+        if isinstance(error, Exception) and (number := _system_error(error)) is not None:
+            raise _clear_error(number, path) from None
+        raise
+    _remove(temporary)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The errno of a full disk, or of any error that a library hides in its text; None for all else."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in FULL else None
+    match = RUST_ERROR.search(str(error))
+    return None if match is None else int(match[1])
+
+
+def _clear_error(number: int, path: Path) -> OSError:
+    if number in FULL:
+        return DiskFull(number, f"{path}: {os.strerror(number)}; it was not written: make space and try again")
+    return OSError(number, os.strerror(number), str(path))
+
+
+def _check_file(path: Path, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not (path.is_symlink() or path.is_file()):
+        raise FileExistsError(f"{path} is there and is no file; give another name")
+    if not force:
+        raise FileExistsError(f"{path} exists; --force replaces it")
+
+
+def _check_folder(path: Path, force: bool) -> None:
+    old = _old(path)
+    if not os.path.lexists(path) and old.is_dir():
+        old.rename(path)  # a process was killed between the two steps of _move_folder
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise FileExistsError(f"{path} is there and is no folder; give another name")
+    if not force and any(path.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty; give a new folder")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _move_folder(source: Path, path: Path) -> None:
+    """Renames source to path, which is free or a folder that may go."""
+    if not path.exists():
+        source.rename(path)
+        return
+    old = _old(path)
+    _remove(old)
+    path.rename(old)
+    try:
+        source.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    _remove(old)
+
+
+def _link(source: Path, path: Path) -> None:
+    """Gives source a second name that must be free; where the disk knows no links, claims the name and moves."""
+    try:
+        path.hardlink_to(source)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists; --force replaces it") from None
+    except OSError:
+        path.touch(exist_ok=False)
+        source.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _file_mode(folder: Path) -> int:
+    """Permissions that the umask leaves a new file."""
+    probe = folder / "probe"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+def _sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk, where the system has a way to (Windows has none)."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
