@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,9 @@ from PIL import Image
 from sdlite import cli, images
 from sdlite.cli.app import limit_threads
 from sdlite.config import Request
+from sdlite.files import sweep
 from sdlite.pipeline import Pipeline
+from sdlite.segmentation.segmenter import Segmenter, SegmenterConfig, UNetPlan, build
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -462,3 +468,94 @@ def test_bar_is_for_terminals_and_paths_for_pipes(tmp_path: Path):
     shown = os.read(terminal, 1 << 16).decode(errors="replace")
     assert (process.returncode, out) == (0, f"{tmp_path / 'a.png'}\n")
     assert "picture 1/1" in shown and "a.png" not in shown
+
+
+# ------------------------------------------------------------------------------- ended at random times
+
+
+LEFT_OVER = re.compile(r"\.[\w-]+-\d+\.[0-9a-f]{16}\.tmp")  # what `files.sweep` removes
+ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def run_in_child(words: Sequence[str], name: str, stand_in: Callable[..., object]) -> BaseProcess:
+    """A fork that runs the command; signals but SIGKILL are held back until the command loads its model."""
+
+    def load(*_: object, **__: object) -> object:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        return stand_in()
+
+    def child() -> None:
+        home = {"Pipeline": Pipeline, "Segmenter": Segmenter}[name]
+        home.load = load  # type: ignore[method-assign]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        cli.main(words)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+    return process
+
+
+def end_often(command: Callable[[Path], BaseProcess], folder: Path, count: int, chance: random.Random) -> int:
+    """Runs ended at random times; how many were. After each, every picture is whole and none that was there is lost."""
+    hits, whole = 0, dict[Path, bytes]()
+    longest = 0.5  # seconds
+    for number in range(count):
+        process = command(folder)
+        start = time.monotonic()
+        process.join(chance.uniform(0.0, longest))
+        if process.is_alive():
+            os.kill(process.pid or 0, ENDS[number % len(ENDS)])
+            process.join()
+        hits += process.exitcode != 0
+        longest = max(0.05, time.monotonic() - start) if process.exitcode == 0 else longest
+        assert process.exitcode in (0, 130, -signal.SIGKILL, -15), process.exitcode
+        there = {path for path in folder.rglob("*") if path.is_file()}
+        assert all(path.suffix == ".png" or LEFT_OVER.fullmatch(path.name) for path in there)
+        assert not (whole.keys() - there), "a finished picture is gone"
+        for path in (path for path in there if path.suffix == ".png"):
+            data = path.read_bytes()
+            if data != whole.get(path):
+                assert images.decoded(path).tobytes()
+                assert path not in whole or "force" in folder.name
+            whole[path] = data
+    sweep(folder)
+    assert not list(folder.glob(".*"))
+    return hits
+
+
+def generating(folder: Path) -> BaseProcess:
+    words = ["generate", "a fox", "-o", f"{folder}/", "--num-images", "30", "--steps", "1", "-W", "512", "-H", "512"]
+    return run_in_child(words, "Pipeline", StandIn)
+
+
+def generating_one(folder: Path) -> BaseProcess:
+    words = ["generate", "a fox", "-o", f"{folder}/a.png", "--force", "--steps", "1", "-W", "1024", "-H", "1024"]
+    return run_in_child([*words, "-s", str(time.time_ns() % 2**32)], "Pipeline", StandIn)
+
+
+def segmenting(folder: Path) -> BaseProcess:
+    source = folder.with_name("source")
+    if not source.exists():
+        source.mkdir()
+        for i in range(30):
+            Image.effect_noise((300, 300), 90).save(source / f"{i}.png")
+    force = ["--force"] if "force" in folder.name else []
+    words = ["segment", str(source), "-m", "model", "-o", f"{folder}/", "--cutout", *force]
+    plan = UNetPlan(depth=1, base_width=1, padding="same")
+    return run_in_child(words, "Segmenter", lambda: Segmenter(build(plan), SegmenterConfig(network=plan)))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks and signals")
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(generating, "out"), (generating_one, "force"), (segmenting, "out"), (segmenting, "force")],
+    ids=["generate", "generate --force", "segment", "segment --force"],
+)
+def test_ended_at_random_times(tmp_path: Path, command: Callable[[Path], BaseProcess], name: str, count: int):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert end_often(command, folder, count, random.Random(count)) > count // 4
