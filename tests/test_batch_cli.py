@@ -1,6 +1,7 @@
 """`sdlite batch`: flags, exit codes, events, and real processes that are interrupted."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from sdlite import batch, cli, images
-from sdlite.batch import local
+from sdlite.batch import local, sheet
 from sdlite.batch.disk import sha256
 from sdlite.pipeline import Pipeline
 
@@ -190,6 +191,28 @@ def test_a_grid_gets_a_sheet_with_labelled_axes(run: Run):
     assert min(sheet.crop((margin, 0, sheet.width, 16)).convert("L").tobytes()) < 100  # column labels
     assert run("--verify", "out", "-q")[0] == 0
     assert run("fox.csv", "-o", "other", "--contact-sheet", "sheets/foxes.png", "-q")[0] == 0
+
+
+def test_labels_of_five_axes(tiny: Pipeline):
+    """Each row says what it differs in, and a long prompt comes last, where it may be cut."""
+    grid = {
+        "prompt": ["a fox " * 50, "an owl"],
+        "guidance_scale": [1, 2.5],
+        "solver": ["ddim"],
+        "seed": [3, 4],
+        "steps": [1, 2],
+    }
+    items = batch.prepare(
+        [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())], "o", pipe=tiny
+    )
+    labels = sheet._labels(grid, items.items)
+    assert labels is not None
+    corner, down, across = labels
+    assert (corner, across, len(down)) == ("steps:", ["1", "2"], 8)
+    assert down[0] == f"guidance_scale 1, seed 3, {'a fox ' * 50}" and down[-1] == "guidance_scale 2.5, seed 4, an owl"
+    assert [row.split(", a")[0] for row in down[:4]] == [
+        f"guidance_scale {g}, seed {s}" for g in (1, 2.5) for s in (3, 4)
+    ]
 
 
 def test_a_sheet_replaces_a_sheet_and_nothing_else(run: Run):

@@ -67,12 +67,18 @@ def _small(path: Path, scale: float) -> Image | None:
 def _labels(axes: Mapping[str, Sequence[Any]], items: Sequence[Item]) -> tuple[str, list[str], list[str]] | None:
     """Corner, row and column labels: the last axis lies across, all combinations of the others go down.
 
-    Several pictures of a cell lie side by side. None if the cells do not hold equally many.
+    Row labels leave out axes of one value. Several pictures of a cell lie side by side. None if the cells do not hold equally many.
     """
     if not axes or "num_images" in axes:
         return None
     *others, (name, values) = axes.items()
-    down = [[str(value) if other == "prompt" else f"{other} {value}" for value in column] for other, column in others]
-    rows = [", ".join(row) for row in itertools.product(*down)]
+    differing = [(other, column) for other, column in others if len(column) > 1] or others
+    prompts_last = sorted(differing, key=lambda axis: axis[0] == "prompt")  # a long one would push out the rest
+    rows = []
+    for chosen in itertools.product(*(column for _, column in others)):
+        value = dict(zip((other for other, _ in others), chosen, strict=True))
+        rows.append(
+            ", ".join(f"{value[axis]}" if axis == "prompt" else f"{axis} {value[axis]}" for axis, _ in prompts_last)
+        )
     each = len(items) // (len(rows) * len(values))
     return f"{name}:", rows, [f"{value} #{k + 1}" if each > 1 else f"{value}" for value in values for k in range(each)]

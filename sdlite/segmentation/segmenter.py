@@ -1,4 +1,4 @@
-"""A trained network as a file folder and as a function of pictures: picture in, mask out, at any size.
+"""A trained network as a file folder and as a function of pictures: picture in, mask out, in tiles if it is large.
 
     picture --standardized--> (C, H, W) --tiles that overlap--> network --centres put together--> (K, H, W) --> mask
 
