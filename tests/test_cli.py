@@ -217,6 +217,31 @@ def test_bad_input_is_one_line_and_writes_nothing(run: Run, model: StandIn, case
     assert names() == ["bad.png", "ok.png"] and not model.batches
 
 
+HINTS = {
+    "generate a red apple": 'put quotes around the prompt: sdlite generate "a red apple"',
+    "generate -s 7 a red apple": 'put quotes around the prompt: sdlite generate "a red apple"',
+    "generate x --num-inference-steps 5": "--num-inference-steps is called --steps here",
+    "generate x --num-images-per-prompt 5": "--num-images-per-prompt is called --num-images here",
+    "generate x --sampler euler": "--sampler is called --solver here",
+    "generate x --sampler-name euler": "--sampler-name is called --solver here",
+    "generate x --mask-image m.png": "--mask-image is called --mask here",
+    "generate x --denoising-strength 1": "--denoising-strength is called --strength here",
+    "generate x --n-iter 4": "--n-iter is called --num-images here",
+    "generate x --init-img a.png": "--init-img is called --image here",
+    "generate x --outdir out": "--outdir is called --output here",
+    "generate --prompt x": '--prompt is not needed: the prompt comes first, sdlite generate "a red apple"',
+    "batch a.txt -o o --num-inference-steps 5": "--num-inference-steps is called --steps here",
+    "info x y": "Got unexpected extra argument(s) (y) (see --help)",
+    "generate x --solver dpm": "Invalid value for '--solver': 'dpm' is not one of 'ddim', 'ddpm'",
+}
+
+
+@pytest.mark.parametrize("typed", HINTS)
+def test_what_to_type_instead(run: Run, typed: str):
+    code, out, err = run(*typed.split())
+    assert (code, out) == (2, "") and err.startswith(f"sdlite: error: {HINTS[typed]}") and len(err.splitlines()) == 1
+
+
 def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

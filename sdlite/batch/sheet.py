@@ -67,7 +67,8 @@ def _small(path: Path, scale: float) -> Image | None:
 def _labels(axes: Mapping[str, Sequence[Any]], items: Sequence[Item]) -> tuple[str, list[str], list[str]] | None:
     """Corner, row and column labels: the last axis lies across, all combinations of the others go down.
 
-    Row labels leave out axes of one value. Several pictures of a cell lie side by side. None if the cells do not hold equally many.
+    Row labels leave out axes of one value. Several pictures of a cell lie side by side. None if the cells do not hold
+    equally many.
     """
     if not axes or "num_images" in axes:
         return None

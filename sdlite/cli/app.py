@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sdlite import __version__
+from sdlite.cli.hints import usage
 from sdlite.cli.output import Report, shown
 from sdlite.config import Prediction
 
@@ -101,7 +102,7 @@ def run(arguments: Sequence[str] | None) -> int:
 def _message(error: Exception) -> str | None:
     """What to tell the user of an error, None for one that is a fault of the program."""
     if hasattr(error, "format_message"):  # a wrong flag: typer brings its own click or takes the installed one
-        return f"{error.format_message()} (see --help)"
+        return usage(error)
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
