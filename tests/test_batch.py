@@ -8,6 +8,7 @@ import functools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -26,7 +27,7 @@ from sdlite.batch import disk, draw as draw_module, local, store
 from sdlite.batch.draw import Engine, Result, chunks
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Processes, spread
+from sdlite.batch.workers import Processes, carried, spread
 from sdlite.files import HOST
 from sdlite.pipeline import Pipeline
 
@@ -431,6 +432,20 @@ def dies_at_start(number: int) -> Engine:
 
 def refuses(number: int) -> Engine:
     raise ValueError("no such model")
+
+
+class Odd(Exception):
+    """Cannot be unpickled, like some errors of libraries."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}{text}")
+
+
+def test_an_error_reaches_another_process():
+    for error, text in ((Odd(3, "x"), "Odd: 3x"), (KeyError("layer"), "KeyError: 'layer'"), (ValueError("no"), "no")):
+        assert str(pickle.loads(pickle.dumps(carried(error)))) == text
+    full = pickle.loads(pickle.dumps(carried(batch.DiskFull(28, "out: full"))))
+    assert isinstance(full, batch.DiskFull) and full.errno == 28
 
 
 @pytest.mark.slow
