@@ -148,6 +148,8 @@ def test_an_option_that_nobody_knows_is_a_word_and_is_noted(tmp_path: Path):
     assert made.notes[0].startswith(
         f"{tmp_path / 'a.txt'}:1: --ar is read as words of the prompt; options of a line are"
     )
+    many = "".join(f"a --x{chr(97 + i % 26)} {i}\n" for i in range(1000))
+    assert len(make_plan(written(tmp_path, "a.txt", many), resolve=resolve, engine={}).notes) == 10
     with pytest.raises(ValueError, match=r"a\.txt:1: --restore_faces is not known; options of a line are --prompt, "):
         plan(written(tmp_path, "a.txt", "--prompt a cat --restore_faces true"))
     with pytest.raises(ValueError, match=r"a\.txt:1: steps='many' must be a valid integer"):
@@ -167,6 +169,8 @@ def test_defaults_are_of_rows_that_do_not_say_otherwise(tmp_path: Path):
     assert [item.request.steps for item in plan(given, defaults={"steps": 7})] == [3, 7]
     with pytest.raises(ValueError, match=r"^steps=0 must be greater"):  # once, and not for each row
         plan(["a", "b"], defaults={"steps": 0})
+    with pytest.raises(ValueError, match=r"^num_images=0 must be 1 to 10,000$"):
+        plan(["a", "b"], defaults={"num_images": 0})
     made = make_plan(rows, resolve=resolve, engine={}, defaults={"strength": 0.5})
     assert made.notes == ["strength has no effect: no row names an image to start from"]
 

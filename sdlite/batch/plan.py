@@ -77,7 +77,7 @@ def make_plan(
     seed: base of the seeds of rows without one; with same_seed it is their seed. defaults: columns of rows that do not
     have them. Raises ValueError with a line per fault.
     """
-    Request(**{"prompt": ""} | {field: value for field, value in defaults.items() if field != "num_images"})
+    _request(Row(0, {}), {"prompt": "", **defaults})  # what is wrong with them is told once, and not for each row
     parts = parse_template(DEFAULT if name is None else name)
     faults = Faults("stdin" if source == "-" else str(source) if isinstance(source, str | Path) else "requests")
     table = read_table(source, faults)
@@ -110,7 +110,7 @@ def make_plan(
     if not items:
         raise ValueError(f"{faults.name} holds no requests")
     if "strength" in defaults and not any(item.image for item in items):
-        faults.notes.append("strength has no effect: no row names an image to start from")
+        faults.note("strength", "strength has no effect: no row names an image to start from")
     return Plan(items, table.axes, faults.notes)
 
 

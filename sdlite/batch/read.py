@@ -70,8 +70,8 @@ class Faults:
     def __init__(self, name: str) -> None:
         self.name = name
         self.lines: list[str] = []
-        self.notes: list[str] = []
         self.count = 0
+        self._notes: dict[str, str] = {}
         self._seen: set[str] = set()
 
     def add(self, line: int | None, fault: object) -> None:
@@ -83,6 +83,15 @@ class Faults:
         self.count += 1
         if self.count <= SHOWN_FAULTS:
             self.lines.append(text)
+
+    def note(self, kind: str, text: str) -> None:
+        """Of each kind the first is kept, and of few kinds."""
+        if len(self._notes) < SHOWN_FAULTS:
+            self._notes.setdefault(kind, text)
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self._notes.values())
 
     def check(self) -> None:
         """Raises ValueError if there was any fault."""
@@ -187,7 +196,7 @@ def _text_rows(file: BinaryIO, faults: Faults) -> Iterator[Row]:
         kind = ".jsonl"
     elif _is_header(first[1]):
         kind = ".csv"
-        faults.notes.append(f"{faults.name} is read as CSV, since its first line is a header: {first[1]:.80}")
+        faults.note("csv", f"{faults.name} is read as CSV, since its first line is a header: {first[1]:.80}")
     yield from READERS[kind](itertools.chain([first], lines), faults)
 
 
@@ -232,10 +241,8 @@ def _with_options(line: str, number: int, faults: Faults) -> Columns:
     if unknown and "prompt" in rest[::2]:
         raise ValueError(f"{unknown[0]} is not known; options of a line are --{', --'.join(OPTIONS)}")
     if unknown:
-        faults.notes.append(
-            f"{faults.name}:{number}: {unknown[0]} is read as words of the prompt; options of a line are "
-            f"--{', --'.join(OPTIONS)}"
-        )
+        known = f"options of a line are --{', --'.join(OPTIONS)}"
+        faults.note(unknown[0], f"{faults.name}:{number}: {unknown[0]:.40} is read as words of the prompt; {known}")
         return {"prompt": line}
     given = [("prompt", text.strip())] if text.strip() else []
     given += [(OPTIONS[name], value) for name, value in pairs]

@@ -55,6 +55,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no prog
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def examples(*commands: str) -> str:
+    """The end of a command's help, one command a line."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False

@@ -18,6 +18,7 @@ from sdlite.cli.app import (
     Override,
     Quiet,
     app,
+    examples,
     limit_threads,
 )
 from sdlite.cli.output import Interrupts, Report, shown
@@ -31,21 +32,30 @@ Form = Literal["folder", "webdataset"]
 DEFAULT = Request(prompt="")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlite batch prompts.txt -o out --steps 30",
+        "sdlite batch grid.json -o grid --contact-sheet grid.png",
+    )
+)
 def batch(
     requests: Annotated[
         str | None, typer.Argument(help=".txt, .jsonl, .csv, .tsv, .parquet, a grid in .json, or - for stdin.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder; resumed if there.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the images. An existing one is continued."),
     ] = None,
     model: Model = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Drawn at the same time.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images drawn at the same time.")] = 4,
     workers: Annotated[
-        int, typer.Option(help="Processes, or Ray actors, each with its share of the cores or its GPU.")
+        int, typer.Option(help="Number of processes, or of Ray actors; each gets its share of the cores, or a GPU.")
     ] = 1,
     exact: Annotated[
-        bool, typer.Option("--exact", help="The same bytes for every --batch-size, --workers and number of cores.")
+        bool,
+        typer.Option(
+            "--exact", help="Same bytes for every --batch-size, --workers and number of cores, on one kind of CPU."
+        ),
     ] = False,
     seed: Annotated[
         int, typer.Option("--seed", "-s", help="Rows without a seed get different seeds, derived from this one.")
@@ -82,28 +92,34 @@ def batch(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Only part I of N, for many machines on one folder. SLURM, --array=1-N: $SLURM_ARRAY_TASK_ID/N; "
-            "in a shell that accelerate launch starts: $((RANK+1))/$WORLD_SIZE.",
+            help="Draw only part I of N, for many machines on one folder. In a SLURM array of 1-N: "
+            "$SLURM_ARRAY_TASK_ID/N. In a shell that accelerate launch starts: $((RANK+1))/$WORLD_SIZE.",
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="TEMPLATE", help="E.g. '{index:06}-{prompt}.png'.", show_default="index and key"),
+        typer.Option(
+            metavar="TEMPLATE", help="File names, e.g. '{index:06}-{prompt}.png'.", show_default="index and key"
+        ),
     ] = None,
     form: Annotated[
-        Form, typer.Option("--format", help="PNGs in a folder, or WebDataset shards: DIR/00000.tar, ...")
+        Form, typer.Option("--format", help="Write PNGs into a folder, or WebDataset shards: DIR/00000.tar, ...")
     ] = "folder",
-    ray: Annotated[bool, typer.Option("--ray", help="Workers are actors of a Ray cluster on this machine.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Make the workers actors of a Ray cluster on this machine.")
+    ] = False,
     ray_address: Annotated[
         str | None,
-        typer.Option(metavar="ADDR", help="Of that cluster, if it runs; all its machines must see DIR and the model."),
+        typer.Option(
+            metavar="ADDR", help="Address of a running Ray cluster; all its machines must see DIR and the model."
+        ),
     ] = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be drawn, in what time and space.")
+        bool, typer.Option("--dry-run", help="Draw nothing; estimate the time and the disk space.")
     ] = False,
     verify: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Read a batch's pictures again; draws none.")
+        Path | None, typer.Option(metavar="DIR", help="Draw nothing; check every image of a batch's folder.")
     ] = None,
     device: Device = "auto",
     dtype: DType = "auto",

@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdlite.cli.app import INTERRUPTED, Force, Quiet, app, limit_threads
+from sdlite.cli.app import INTERRUPTED, Force, Quiet, app, examples, limit_threads
 from sdlite.cli.output import Interrupts, Report, check_free, shown
 from sdlite.files import DiskFull, sweep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Not all that Pillow opens: EPS starts another program, and some others are hardly tried against hostile files.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "TGA", "PSD")
-MAX_PIXELS = 128 * 1024 * 1024
 SOME_FAILED = 1  # exit code
 Task = Callable[["Image", Callable[[float], None]], "Image"]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlite segment photo.jpg -m run/export -o mask.png",
+        "sdlite segment photos/ -m run/export --cutout -o cut-out/",
+    )
+)
 def segment(
     images: Annotated[
-        list[Path], typer.Argument(help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them.")
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them."),
     ],
     model: Annotated[Path, typer.Option("--model", "-m", help="OUTPUT/export of `sdlite train segmentation`.")],
     output: Annotated[
@@ -45,10 +48,6 @@ def segment(
     Pictures have up to 128 megapixels and are labelled in tiles. Of several pictures, those whose file is in the output
     folder already are left out unless --force is given, and one that fails stops no other. Ctrl-C finishes the picture
     in hand. Exit codes: 0 all done, 1 some failed, 2 wrong input, 130 interrupted.
-
-    Examples:
-      sdlite segment photo.jpg -m run/export -o mask.png
-      sdlite segment photos/ -m run/export --cutout -o cut-out/
     """
     if overlay and cutout:
         raise ValueError("--overlay and --cutout are two different pictures; give one of them")
@@ -68,6 +67,8 @@ def segment(
 def _pictures(given: Sequence[Path]) -> Iterator[Path]:
     """The pictures named, and those in the folders named, by their suffix. Raises ValueError for none."""
     from PIL import Image
+
+    from sdlite.segmentation.segmenter import FORMATS
 
     Image.init()
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
@@ -149,6 +150,7 @@ def _make(
     picture: Path, place: Path, task: Task, force: bool, report: Report, progress: Callable[[float], None]
 ) -> None:
     from sdlite.images import decoded, save_png
+    from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS
 
     image = decoded(picture, FORMATS, MAX_PIXELS)
     if "pages" in image.info:

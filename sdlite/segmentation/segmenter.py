@@ -22,6 +22,9 @@ from torch import Tensor
 from sdlite.config import Record
 from sdlite.segmentation.models import FCN, SegmentationUNet
 
+# Of pictures; not all that Pillow opens: EPS starts another program, TGA takes many a file for a picture.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "PSD")
+MAX_PIXELS = 128 * 1024 * 1024
 Count = Annotated[int, Field(ge=1, le=256)]
 CONTEXT = 8  # part of a tile's side, at each end, that only gives context: an eighth
 COLOURS = (0, 0, 0, 255, 255, 255, 230, 25, 75, 60, 180, 75, 0, 130, 200, 245, 130, 48, 145, 30, 180, 70, 240, 240)
