@@ -189,6 +189,14 @@ def test_seeds_depend_on_the_row_alone():
     assert plan(["a"], seed=1)[0].request.seed != alone[0].request.seed
 
 
+@pytest.mark.parametrize("seed", [-1, "-1", "random", None])
+def test_any_seed_is_the_rows_own(seed: Any):
+    rows = [{"prompt": "a", "seed": seed}, {"prompt": "b", "seed": seed}]
+    assert [item.request.seed for item in plan(rows)] == [derived_seed(0, 0), derived_seed(0, 1)]
+    with pytest.raises(ValueError, match="seed=-2 must be"):
+        plan([{"prompt": "a", "seed": -2}])
+
+
 def test_num_images_counts_seeds_up():
     items = plan([{"prompt": "a", "num_images": 3, "seed": 10}, {"prompt": "b", "num_images": "2"}])
     assert [item.request.seed for item in items][:3] == [10, 11, 12]

@@ -24,6 +24,7 @@ MAX_IMAGES = 10_000  # of one row
 RESERVED = ("file_name", "sha256", "seconds", "key", "index", "init_image", "init_mask")  # columns of metadata.jsonl
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 FIELDS = set(Request.model_fields)
+ANY_SEED = (-1, "-1", "random")  # Automatic1111's words for a row without a seed
 NOTHING: Mapping[str, Any] = {}
 KNOWN = {*FIELDS, *ELSEWHERE, "num_images"}  # names of columns that may be written with capitals, spaces or hyphens
 
@@ -145,6 +146,8 @@ def in_shard(item: Item, shard: tuple[int, int]) -> bool:
 def _request(row: Row, defaults: Mapping[str, Any]) -> tuple[Request, Columns, int]:
     """The request of a row, its unknown columns, and how many pictures. None counts as not given."""
     columns = _named(row.columns)
+    if columns.get("seed") in ANY_SEED:
+        columns = columns | {"seed": None}
     given = {**defaults, **{name: value for name, value in columns.items() if value is not None}}
     fields = {name: value for name, value in given.items() if name in FIELDS}
     for name, value in columns.items():

@@ -62,30 +62,45 @@ def batch(
     ] = 0,
     same_seed: Annotated[bool, typer.Option("--same-seed", help="Rows without a seed all get --seed.")] = False,
     negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", "-n", help="For rows that name none.", show_default="")
+        str | None, typer.Option("--negative-prompt", "-n", help="What to keep out, for rows without this column.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="For rows that name none.", show_default=f"{DEFAULT.steps}")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Denoising steps, for rows without this column; more is slower.", show_default=f"{DEFAULT.steps}"
+        ),
+    ] = None,
     solver: Annotated[
-        SolverName | None, typer.Option(help="For rows that name none.", show_default=DEFAULT.solver)
+        SolverName | None,
+        typer.Option(
+            help="How to step from noise to image, for rows without this column.", show_default=DEFAULT.solver
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            "--guidance-scale", "--cfg-scale", help="For rows that name none.", show_default=f"{DEFAULT.guidance_scale}"
+            "--guidance-scale",
+            "--cfg-scale",
+            help="How closely to follow the prompt, for rows without this column; 1 = off.",
+            show_default=f"{DEFAULT.guidance_scale}",
         ),
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(help="Images per row that names no number.", show_default="1")
+        int | None, typer.Option(help="Images of a row, for rows without this column.", show_default="1")
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="For rows that start from an image and name none.", show_default=f"{DEFAULT.strength}"),
+        typer.Option(
+            help="How far to leave the start image, 0 to 1, for rows that have one.", show_default=f"{DEFAULT.strength}"
+        ),
     ] = None,
     width: Annotated[
-        int | None, typer.Option("--width", "-W", help="For rows that name none.", show_default="the model's")
+        int | None,
+        typer.Option("--width", "-W", help="In pixels, for rows without this column.", show_default="the model's"),
     ] = None,
     height: Annotated[
-        int | None, typer.Option("--height", "-H", help="For rows that name none.", show_default="the model's")
+        int | None,
+        typer.Option("--height", "-H", help="In pixels, for rows without this column.", show_default="the model's"),
     ] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Do not stop at a row that fails.")] = False,
     shards: Annotated[
