@@ -8,7 +8,7 @@ import typer
 
 from sdlite.cli.app import INTERRUPTED, Force, Quiet, app, examples, limit_threads
 from sdlite.cli.output import Interrupts, Report, check_free, shown
-from sdlite.files import DiskFull, sweep
+from sdlite.files import DiskFull, sweep, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,11 +149,11 @@ def _progress(bar: Any, name: str) -> Callable[[float], None]:
 def _make(
     picture: Path, place: Path, task: Task, force: bool, report: Report, progress: Callable[[float], None]
 ) -> None:
-    from sdlite.images import decoded, save_png
+    from sdlite.images import decoded, png_bytes
     from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS
 
     image = decoded(picture, FORMATS, MAX_PIXELS)
     if "pages" in image.info:
         report.note(f"{picture} has several pages; the first is labelled")
     result = task(image, progress)
-    save_png(result, place, force=force, with_metadata=False)
+    write_file(place, png_bytes(result, with_metadata=False), force=force)
