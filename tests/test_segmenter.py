@@ -75,6 +75,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         assert torch.equal(ours.probabilities(image), theirs.probabilities(image))
 
 
+def test_the_folder_of_a_run_is_its_export(tmp_path):
+    segmenter().save(tmp_path / "run/export")
+    (tmp_path / "run/config.json").write_text("{}")  # the run's own
+    assert Segmenter.load(tmp_path / "run").config == segmenter().config
+
+
 def test_half_precision_weights_load(tmp_path):
     segmenter().save(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -148,8 +148,12 @@ class Segmenter:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Segmenter":
-        """What `save` wrote. Raises FileNotFoundError or a ValueError of one line that says what is wrong with it."""
+        """What `save` wrote, or the export of a run's folder.
+
+        Raises FileNotFoundError or a ValueError of one line that says what is wrong with it.
+        """
         folder = Path(folder)
+        folder = folder / "export" if (folder / "export" / "model.safetensors").is_file() else folder
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder} holds no {file}; give the folder that a Segmenter was saved into")
