@@ -49,7 +49,8 @@ DIFFUSERS = """
 import sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 folder, out, prompt, steps, width, height, device, dtype = sys.argv[1:]
-pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+options = {"torch_dtype": getattr(torch, dtype), "local_files_only": True, "use_safetensors": True}
+pipe = StableDiffusionPipeline.from_pretrained(folder, **options)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 pipe.to(device)(prompt, num_inference_steps=int(steps), width=int(width), height=int(height)).images[0].save(out)
@@ -166,7 +167,7 @@ class _Idle:
     def sample_latents(self, *_: Any, **__: Any) -> Iterator[Tensor]:
         yield self._latents
 
-    def decode(self, _: Tensor, requests: Sequence[Request]) -> list[Image]:
+    def decode(self, _: Tensor, requests: Sequence[Request], **__: Any) -> list[Image]:
         return [self._picture] * len(requests)
 
 
@@ -254,7 +255,8 @@ def _diffusers(unet: Network, folder: Path) -> Any:
     logging.disable_progress_bar()
     weight = next(unet.parameters())
     with warnings.catch_warnings(action="ignore"):  # torch_dtype has a new name, which diffusers 0.36 does not know
-        theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=weight.dtype, local_files_only=True)
+        options = {"torch_dtype": weight.dtype, "local_files_only": True, "use_safetensors": True}
+        theirs = StableDiffusionPipeline.from_pretrained(folder, **options)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     theirs.to(weight.device)

@@ -13,10 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Prediction = Literal["epsilon", "v", "sample"]
 SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
 
+UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
 MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
 
 Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
+Cells = Annotated[int, Field(ge=1, le=1024)]  # of a latent, along one side
+Sides = Cells | tuple[Cells, Cells]  # of a square, or (height, width)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Annotated[int, Field(ge=1, le=8192)]
 Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
@@ -39,8 +42,10 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
     fault = error.errors()[0]
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, fields, 1)
-        return f"unknown field {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}")
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name[:80], fields, 1)
+        return f"unknown field {name!r:.80}; " + (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+        )
     if fault["type"] == "missing":
         return f"{name} is required"
     rule = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -48,18 +53,30 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
     return rule if not name else f"{name}={fault['input']!r:.80} must be {rule}"
 
 
+def _check_number(name: str, given: Any, read: Any) -> None:
+    """Raises ValueError where pydantic read a number that nobody wrote as one: true as 1, "1_0" as 10."""
+    values = given if isinstance(given, list | tuple) else [given]
+    numbers = read if isinstance(read, tuple) else [read]
+    for value, number in zip(values, numbers, strict=False):
+        odd = isinstance(value, bool) or (isinstance(value, str) and "_" in value)
+        if odd and isinstance(number, int | float) and not isinstance(number, bool):
+            raise ValueError(f"{name}={given!r:.80} must be a number, not {value!r:.80}")
+
+
 class Record(BaseModel):
     """Frozen, closed pydantic model whose errors are one-line ValueErrors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
             raise ValueError(_one_line(error, list(type(self).model_fields))) from None
+        for name, value in fields.items():
+            _check_number(name, value, getattr(self, name))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
@@ -71,7 +88,9 @@ class Request(Record):
     the negative prompt has no effect. guidance_rescale: Lin et al. 2023, section 3.4. eta: 0 is DDIM, 1 is DDPM's noise
     (solver "ddim" only). clip_skip: text layers left out at the end (Automatic1111's "Clip skip" is this plus 1).
     height, width: pixels; None is the model's own size. image, mask: which picture img2img or inpainting started from,
-    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it.
+    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it. paste: put
+    the untouched picture back outside the mask, with an edge that is mask_blur pixels soft (Automatic1111's "Mask
+    blur"); False is what diffusers draws.
     """
 
     prompt: str = Field(max_length=20_000)
@@ -88,6 +107,8 @@ class Request(Record):
     image: str | None = None
     mask: str | None = None
     strength: float = Field(0.8, gt=0, le=1)
+    paste: bool = True
+    mask_blur: float = Field(4.0, ge=0, le=64)
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -96,6 +117,16 @@ class Request(Record):
         if self.eta > 0 and self.solver != "ddim":
             raise ValueError(f"eta={self.eta:g} has no effect with solver={self.solver!r}; use solver 'ddim' or eta 0")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide the picture, for keys and records.
+
+        paste and mask_blur only where something is pasted: what is without them is as it was before there were any.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        if self.mask is None or not self.paste:
+            del fields["paste"], fields["mask_blur"]
+        return fields
 
 
 class UNetConfig(Record):
@@ -250,13 +281,13 @@ CodecConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 
 
 class ModelConfig(Record):
-    """A whole model. sample_size: the side in latent cells at which it draws unless told otherwise."""
+    """A whole model. sample_size: latent cells that it draws unless told otherwise: the side, or (height, width)."""
 
     denoiser: DenoiserConfig
     schedule: ScheduleConfig
     text: TextConfig
     codec: CodecConfig
-    sample_size: int = Field(64, ge=1, le=1024)
+    sample_size: Sides = 64
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

@@ -105,7 +105,7 @@ def atomic_file(
     there. Raises FileExistsError, DiskFull, or OSError as the system says; then `path` is as it was.
     """
     path = path if path.name else path.absolute()
-    _check_file(path, force)
+    check_file(path, force)
     with _making(path) as temporary:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the umask leaves; some writers take 0600
@@ -115,7 +115,7 @@ def atomic_file(
         _sync(temporary)
         reached("synced")
         if force:
-            _check_file(path, force)
+            check_file(path, force)
             temporary.replace(path)
         else:
             _link(temporary, path)
@@ -139,7 +139,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     new one is in its place. Folders on the way are made. Raises as `atomic_file` does.
     """
     path = path if path.name else path.absolute()
-    _check_folder(path, force)
+    check_folder(path, force)
     with _making(path) as temporary:
         temporary.mkdir()
         mode = _file_mode(temporary)
@@ -149,7 +149,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 entry.chmod(mode)
             _sync(entry)
         _sync(temporary)
-        _check_folder(path, force)
+        check_folder(path, force)
         _move_folder(temporary, path)
         _sync(path.parent)
 
@@ -213,8 +213,9 @@ def _clear_error(number: int, path: Path) -> OSError:
     return OSError(number, os.strerror(number), str(path))
 
 
-def _check_file(path: Path, force: bool) -> None:
-    if not os.path.lexists(path):
+def check_file(path: Path, force: bool) -> None:
+    """Raises FileExistsError, in one line, if `atomic_file` would not write there."""
+    if not _is_there(path):
         return
     if not (path.is_symlink() or path.is_file()):
         raise FileExistsError(f"{path} is there and is no file; give another name")
@@ -222,16 +223,26 @@ def _check_file(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} exists; --force replaces it")
 
 
-def _check_folder(path: Path, force: bool) -> None:
+def check_folder(path: Path, force: bool) -> None:
+    """Raises FileExistsError, in one line, if `atomic_folder` would not write there."""
     old = _old(path)
-    if not os.path.lexists(path) and old.is_dir():
+    if not _is_there(path) and old.is_dir():
         old.rename(path)  # a process was killed between the two steps of _move_folder
-    if not os.path.lexists(path):
+    if not _is_there(path):
         return
     if path.is_symlink() or not path.is_dir():
         raise FileExistsError(f"{path} is there and is no folder; give another name")
     if not force and any(path.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty; give a new folder")
+
+
+def _is_there(path: Path) -> bool:
+    """Also for a link to nothing, which Path.exists denies. Raises OSError for a name that no file can have."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _old(path: Path) -> Path:

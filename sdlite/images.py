@@ -1,10 +1,10 @@
-"""Pictures at the border: tensors to PIL and back, PNG files with their recipe inside, contact sheets.
+"""Pictures at the border: tensors to PIL and back, files with their recipe inside.
 
-    pixels in [-1, 1]  <--from_pil, to_pil-->  PIL  <--open_image, save_png-->  file
+    pixels in [-1, 1]  <--from_pil, to_pil-->  PIL  <--open_picture, save_picture-->  file
 
-A picture that sdlite writes holds two PNG texts: "parameters", which Automatic1111 and the tools around it read, and
-"sdlite", one JSON object (`Recipe`) from which `sdlite regen` draws the same picture again. Neither holds a path: a
-source picture is recorded as the digest of its pixels. What is read from a file is data and is validated as hostile.
+`open_picture` is the one reading of pictures, wherever they come from: the command line, a batch, Python. A picture
+that sdlite writes holds the two texts of `sdlite.recipe`: in a PNG as texts, in a JPEG or WebP in EXIF, where
+Automatic1111 looks for them too. What is read from a file is validated as hostile.
 """
 
 import base64
@@ -14,57 +14,52 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from io import BytesIO
-from math import ceil, sqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from pydantic import Field
 from torch import Tensor
 
-from sdlite.config import Prediction, Record, Request
 from sdlite.files import write_file
+from sdlite.recipe import Foreign, Recipe, metadata as metadata, parse_a1111, parse_recipe, versions as versions
+from sdlite.sheet import contact_sheet as contact_sheet
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of a picture that is read: the largest that can be drawn, MAX_SIDE squared
 MAX_PIXEL_BYTES = 8  # of a file, for each of its pixels at most: 16-bit RGBA, uncompressed
 READABLE = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}  # Pillow's name of a format -> as people write it
-MAX_RECIPE_CHARS = 1024 * 1024  # two prompts of Request's length, every character escaped, and room
-A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 calls them
-    "ddim": ("DDIM", None),
-    "ddpm": ("DDPM", None),
-    "euler": ("Euler", "Uniform"),
-    "euler_a": ("Euler a", "Uniform"),
-    "dpmpp_2m": ("DPM++ 2M", "Uniform"),
-    "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),
-    "unipc": ("UniPC", None),
-    "pndm": ("PLMS", None),
-    "lcm": ("LCM", None),
+TEXTS = ("parameters", "sdlite")  # names of the texts in a picture's info and in a PNG
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of files that are written
+QUALITY: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True},  # smaller than PNG, and `regen` finds the same pixels
 }
+MAX_JPEG_EXIF = 65_000  # bytes: a JPEG's segment has two bytes for its length
+UNICODE = b"UNICODE\0"  # EXIF's mark of a comment in UTF-16
+SURE = 0.05  # of a mask's pixels may be neither black nor white: the soft rim of a brush
 MAX_SHOWN = 64  # pictures that a notebook shows of a list
-MAX_NAME = 200  # characters of a model's name
-MAX_LABEL = 240  # pixels of a contact sheet's row labels
-UNKNOWN_SOURCE = "sha256:unknown"
 
 
-class Recipe(Record):
-    """All that a picture records about itself; sizes in the request are resolved, sources are digests."""
+class Drawn(Image.Image):
+    """A picture with its texts in `.info`, which `save` writes into the file."""
 
-    request: Request
-    model: str = Field(max_length=MAX_NAME)
-    model_hash: str = Field(pattern=r"^[0-9a-f]{0,64}$")
-    prediction: Prediction  # not in the weights, which the hash is of
-    versions: dict[Literal["sdlite", "torch", "diffusers", "transformers"], Annotated[str, Field(max_length=64)]]
+    def save(self, fp: Any, format: str | None = None, **options: Any) -> None:
+        """As PIL's, with the texts for PNG, JPEG and WebP; pass pnginfo=None or exif=b"" to leave them out."""
+        kind = format or SUFFIXES.get(Path(fp).suffix.lower() if isinstance(fp, str | Path) else "", "")
+        super().save(fp, format, **(_text_options(self, kind.upper()) | options))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to RGB pictures, rounded as diffusers does."""
     pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in pixels]
+    pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in pixels]
+    for picture in pictures:
+        picture.__class__ = Drawn
+    return pictures
 
 
 def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -75,6 +70,20 @@ def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
 def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
     """(1, 1, H, W) of 0 (keep) and 1 (repaint, white in the picture), resized and cut at half as diffusers does."""
     return (_unit_interval(mask.resize(size, Image.Resampling.LANCZOS).convert("L")) >= 0.5).float()
+
+
+def pasted(drawn: Image.Image, picture: Image.Image, mask: Image.Image, blur: float) -> Image.Image:
+    """The drawn picture where the mask is white, the other elsewhere; all of them as they were drawn from.
+
+    blur: radius in pixels of the soft edge between them, as of Automatic1111's mask blur; 0 is a hard edge.
+    """
+    size = drawn.size
+    white = (mask_from_pil(mask, size)[0, 0] * 255).to(torch.uint8)  # (H, W)
+    soft = Image.fromarray(white.numpy()).filter(ImageFilter.GaussianBlur(blur))
+    under = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    whole = Image.composite(drawn, under, soft)
+    whole.__class__ = Drawn
+    return whole
 
 
 def _unit_interval(image: Image.Image) -> Tensor:
@@ -96,33 +105,68 @@ def largest_difference(first: Image.Image, second: Image.Image) -> int:
     return max(ImageChops.difference(first.convert("RGB"), second.convert("RGB")).tobytes())
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture from a PNG, JPEG or WebP file: upright, transparency on white, 16 bits cut to 8.
+def open_picture(source: str | Path | bytes | Image.Image, *, for_mask: bool = False) -> Image.Image:
+    """An RGB picture out of a file, its bytes, or a PIL image: upright, 16 bits cut to 8, at most 16 megapixels.
 
-    Raises FileNotFoundError, or ValueError for anything else that is wrong with it, both in one line.
+    What is transparent becomes white, and in a mask black, which is kept. Raises FileNotFoundError, or ValueError for
+    anything else that is wrong with it and for a mask that repaints nothing, all in one line.
     """
-    image = decoded(path)
+    named = "mask" if for_mask else "picture"
+    name = str(source) if isinstance(source, str | Path) else f"the {named}"
+    image = _upright(source, name) if isinstance(source, Image.Image) else decoded(source, name=name)
+    if image.mode == "F":
+        raise ValueError(f"{name} has floating-point pixels, whose range nobody knows; convert it to 8 bits first")
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+        ground = Image.new("RGBA", image.size, "black" if for_mask else "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    image = image.convert("RGB")
+    if for_mask and image.convert("L").getextrema()[1] < 128:  # type: ignore[operator]
+        raise ValueError(f"{name} has nothing white, so nothing would be redrawn; paint white what is to change")
+    return image
 
 
-def decoded(path: str | Path, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def mask_notes(mask: Image.Image, picture: Image.Image) -> list[str]:
+    """What a user should know of how an opened mask is read."""
+    notes = []
+    if mask.size != picture.size:
+        sizes = [f"{side.width}x{side.height}" for side in (mask, picture)]
+        notes.append("the mask has {} pixels and the picture {}; it is stretched over it".format(*sizes))
+    shades = mask.convert("L").histogram()
+    if sum(shades[16:240]) > SURE * mask.width * mask.height:
+        notes.append("the mask has grey parts; it is cut at half: what is lighter is redrawn, the rest is kept")
+    return notes
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{name} has more than {MAX_PIXELS >> 20} megapixels; scale the picture down")
+    return ImageOps.exif_transpose(image)
+
+
+def decoded(
+    source: str | Path | bytes,
+    formats: tuple[str, ...] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Image.Image:
     """The picture in a file, its header checked before any pixel is decoded; whatever Pillow raises, in one line.
 
     formats: those allowed, as Pillow calls them. A TIFF of several pages is its first page, with "pages" in `.info`;
-    other files of several pictures are refused.
+    other files of several pictures are refused. name: what errors call it, else its path.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
+    name = str(source) if name is None else name
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"{name} is not a file" if Path(source).exists() else f"{name} does not exist")
+    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     most = max_pixels * MAX_PIXEL_BYTES
-    fault = f"is larger than {most >> 20} MiB; scale the picture down" if Path(path).stat().st_size > most else None
+    fault = f"is larger than {most >> 20} MiB; scale the picture down" if size > most else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below refuses smaller ones
-            with Image.open(path, formats=() if fault else formats) as image:
+            file = BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=() if fault else formats) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 several = getattr(image, "is_animated", False)
@@ -135,72 +179,20 @@ def decoded(path: str | Path, formats: tuple[str, ...] = FORMATS, max_pixels: in
     except Image.DecompressionBombError:
         fault = f"has more than {max_pixels >> 20} megapixels; scale the picture down"
     except UnidentifiedImageError:
-        *first, last = (READABLE.get(name, name) for name in formats)
+        *first, last = (READABLE.get(kind, kind) for kind in formats)
         fault = fault or f"is not a {', '.join(first)} or {last} picture"
     except Exception as error:  # the decoders raise what the bytes lead them to: OSError, SyntaxError, struct.error...
-        fault = f"is damaged: {' '.join(str(error).split()) or type(error).__name__}"
-    raise ValueError(f"{path} {fault}")
-
-
-def metadata(
-    request: Request, *, model: str, model_hash: str, prediction: Prediction, width: int, height: int
-) -> dict[str, str]:
-    """The two PNG texts of a picture; width and height are those drawn, model_hash is hexadecimal."""
-    sources = {name: _source(getattr(request, name)) for name in ("image", "mask")}
-    recipe = Recipe(
-        request=request.replace(width=width, height=height, **sources),
-        model=re.split(r"[/\\]", model.rstrip("/\\"))[-1][:MAX_NAME],  # a name, never where it lies
-        model_hash=model_hash,
-        prediction=prediction,
-        versions=versions(),
-    )
-    return {"parameters": _infotext(recipe), "sdlite": recipe.model_dump_json(ensure_ascii=True)}
-
-
-def versions() -> dict[Any, str]:
-    """Of sdlite and of the libraries that decide a picture's bytes."""
-    from sdlite import __version__
-
-    return {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": __version__}
-
-
-def _source(name: str | None) -> str | None:
-    return name if name is None or re.fullmatch(r"sha256:[0-9a-f]{64}", name) else UNKNOWN_SOURCE
-
-
-def _infotext(recipe: Recipe) -> str:
-    """Automatic1111's text: prompt, negative prompt, then one line of settings. RNG: CPU is how noise is drawn."""
-    request = recipe.request
-    sampler, schedule = A1111_SAMPLERS[request.solver]
-    settings = {
-        "Steps": request.steps,
-        "Sampler": sampler,
-        "Schedule type": schedule,
-        "CFG scale": request.guidance_scale,
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-        "Model hash": recipe.model_hash[:10] or None,
-        "Model": recipe.model or None,
-        "Denoising strength": request.strength if request.image is not None else None,
-        "Eta DDIM": request.eta or None,
-        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
-        "RNG": "CPU",
-        "Version": f"sdlite-{recipe.versions['sdlite']}",
-    }
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
-    return f"{request.prompt}{negative}\n{line}"
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+        said = " ".join(str(error).split()) or type(error).__name__
+        large = "MAX_TEXT" in said  # Pillow's limits on compressed texts
+        fault = "holds a text that is larger than 1 MiB; save it without its texts" if large else f"is damaged: {said}"
+    raise ValueError(f"{name} {fault}")
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
     """The "parameters" and "sdlite" texts of a picture as they are, whoever wrote them."""
-    info = decoded(path).info
-    return {name: info[name] for name in ("parameters", "sdlite") if isinstance(info.get(name), str)}
+    image = decoded(path)
+    texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
+    return texts or _exif_texts(image)
 
 
 def read_metadata(path: str | Path) -> Recipe:
@@ -209,37 +201,104 @@ def read_metadata(path: str | Path) -> Recipe:
     if text is None:
         raise ValueError(f"{path} holds no sdlite metadata (not drawn by sdlite, drawn with --no-metadata, or edited)")
     try:
-        if len(text) > MAX_RECIPE_CHARS:
-            raise ValueError("too long")
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or not isinstance(fields.get("request"), dict):
-            raise ValueError("not an object with a request")
-        return Recipe(**fields | {"request": Request(**fields["request"])})
+        return parse_recipe(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds broken sdlite metadata: {str(error).splitlines()[0]}") from None
 
 
-def save_png(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:
-    """Writes a PNG whole or not at all, with the texts in image.info; replaces a file only with force.
+def read_any_metadata(path: str | Path) -> Foreign:
+    """The recipe of a picture that sdlite or Automatic1111 drew. Raises ValueError as `read_metadata`."""
+    texts = read_texts(path)
+    if "sdlite" in texts or "parameters" not in texts:
+        return Foreign(read_metadata(path), [])
+    try:
+        return parse_a1111(texts["parameters"])
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be drawn again: {error}") from None
+
+
+def _exif_texts(image: Image.Image) -> dict[str, str]:
+    """Texts of a JPEG or WebP: Automatic1111's in the user comment, ours in the description beside it."""
+    exif = image.getexif()
+    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    texts = {"parameters": _comment(comment) if isinstance(comment, bytes) else str(comment)}
+    description = exif.get(ExifTags.Base.ImageDescription)
+    texts["sdlite"] = description if isinstance(description, str) and description.startswith('{"request"') else ""
+    return {name: text for name, text in texts.items() if text}
+
+
+def _comment(data: bytes) -> str:
+    """An EXIF comment: 8 bytes that name its encoding, then the text. The order of UTF-16's bytes is nowhere said."""
+    text = data[8:]
+    if data.startswith(UNICODE):
+        big = text[0::2].count(0) >= text[1::2].count(0)  # where most letters have their zero
+        return text.decode("utf-16-be" if big else "utf-16-le", "replace")
+    return text.decode("utf-8", "replace").strip("\0 ")
+
+
+def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
+    """Options of PIL's `save` that write the texts in image.info into a file of that kind."""
+    texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
+    if not texts or kind not in QUALITY:
+        return {}
+    if kind == "PNG":
+        info = PngInfo()
+        for name, text in texts.items():
+            info.add_text(name, text)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    comment = texts.get("parameters", "").encode("utf-16-be", "replace")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE + comment
+    exif[ExifTags.Base.ImageDescription] = texts.get("sdlite", "")
+    return {"exif": exif}
+
+
+def fits_jpeg(texts: Sequence[str]) -> bool:
+    """Whether a JPEG has room for these prompts: each stands in it once in UTF-16 and once as escaped JSON."""
+    return sum(2 * len(text) + len(json.dumps(text)) for text in texts) < MAX_JPEG_EXIF - 4096
+
+
+def save_picture(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:
+    """Writes a PNG, JPEG or WebP whole or not at all, with the texts in image.info; replaces a file only with force.
 
     Makes the folders on the way. Raises FileExistsError, DiskFull, or OSError as the system says.
     """
-    write_file(Path(path), png_bytes(image, with_metadata), force=force)
+    kind = SUFFIXES.get(Path(path).suffix.lower(), "PNG")
+    write_file(Path(path), picture_bytes(image, kind, with_metadata), force=force)
+
+
+def save_numbered(
+    image: Image.Image, folder: str | Path, seed: int, *, suffix: str = ".png", with_metadata: bool = True
+) -> Path:
+    """Saves under the next free number of a folder, whoever else is saving there, and says where."""
+    while True:
+        path = next_free_name(folder, seed, suffix)
+        try:
+            save_picture(image, path, with_metadata=with_metadata)
+            return path
+        except FileExistsError:  # another run took the number in the meantime
+            continue
 
 
 def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:
     """The PNG file of a picture, with the texts in image.info."""
-    texts = PngInfo()
-    for name in ("parameters", "sdlite"):
-        if with_metadata and name in image.info:
-            texts.add_text(name, image.info[name])
+    return picture_bytes(image, "PNG", with_metadata)
+
+
+def picture_bytes(image: Image.Image, kind: str, with_metadata: bool = True) -> bytes:
+    """The file of a picture. kind: "PNG", "JPEG" or "WEBP"."""
     data = BytesIO()
-    image.save(data, "PNG", pnginfo=texts)
+    texts = _text_options(image, kind) if with_metadata else {}
+    Image.Image.save(image, data, kind, **QUALITY[kind], **texts)  # Drawn's own would add the texts anyway
     return data.getvalue()
 
 
 class Images(list[Image.Image]):
     """Pictures in a list, which a notebook shows with what each was drawn from."""
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes each as 000000-SEED.png, counting up, with its metadata, into a folder that is made; says where."""
+        return [save_numbered(image, folder, _seed(image)) for image in self]
 
     def _repr_html_(self) -> str:
         cells = []
@@ -255,53 +314,16 @@ class Images(list[Image.Image]):
         return "".join(cells) + more
 
 
-def next_free_name(folder: str | Path, seed: int) -> Path:
+def _seed(image: Image.Image) -> int:
+    return parse_recipe(image.info["sdlite"]).request.seed if "sdlite" in image.info else 0
+
+
+def next_free_name(folder: str | Path, seed: int, suffix: str = ".png") -> Path:
     """000000-<seed>.png: one more than the highest such number in the folder."""
     folder = Path(folder)
-    found = [re.match(r"(\d{6,9})-", entry.name) for entry in (folder.iterdir() if folder.is_dir() else ())]
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    found = [re.match(r"(\d{6,9})-", name) for name in names]
     index = max((int(match[1]) for match in found if match), default=-1) + 1
-    return folder / f"{index:06d}-{seed}.png"
-
-
-def contact_sheet(
-    images: Sequence[Image.Image | None],
-    labels: Sequence[str] | None = None,
-    columns: int | None = None,
-    axes: tuple[str, Sequence[str], Sequence[str]] | None = None,
-) -> Image.Image:
-    """All pictures in one, on a near-square grid unless columns is given, each with its label below.
-
-    None leaves a cell empty. axes: (corner, row labels, column labels) of a grid, written at its left and above it.
-    """
-    corner, down, across = axes or ("", (), ())
-    columns = len(across) or columns or ceil(sqrt(len(images)))
-    gap, caption, top = 4, 16 if labels else 0, 16 if axes else 0
-    shown = [image for image in images if image is not None]
-    width, height = max(image.width for image in shown), max(image.height for image in shown) + caption
-    rows = ceil(len(images) / columns)
-    font = ImageFont.load_default(11)
-    margin = gap + min(ceil(max(map(font.getlength, (corner, *down)))), MAX_LABEL) if axes else 0
-    size = (margin + columns * (width + gap) + gap, top + rows * (height + gap) + gap)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = margin + gap + i % columns * (width + gap), top + gap + i // columns * (height + gap)
-        if image is not None:
-            sheet.paste(image, (x, y))
-        if labels:
-            draw.text((x, y + (image.height if image else 0) + 2), _fitted(labels[i], font, width), "black", font)
-    draw.text((gap, 2), _fitted(corner, font, MAX_LABEL), "black", font)
-    for j, label in enumerate(across):
-        draw.text((margin + gap + j * (width + gap), 2), _fitted(label, font, width), "black", font)
-    for j, label in enumerate(down):
-        y = top + gap + j * (height + gap) + height // 2 - 6
-        draw.text((gap, y), _fitted(label, font, MAX_LABEL), "black", font)
-    return sheet
-
-
-def _fitted(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """As much of a label as fits into that many pixels, on one line."""
-    label = label.replace("\n", " ")[:200]
-    while label and font.getlength(label) > width:
-        label = label[:-1]
-    return label
+    while (name := f"{index:06d}-{seed}{suffix}") in names:  # beyond nine digits numbers are not looked for
+        index += 1
+    return folder / name

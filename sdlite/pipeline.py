@@ -7,7 +7,11 @@ batch.
 
 import copy
 import html
+import math
+import os
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,24 +26,25 @@ from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import Solver
-from sdlite.images import Images, digest, metadata, to_pil
+from sdlite.images import Images, digest, mask_notes, metadata, open_picture, pasted, to_pil
 from sdlite.initial import Job, begin, first_step
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
 from sdlite.models.networks import Network
+from sdlite.models.prompt import foreign_marks
 from sdlite.models.text import TextEncoder
 from sdlite.noise import ImageNoise
 from sdlite.schedulers import solver_for
 
-TILED_ABOVE = 1024 * 1024  # pixels from which an image is decoded in tiles, to bound memory
-Pictures = Sequence[Image | None] | None
+Picture = Image | str | Path | bytes  # what `open_picture` reads
+Pictures = Sequence[Picture | None] | None
 
 
 class Pipeline:
     """Text encoder, denoiser, codec and noise schedule, and how they make an image together.
 
-    sample_size: latent cells along each side of the images drawn unless a request says otherwise. name, model_hash: go
-    into the images' metadata. notes: what loading had to guess, for the caller to say.
+    sample_size: latent cells along each side of the images drawn unless a request says otherwise, or (height, width).
+    name, model_hash: go into the images' metadata. notes: what loading had to guess, for the caller to say.
     """
 
     def __init__(
@@ -49,7 +54,7 @@ class Pipeline:
         codec: LatentCodec,
         schedule: Schedule,
         *,
-        sample_size: int = 64,
+        sample_size: int | tuple[int, int] = 64,
         name: str = "",
         model_hash: str = "",
         notes: Sequence[str] = (),
@@ -75,19 +80,26 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         prediction: Prediction | None = None,
+        variant: str | None = None,
+        vae: str | Path | None = None,
+        allow_links: Sequence[str | Path] = (),
     ) -> Self:
         """The model of a diffusers folder, an original single file or a hub id; or an untrained "tiny",
-        "tiny-dit", "sd15" or "sd21".
+        "tiny-dit", "sd15" or "sd21", where nothing here has that name.
 
         device: "auto" takes a GPU if there is one. dtype: of text encoder and denoiser; "auto" is float32 on a CPU and
         float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or what is guessed.
+        variant: which weights of a folder, such as "fp16". vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use
+        instead of the model's. allow_links: folders that links in a model's folder may lead into.
         Raises CheckpointError, a ValueError, with one line that says what is wrong with which file.
         """
         if path == "":
             raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = find_device(device)
         kind = _dtype(dtype, place)
-        parts = load_model(SHIPPED if path is None else path, prediction=prediction)
+        parts = load_model(
+            SHIPPED if path is None else path, prediction=prediction, variant=variant, vae=vae, allow_links=allow_links
+        )
         return cls(
             parts.text.to(place, kind),
             parts.denoiser.to(place, kind),
@@ -129,8 +141,9 @@ class Pipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """(width, height) in pixels of the images drawn unless a request says otherwise."""
-        side = self.sample_size * self.codec.factor
-        return side, side
+        size = self.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return width * self.codec.factor, height * self.codec.factor
 
     def summary(self) -> dict[str, str]:
         """What the pipeline is made of, in words: shown by repr and by notebooks."""
@@ -158,15 +171,16 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         num_images: int = 1,
-        image: Image | Sequence[Image] | None = None,
-        mask: Image | Sequence[Image] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
         **fields: Any,
     ) -> Images:
         """Draws `num_images` of every prompt, with seeds counting up from the prompt's seed.
 
-        image: start from this picture (img2img), changing it by `strength`. mask: repaint its white part only
-        (inpainting). fields: those of Request. Whatever is given as a list holds one for each prompt. Raises ValueError
-        with one line for what cannot be drawn.
+        image: start from this picture (img2img), changing it by `strength`; a PIL image, a file or its bytes. mask:
+        redraw its white part only (inpainting). fields: those of Request. Whatever is given as a list holds one for
+        each prompt. Warns where a prompt or a picture is read otherwise than one may think (see `remarks`). Raises
+        ValueError with one line for what cannot be drawn.
         """
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         count = _whole("num_images", num_images)
@@ -178,10 +192,15 @@ class Pipeline:
         for text, row in zip(prompts, rows, strict=True):
             values = dict(zip(columns, row, strict=True))
             first, picture, repaint = _whole("seed", values.pop("seed")), values.pop("image"), values.pop("mask")
+            picture = None if picture is None else open_picture(picture)
+            repaint = None if repaint is None else open_picture(repaint, for_mask=True)
             values |= {"image": _named(picture), "mask": _named(repaint)}
             requests += [Request(prompt=text, seed=first + i, **values) for i in range(count)]
             images += [picture] * count
             masks += [repaint] * count
+        rows = zip(requests, images, masks, strict=True)
+        for remark in dict.fromkeys(remark for row in rows for remark in self.remarks(*row)):
+            warnings.warn(remark, stacklevel=2)
         return self.generate(requests, images=images, masks=masks)
 
     def generate(
@@ -189,16 +208,20 @@ class Pipeline:
     ) -> Images:
         """A list of images in the order of the requests, each with its recipe in `.info`.
 
-        images, masks: one picture or None per request, for img2img and inpainting. Raises ValueError with one line for
-        what cannot be drawn, FloatingPointError when the latents of an image are not finite.
+        images, masks: one picture, file or None per request, for img2img and inpainting. Raises ValueError with one
+        line for what cannot be drawn, FloatingPointError when the latents of an image are not finite.
         """
         jobs = self.jobs(requests, images, masks)
         drawn: dict[int, Image] = {}
-        for batch in self.batches([job.request for job in jobs]):
+        batches = self.batches([job.request for job in jobs])
+        for batch in batches:
+            self.num_evaluations(jobs[batch[0]].request)  # what a solver refuses is said before anything is drawn
+        for batch in batches:
             mine = [jobs[i] for i in batch]
             for x_t in self._sample(mine):
                 latents = x_t
-            drawn |= zip(batch, self.decode(latents, [job.request for job in mine]), strict=True)
+            requests, images, masks = zip(*mine, strict=True)
+            drawn |= zip(batch, self.decode(latents, requests, images=images, masks=masks), strict=True)
         return Images(drawn[i] for i in range(len(jobs)))
 
     def sample_latents(
@@ -214,23 +237,41 @@ class Pipeline:
         return self._sample(jobs)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, requests: Request | Sequence[Request]) -> list[Image]:
+    def decode(
+        self,
+        latents: Tensor,
+        requests: Request | Sequence[Request],
+        *,
+        images: Pictures = None,
+        masks: Pictures = None,
+    ) -> list[Image]:
         """Pictures of final latents (B, C, H/f, W/f), one at a time, with the recipe of each in `.info`.
 
-        Raises FloatingPointError for latents that are not finite, rather than giving a black picture.
+        images, masks: as for `generate`; where a request says paste, the image is put back outside the mask. Raises
+        FloatingPointError for latents that are not finite, rather than giving a black picture.
         """
         requests = [requests] if isinstance(requests, Request) else requests
+        columns = [_each(name, value, len(requests)) for name, value in (("images", images), ("masks", masks))]
         pictures = []
-        for z, request in zip(latents.chunk(len(latents)), requests, strict=True):
-            height, width = z.shape[-2] * self.codec.factor, z.shape[-1] * self.codec.factor
-            images = self.codec.decode(z.float(), tiled=width * height > TILED_ABOVE)  # (1, 3, H, W)
-            if not images.isfinite().all():
+        for z, request, image, mask in zip(latents.chunk(len(latents)), requests, *columns, strict=True):
+            decoded = self.codec.decode(z.float())  # (1, 3, H, W)
+            if not decoded.isfinite().all():
                 raise FloatingPointError(
                     f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
                 )
-            picture = to_pil(images)[0]
-            model = {"model": self.name, "model_hash": self.model_hash}
-            texts = metadata(request, **model, prediction=self.denoiser.prediction, width=width, height=height)
+            picture = to_pil(decoded)[0]
+            paste = request.paste and image is not None and mask is not None
+            if paste:
+                picture = pasted(picture, open_picture(image), open_picture(mask, for_mask=True), request.mask_blur)
+            width, height = picture.size
+            texts = metadata(
+                request.replace(paste=paste),
+                model=self.name,
+                model_hash=self.model_hash,
+                prediction=self.denoiser.prediction,
+                width=width,
+                height=height,
+            )
             picture.info.update(texts.items())
             pictures.append(picture)
         return pictures
@@ -260,21 +301,52 @@ class Pipeline:
             for name, named, given in (("image", request.image, image), ("mask", request.mask, mask)):
                 if named is not None and given is None:
                     raise ValueError(f"{name}={named!r}: open the picture and give it as well")
+            image = None if image is None else open_picture(image)
+            mask = None if mask is None else open_picture(mask, for_mask=True)
             request = request.replace(image=image and digest(image), mask=mask and digest(mask))
             jobs.append(Job(self.resolve(request, image), image, mask))
         return jobs
 
+    def remarks(self, request: Request, image: Image | None = None, mask: Image | None = None) -> list[str]:
+        """What a user should know before the request is drawn: where it is read otherwise than one may think.
+
+        image, mask: as `open_picture` gives them.
+        """
+        remarks = [*foreign_marks(request.prompt), *foreign_marks(request.negative_prompt)]
+        open_size = request.width is None and request.height is None
+        if image is not None and open_size and math.prod(image.size) > math.prod(self.default_size):
+            width, height = self._size(request, image)
+            remarks.append(
+                f"the picture to start from has {image.width}x{image.height} pixels and is made {width}x{height}, "
+                "the area that this model draws; width or height sets another size"
+            )
+        return remarks if image is None or mask is None else [*remarks, *mask_notes(mask, image)]
+
+    def _size(self, request: Request, image: Image | None) -> tuple[int, int]:
+        """(width, height) as asked for; what is left open has the picture's shape, or is the model's own.
+
+        A picture larger than the model's area is fitted into it, and a smaller one is cut to what the codec can.
+        """
+        asked, own, unit = (request.width, request.height), self.default_size, self.size_unit
+        if image is None or None not in asked:
+            width, height = (there if side is None else side for side, there in zip(asked, own, strict=True))
+            return width, height
+        given = [side / there for side, there in zip(asked, image.size, strict=True) if side is not None]
+        scale = given[0] if given else min(1, math.sqrt(math.prod(own) / math.prod(image.size)))
+        cells = [side * scale / unit for side in image.size]
+        sides = (min(max(int(n) if scale == 1 else round(n), 1) * unit, MAX_SIDE // unit * unit) for n in cells)
+        width, height = (fitted if side is None else side for side, fitted in zip(asked, sides, strict=True))
+        return width, height
+
     def resolve(self, request: Request, image: Image | None = None) -> Request:
-        """The request with its size filled in: the picture's, cut to what the codec can, or the model's own.
+        """The request with its size filled in: the picture's, fitted into the model's own area, or that area.
 
         Raises ValueError if this model cannot draw it.
         """
         if self.inpainting and request.mask is None:
             raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
         unit = self.size_unit
-        cut = [min(side // unit * unit or unit, MAX_SIDE) for side in image.size] if image else self.default_size
-        width = cut[0] if request.width is None else request.width
-        height = cut[1] if request.height is None else request.height
+        width, height = self._size(request, image)
         for name, side in (("width", width), ("height", height)):
             if side % unit:
                 lower, patch = side // unit * unit, unit // self.codec.factor
@@ -283,6 +355,12 @@ class Pipeline:
                     f"{name}={side} must be a multiple of {unit}, as the codec shrinks images by {self.codec.factor}"
                     f"{cells}; use {f'{lower} or ' if lower else ''}{lower + unit}"
                 )
+        needed, there = self.codec.decode_bytes(width, height), _memory(self.device)
+        if needed > there:
+            raise ValueError(
+                f"width={width}, height={height}: to decode it takes {needed / 2**30:.1f} GiB of memory or more, and "
+                f"{self.device} has {there / 2**30:.1f}; draw it smaller"
+            )
         return request.replace(width=width, height=height)
 
     @torch.no_grad()
@@ -329,15 +407,24 @@ class Pipeline:
 
 def find_device(name: str) -> torch.device:
     """The device of that name: "auto", "cpu", "cuda", "cuda:1", "mps". Raises ValueError if it is not there."""
-    kind, _, number = name.partition(":")
+    kind, colon, number = name.partition(":")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if counts[kind]))
     if kind not in counts:
         raise ValueError(f"device={name!r} must be one of auto, {', '.join(counts)}")
-    if not (number or "0").isdecimal() or int(number or "0") >= counts[kind]:
+    if (colon and not (number.isdecimal() and number.isascii())) or int(number or "0") >= counts[kind]:
         raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
     return torch.device(name)
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of memory in all, infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -355,9 +442,8 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one for each")
     if name in ("image", "mask", "images", "masks"):
         for picture in values:
-            if picture is not None and not isinstance(picture, Image):
-                kind = type(picture).__name__
-                raise ValueError(f"{name} must be a PIL image, not {kind}; open a file with sdlite.images.open_image")
+            if picture is not None and not isinstance(picture, Picture):
+                raise ValueError(f"{name} must be a PIL image, a file or its bytes, not {type(picture).__name__}")
     return values
 
 

@@ -19,7 +19,9 @@ GROUPS = {
     "models": ["config", "files"],
     "segmentation": ["config", "files"],
     "noise": [],
-    "images": ["config", "files"],
+    "sheet": [],
+    "recipe": ["config", "files"],
+    "images": ["config", "files", "recipe", "sheet"],
     "schedulers": ["config", "diffusion"],
     "initial": ["config", "diffusion", "models", "noise", "images"],
     "backends": ["config", "models"],
@@ -37,7 +39,7 @@ GROUPS = {
         "backends",
     ],
     "inspect": ["config", "diffusion", "models", "images", "pipeline"],
-    "batch": ["config", "files", "images", "pipeline"],
+    "batch": ["config", "files", "recipe", "images", "pipeline"],
     "train": [
         "config",
         "files",
@@ -63,6 +65,7 @@ HOMES = {
     "rich": {"cli/", "bench.py", "train/loop.py"},
     "PIL": {
         "images.py",
+        "sheet.py",
         "initial.py",
         "pipeline.py",
         "inspect.py",

@@ -121,8 +121,8 @@ def test_exact_is_the_same_for_every_batch_size(tmp_path: Path):
     run(tmp_path / "exact1", batch_size=32, exact=True)  # so that another batch size is no other setting
     free = [sorted((tmp_path / f"free{size}").glob("*.png")) for size in (1, 4, 7)]
     for one, *others in zip(*free, strict=True):
-        pair = images.open_image(one)
-        assert all(images.largest_difference(pair, images.open_image(other)) <= 1 for other in others)
+        pair = images.open_picture(one)
+        assert all(images.largest_difference(pair, images.open_picture(other)) <= 1 for other in others)
 
 
 def test_workers_and_batch_size_are_no_settings(tmp_path: Path, reference: Content):
@@ -135,7 +135,7 @@ def test_workers_and_batch_size_are_no_settings(tmp_path: Path, reference: Conte
     assert there.keys() == reference.keys() and all(there[name] == reference[name] for name in sorted(there)[:8])
     for name, data in reference.items():
         (tmp_path / "first.png").write_bytes(data)
-        pair = images.open_image(tmp_path / "first.png"), images.open_image(tmp_path / name)
+        pair = images.open_picture(tmp_path / "first.png"), images.open_picture(tmp_path / name)
         assert images.largest_difference(*pair) <= 1
 
 
@@ -168,10 +168,10 @@ def test_pictures_start_from_pictures(tmp_path: Path):
     requests.write_text("prompt,image,mask,steps\na fox,start.png,,3\nan owl,start.png,mask.png,3\nplain,,,3\n")
     run(tmp_path / "out", requests)
     first, second, third = (images.read_metadata(path).request for path in sorted((tmp_path / "out").glob("*.png")))
-    assert first.image == second.image == images.digest(images.open_image(tmp_path / "start.png"))
+    assert first.image == second.image == images.digest(images.open_picture(tmp_path / "start.png"))
     assert first.mask is None and second.mask is not None and third.image is None
-    expected = tiny().generate([first], images=[images.open_image(tmp_path / "start.png")])[0]
-    drawn = images.open_image(sorted((tmp_path / "out").glob("*.png"))[0])
+    expected = tiny().generate([first], images=[images.open_picture(tmp_path / "start.png")])[0]
+    drawn = images.open_picture(sorted((tmp_path / "out").glob("*.png"))[0])
     assert images.largest_difference(expected, drawn) <= 1
     assert str(tmp_path) not in (tmp_path / "out/metadata.jsonl").read_text()
     (next((tmp_path / "out").glob("000000*"))).unlink()
@@ -208,10 +208,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     whole = tiny().decode
 
-    def decode(latents: Any, requests: Any) -> Any:
+    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
         if any(request.seed == 13 for request in requests):
             raise FloatingPointError("seed=13: the image is not finite")
-        return whole(latents, requests)
+        return whole(latents, requests, **sources)
 
     monkeypatch.setattr(tiny(), "decode", decode)
     yield

@@ -138,10 +138,10 @@ def test_shards_are_printed_and_verified(run: Run):
 def test_failures_and_their_exit_codes(run: Run, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch):
     whole = tiny.decode
 
-    def decode(latents: Any, requests: Any) -> Any:
+    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
         if any(request.seed == 6 for request in requests):
             raise FloatingPointError("not finite")
-        return whole(latents, requests)
+        return whole(latents, requests, **sources)
 
     monkeypatch.setattr(tiny, "decode", decode)
     code, out, _ = run("fox.csv", "-o", "out", "--keep-going", "--json")
@@ -181,10 +181,10 @@ def test_dry_run_writes_nothing(run: Run):
 def test_a_grid_gets_a_sheet_with_labelled_axes(run: Run):
     Path("grid.json").write_text(json.dumps({"prompt": ["a fox", "an owl"], "steps": [1, 2, 3], "seed": 4}))
     code, out, _ = run("grid.json", "-o", "out", "--contact-sheet", "out/contact-sheet.png", "-q")
-    sheet = images.open_image("out/contact-sheet.png")
+    sheet = images.open_picture("out/contact-sheet.png")
     assert code == 0 and out.splitlines()[-1] == "out/contact-sheet.png"
     assert sheet.width > 3 * 64 + 30 and 2 * 64 + 16 < sheet.height < 2 * 64 + 40
-    picture = images.open_image(sorted(Path("out").glob("000004*"))[0])  # row 2, column 2
+    picture = images.open_picture(sorted(Path("out").glob("000004*"))[0])  # row 2, column 2
     margin = sheet.width - 3 * 68 - 4
     assert images.largest_difference(sheet.crop((margin + 72, 88, margin + 136, 152)), picture) == 0
     assert min(sheet.crop((0, 40, margin, 60)).convert("L").tobytes()) < 100  # a row label

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sdlite.batch.names import DEFAULT, checked, fill, parse_template
-from sdlite.batch.plan import Item, derived_seed, in_shard, make_plan, parse_shard
+from sdlite.batch.plan import Item, derived_seed, in_shard, item_key, make_plan, parse_shard
 from sdlite.config import Request
 from sdlite.images import digest
 
@@ -38,6 +38,17 @@ ROWS = [
     {"prompt": "a fox, red", "seed": 7, "steps": 2, "guidance_scale": 1.5, "author": "me"},
     {"prompt": 'the "owl"\nat night', "seed": 0, "steps": 3, "guidance_scale": 7.0, "author": "=cmd()|' /C calc'!A0"},
 ]
+
+
+def test_keys_of_folders_drawn_before_pasting_stay_valid():
+    """The keys that the code before it made; a mask that is pasted back makes another picture and has another."""
+    request = Request(prompt="a cat", seed=7, width=64, height=64)
+    assert item_key(request, {"model": "ab"}) == "74e181225660f6bdbde00721153d386e0461f9b8436b42aca456c0b0bed45ba6"
+    masked = request.replace(image=f"sha256:{'0' * 64}", mask=f"sha256:{'1' * 64}")
+    before = "c849168ede795d4a9a02cf98482399257a335222f5f59babd8baaa1f745c3d37"
+    assert item_key(masked.replace(paste=False, mask_blur=9), {"model": "ab"}) == before
+    keys = {item_key(masked.replace(mask_blur=blur), {"model": "ab"}) for blur in (0, 4)}
+    assert len(keys) == 2 and before not in keys
 
 
 def csv_of(rows: list[dict[str, Any]]) -> str:

@@ -135,10 +135,10 @@ def test_a_failed_picture_is_left_out_and_added_later(
 ):
     whole = tiny().decode
 
-    def decode(latents: Any, requests: Any) -> Any:
+    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
         if any(request.prompt == ROWS[2]["prompt"] for request in requests):
             raise FloatingPointError("not finite")
-        return whole(latents, requests)
+        return whole(latents, requests, **sources)
 
     with monkeypatch.context() as patch:
         patch.setattr(tiny(), "decode", decode)

@@ -28,7 +28,7 @@ from sdlite.checkpoints.known_keys import (
     UNET_MAPPED,
 )
 from sdlite.checkpoints.weights import CheckpointError
-from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, sd15, sd21, tiny, tiny_dit
+from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, Request, sd15, sd21, tiny, tiny_dit
 
 IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 
@@ -148,6 +148,8 @@ def test_published_configs_are_the_presets():
     assert text_config(SD15_TEXT, IDS, "") == sd1.text
     assert schedule_config(SD15_SCHEDULER, "") == (sd1.schedule, None, [])
     assert configs.sample_size(SD21_UNET, "") == 96
+    assert configs.sample_size({"sample_size": [16, 24]}, "") == (16, 24)  # height and width, as in diffusers
+    assert configs.sample_size({"sample_size": [96, 96]}, "") == 96
     dit = DiTConfig(width=1152, depth=28, num_heads=16, context_dim=4096, out_channels=8)
     assert dit_config(DIT, "epsilon", "") == dit
     assert dit_config(DIT | {"sample_size": 128, "interpolation_scale": 2}, "v", "") == dit.replace(
@@ -331,14 +333,53 @@ def test_inert_hooks_are_left_alone(changes: dict[str, Any]):
             "transformer=",
         ),
         (lambda c: configs.check_model_index(c, "x"), {"custom_pipelines": "evil"}, "asks for code"),
-        (lambda c: configs.check_model_index(c, "x"), {"text_encoder_2": [None, None]}, "unknown part"),
+        (
+            lambda c: configs.check_model_index(c, "x"),
+            {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+            "unknown part",
+        ),
+        (lambda c: configs.sample_size(c, "x"), {"sample_size": [16, "24"]}, "sample_size"),
         (lambda c: configs.sample_size(c, "x"), {"sample_size": 10**6}, "sample_size"),
+        (lambda c: configs.sample_size(c, "x"), {"sample_size": [8, "8"]}, "sample_size"),
+        (lambda c: configs.sample_size(c, "x"), {"sample_size": [8, 8, 8]}, "sample_size"),
     ],
 )
 def test_other_refused_configs(make: Any, config: dict[str, Any], message: str):
     with pytest.raises(CheckpointError, match=message) as error:
         make(config)
     assert "\n" not in str(error.value) and str(error.value).startswith("x: ")
+
+
+def test_options_that_are_off_are_left_alone():
+    """Later releases of diffusers write keys that sdlite does not know; those that are off make no difference."""
+    later = {"later_option": None, "use_later": False, "later_layers": []}
+    assert unet_config(SD15_UNET | later, "epsilon", "") == sd15().denoiser
+    with pytest.raises(CheckpointError, match="unknown key 'later_option'=2"):
+        unet_config(SD15_UNET | {"later_option": 2}, "epsilon", "")
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "image_encoder_2": [None, None]}
+    configs.check_model_index(parts | {"_ignore_files": ["x"], "_later": 3, "requires_safety_checker": True}, "")
+
+
+def test_true_is_no_number_and_underscores_are_none():
+    for change in ({"layers_per_block": True}, {"layers_per_block": "0_2"}):
+        with pytest.raises(CheckpointError, match=r"must be a number, not (True|'0_2')"):
+            unet_config(SD15_UNET | change, "epsilon", "")
+    with pytest.raises(CheckpointError, match="must be a number, not True"):
+        codec_config({"_class_name": "AutoencoderTiny", "num_encoder_blocks": [True, 3, 3, 3]}, "")
+    for fields in ({"steps": True}, {"steps": "1_0"}, {"guidance_scale": False}, {"seed": "1_0"}):
+        with pytest.raises(ValueError, match="must be a number"):
+            Request(prompt="x", **fields)
+    assert Request(prompt="1_0", steps="10", image="a_b.png").steps == 10
+    assert tiny().denoiser.attention_stages == (True, False)
+
+
+def test_any_name_of_a_field_is_refused_in_one_line():
+    for name in ("self", "x" * 100_000, "cls"):
+        with pytest.raises(ValueError, match="unknown field") as error:
+            Request(prompt="x", **{name: 1})
+        assert len(str(error.value)) < 500
+        with pytest.raises(ValueError, match="unknown field"):
+            Request(prompt="x").replace(**{name: 1})
 
 
 def test_bomb_of_tiny_blocks():

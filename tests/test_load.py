@@ -23,7 +23,8 @@ from sdlite.checkpoints import hub, load, single_file, weights
 from sdlite.checkpoints.load import CheckpointError, ModelParts, load_model, random_model
 from sdlite.checkpoints.save import save_folder, save_single_file
 from sdlite.checkpoints.weights import Weights, open_safetensors, read_json, read_safetensors
-from sdlite.config import sd15, sd21, tiny, tiny_dit
+from sdlite.config import AutoencoderTinyConfig, sd15, sd21, tiny, tiny_dit
+from sdlite.models.codec import LatentCodec
 
 PART_FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -121,8 +122,10 @@ BAD_FILES = {
     "too many": (raw(json.dumps({f"t{i}": entry() for i in range(20_001)}), b"1234"), "20001 tensors"),
     "name": (raw(json.dumps({"../a": entry()}), b"1234"), "named '../a'"),
     "name with a line": (raw(json.dumps({"a\nb": entry()}), b"1234"), "named"),
-    "float64": (raw(json.dumps({"a": entry("F64", [1], [0, 8])}), b"12345678"), "'F64'; weights must be F32"),
-    "unknown dtype": (raw(json.dumps({"a": entry(["x"])}), b"1234"), "damaged header|weights must be"),
+    "unknown dtype": (raw(json.dumps({"a": entry(["x"])}), b"1234"), "'x'.*which safetensors does not know"),
+    "huge and empty": (raw(json.dumps({"a": entry(shape=[0, 2**62], offsets=[0, 0])})), "which is too large"),
+    "not an object": (raw('{"a":1}').replace(b'{"a":1}', b'{ "a":1'), "damaged header"),
+    "many duplicates": (raw("{" + ",".join(f'"{i}":0' for i in range(100_000)) + ',"7":0}'), "'7' is there twice"),
     "overlap": (raw(json.dumps({"a": entry(), "b": entry()}), b"1234"), "overlap"),
     "gap": (raw(json.dumps({"a": entry(), "b": entry(offsets=[8, 12])}), b"1" * 12), "gaps"),
     "negative": (raw(json.dumps({"a": entry(shape=[-1], offsets=[4, 0])}), b"1234"), "damaged header"),
@@ -251,8 +254,8 @@ def test_wrong_tensors(part: str, holder: Path):
 
     path.write_bytes(good)
     changed(path, lambda tensors: tensors.update({f"{name}.more": torch.ones(1) for name in names}))
-    text = refused(holder, f"{part}.*not expected.*edited or is another model's")
-    assert all(f"{name}.more is not expected" in text for name in seen)
+    note = next(note for note in load_model(holder).notes if "not used" in note)
+    assert part in note and all(f"{name}.more" in note for name in seen)
 
     path.write_bytes(good)
     changed(path, lambda tensors: tensors.update({name: torch.ones(3, 7) for name in names}))
@@ -274,7 +277,6 @@ def test_wrong_tensors_in_a_single_file(original: Path, tmp_path: Path):
     ):
         for change, message in (
             (lambda t, name=name: t.pop(name), "is missing"),
-            (lambda t, name=name: t.update({f"{name}2": torch.ones(1)}), "2 is not expected"),
             (lambda t, name=name: t.update({name: torch.ones(1, 2)}), r"is \(1, 2\), not"),
             (lambda t, name=name: t[name].fill_(float("inf")), "has NaN or Inf"),
         ):
@@ -334,7 +336,7 @@ def test_config_bombs_are_refused_before_memory_is_taken(folder: Path):
     edited(folder / "text_encoder" / "config.json", hidden_size=8192, num_hidden_layers=48)
     refused(folder, "another model's")
     (folder / "text_encoder" / "config.json").write_text('{"a":' * 100_000)
-    refused(folder, "not JSON")
+    refused(folder, "nested deeper than 64 levels")
 
 
 @pytest.mark.usefixtures("one_tokenizer")
@@ -403,15 +405,32 @@ def test_shard_names(place: Any, message: str, folder: Path):
 @pytest.mark.usefixtures("one_tokenizer")
 def test_shard_lists(folder: Path):
     sharded(folder, lambda tensors: dict.fromkeys([*list(tensors)[1:], "more"], "shard.safetensors"))
-    refused(folder, "as listed, or there and not listed")
+    refused(folder, "'more' is not in shard.safetensors, where it is listed")
 
 
 @pytest.mark.parametrize("linked", ["unet", PART_FILES["unet"], "unet/config.json", "tokenizer/vocab.json"])
-def test_links_out_of_the_folder(linked: str, folder: Path, tmp_path: Path):
+def test_links_out_of_the_folder(linked: str, folder: Path, tmp_path: Path, parts: ModelParts):
     outside = tmp_path / "outside"
     (folder / linked).rename(outside)
     (folder / linked).symlink_to(outside)
-    refused(folder, "is a link to outside of the model folder")
+    text = refused(folder, "is a link to .*, outside of the model folder; --allow-links .* follows it")
+    root = text.split("--allow-links ")[1].removesuffix(" follows it")
+    refused(folder, "outside of the model folder", allow_links=[tmp_path / "elsewhere"])
+    assert load_model(folder, allow_links=[root]).hash == parts.hash
+
+
+def test_links_into_the_cache_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "cache").mkdir()
+    (folder / PART_FILES["unet"]).rename(tmp_path / "cache" / "blob")
+    (folder / PART_FILES["unet"]).symlink_to(tmp_path / "cache" / "blob")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    load_model(folder)
+
+
+def test_links_in_a_circle(folder: Path):
+    (folder / "unet" / "a").symlink_to("b")
+    (folder / "unet" / "b").symlink_to("a")
+    refused(folder, "leads in a circle")
 
 
 def test_links_inside_and_to_the_folder(folder: Path, tmp_path: Path, parts: ModelParts):
@@ -467,6 +486,7 @@ def test_hub(saved: Path, tmp_path: Path, parts: ModelParts, monkeypatch: pytest
     assert call[0] == "org/name"
     assert {pattern.rsplit(".", 1)[1] for pattern in call[1]["allow_patterns"]} == {"json", "txt", "safetensors"}
     monkeypatch.setattr(hub, "UNWANTED", ([], []))
+    assert hub.is_hub_id("org/name.v1") and not hub.is_hub_id("org/name.ckpt") and not hub.is_hub_id("./name")
     assert not hub.is_hub_id("../name") and not hub.is_hub_id("a/b/c") and not hub.is_hub_id("folder/x.safetensors")
 
 
@@ -545,9 +565,9 @@ def test_explicit_prediction_wins(saved: Path, original: Path):
         ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "is a LoRA"),
         ("emb_params", "textual inversion"),
         ("control_model.input_hint_block.0.weight", "ControlNet"),
-        ("decoder.conv_in.weight", "VAE alone"),
+        ("decoder.conv_in.weight", "VAE alone; give a whole model, and this as vae"),
         ("first_stage_model.decoder.conv_in.weight", "VAE alone"),
-        ("down_blocks.0.resnets.0.conv1.weight", "UNet of a diffusers folder"),
+        ("down_blocks.0.resnets.0.conv1.weight", "UNet of a folder"),
         ("text_model.encoder.layers.0.mlp.fc1.bias", "text encoder alone"),
         ("something.else", "no UNet that sdlite knows"),
     ],
@@ -609,3 +629,163 @@ def test_hash_depends_on_every_weight(saved: Path, parts: ModelParts):
     with torch.no_grad():
         loaded.codec.model.quant_conv.bias[0] += 1e-3
     assert weights.weights_hash(modules) != parts.hash
+
+
+def test_a_folder_of_the_name_of_a_preset_comes_first(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = random_model(tiny(), seed=5)
+    save_folder(other, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert load_model("tiny").hash == other.hash
+
+
+def test_what_to_give_instead(saved: Path, tmp_path: Path):
+    refused(saved / "unet", f"it is a part of {saved}, give that")
+    snapshot = fake_hub(saved, tmp_path)
+    refused(tmp_path / "models--org--name", f"did you mean {snapshot}?")
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path / "models--org--name" / "snapshots")
+    assert "did you mean" not in str(error.value)
+
+
+def test_a_mistyped_path_does_not_ask_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(saved.parent)
+    refused("model/unnet", "does not exist; give a model folder")
+    refused("models.d/model.ckpt", "does not exist; give a model folder")
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_variants(folder: Path, parts: ModelParts):
+    """A folder with other variants alone names them; one of them is taken where it is there, as in diffusers."""
+    file = folder / PART_FILES["unet"]
+    tensors = load_file(file)
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(half, file.with_name("diffusion_pytorch_model.bf16.safetensors"), {"format": "pt"})
+    refused(folder, "no weights of variant 'ema'; it has: bf16", variant="ema")
+    assert load_model(folder).hash == parts.hash
+    chosen = load_model(folder, variant="bf16")
+    assert torch.equal(chosen.denoiser.conv_in.weight, parts.denoiser.conv_in.weight.half().float())
+    file.rename(file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    refused(folder, "has its weights only as bf16, non_ema; --variant picks one")
+    assert load_model(folder, variant="non_ema").hash == parts.hash
+    names = dict.fromkeys(tensors, "part.safetensors")
+    save_file(tensors, folder / "unet" / "part.safetensors")
+    for index in ("safetensors.index.fp16.json", "fp16.safetensors.index.json"):
+        index_file = folder / "unet" / f"diffusion_pytorch_model.{index}"
+        index_file.write_text(json.dumps({"weight_map": names}))
+        assert load_model(folder).hash == parts.hash
+        index_file.unlink()
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_what_is_not_used_may_be_anything(folder: Path, original: Path, tmp_path: Path, parts: ModelParts):
+    """Strict is for what is drawn with: files of merges and old tools hold more, in types that no weight has."""
+    odd = {"embeddings.position_ids": torch.arange(77.0, dtype=torch.float64)[None], "counter": torch.tensor(3)}
+    odd |= {"text_projection.weight": torch.ones(4, 4), "rotary": torch.ones(2, dtype=torch.complex64)}
+    changed(folder / PART_FILES["text_encoder"], lambda tensors: tensors.update(odd))
+    loaded = load_model(folder)
+    assert loaded.hash == parts.hash and any("not used: text_projection.weight" in note for note in loaded.notes)
+
+    path = Path(shutil.copy(original, tmp_path / "merged.safetensors"))
+    more = {
+        "alphas_cumprod": torch.full((1000,), float("nan"), dtype=torch.float64),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77.0, dtype=torch.float64)[
+            None
+        ],
+        "model.diffusion_model.merge_ratio": torch.ones(1),
+        "lora_unet_mid.alpha": torch.ones(1),
+        "v_pred": torch.ones((), dtype=torch.uint8),
+        "scales": torch.ones(3).to(torch.float8_e4m3fn),
+    }
+    old = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+
+    def renamed(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update(more)
+        for name in [name for name in tensors if ".attn_1." in name]:
+            where, module, leaf = name.rsplit(".", 2)
+            tensors[f"{where}.{old[module]}.{leaf}"] = tensors.pop(name)
+
+    changed(path, renamed)
+    loaded = load_model(path, config=tiny())
+    assert loaded.hash == parts.hash
+    assert any("not used: " in note and "model.diffusion_model.merge_ratio" in note for note in loaded.notes)
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_weights_of_other_types(folder: Path, parts: ModelParts):
+    """Doubles are rounded; what cannot be a weight is named with its type where one is needed."""
+    file = folder / PART_FILES["unet"]
+    changed(file, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    assert load_model(folder).hash == parts.hash
+    for dtype, said in ((torch.float8_e5m2, "F8_E5M2"), (torch.complex64, "C64"), (torch.int64, "I64")):
+        changed(file, lambda tensors, dtype=dtype: tensors.update({"conv_in.bias": torch.ones(32).to(dtype)}))
+        refused(folder, f"conv_in.bias is in {said}, not one of F64, F32, F16, BF16")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+        "alphas_cumprod",
+        single_file.SD2_V_KEY,
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 320, 0, 1)])
+def test_odd_shapes_of_the_keys_that_tell_models_apart(
+    key: str, shape: tuple[int, ...], original: Path, tmp_path: Path
+):
+    path = tmp_path / "m.safetensors"
+    save_file(load_file(original) | {key: torch.ones(shape)}, path)
+    refused(path, "is not Stable Diffusion")
+
+
+def vae_tensors(parts: ModelParts) -> dict[str, torch.Tensor]:
+    return {name: tensor + 1 for name, tensor in parts.codec.model.state_dict().items()}
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_a_vae_from_elsewhere(saved: Path, original: Path, tmp_path: Path, parts: ModelParts):
+    """From every form of file that people have, in place of the model's own or where it has none."""
+    other = ModelParts(parts.text, parts.denoiser, LatentCodec(parts.config.codec), parts.config, "", "")
+    other.codec.model.load_state_dict(vae_tensors(parts))
+    whole, folder = tmp_path / "whole.safetensors", tmp_path / "folder"
+    save_single_file(other, whole)
+    save_folder(other, folder)
+    config = {single_file.CONFIG_KEY: parts.config.model_dump_json()}
+    alone = {k: v for k, v in load_file(whole).items() if k.startswith("first_stage_model.")}
+    bare = {k.removeprefix("first_stage_model."): v for k, v in alone.items()} | {"loss.discriminator": torch.ones(1)}
+    save_file(alone, tmp_path / "alone.safetensors", config)
+    save_file(bare, tmp_path / "bare.safetensors", config)
+    places = [whole, folder, folder / "vae", folder / PART_FILES["vae"], tmp_path / "alone.safetensors"]
+    expected = None
+    for place in [*places, tmp_path / "bare.safetensors"]:
+        loaded = load_model(saved, vae=place)
+        found = loaded.codec.model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in vae_tensors(parts).items()), place
+        assert expected in (None, loaded.hash) and loaded.hash != parts.hash
+        expected = loaded.hash
+
+    without = tmp_path / "without.safetensors"
+    save_file({k: v for k, v in load_file(original).items() if not k.startswith("first_stage_model.")}, without, config)
+    refused(without, "has no VAE; give one with --vae: a file, a folder, or tiny")
+    assert load_model(without, vae=folder).hash == expected
+    shutil.rmtree(Path(shutil.copytree(saved, tmp_path / "holed")) / "vae")
+    refused(tmp_path / "holed", "vae/config.json is missing")
+    assert load_model(tmp_path / "holed", vae=whole).hash == load_model("tiny", vae=whole).hash == expected
+    with pytest.raises(CheckpointError, match="vae='nowhere' does not exist"):
+        load_model(saved, vae="nowhere")
+    refused(saved, "no VAE: config.json is missing", vae=tmp_path)
+
+
+def test_the_tiny_vae_is_taesd_from_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    codec = LatentCodec(AutoencoderTinyConfig())
+    codec.model.save_pretrained(tmp_path / "taesd")
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: [str(tmp_path / "taesd"), asked.append(name)][0]
+    )
+    loaded = load_model(saved, vae="tiny")
+    assert asked == ["madebyollin/taesd"] and loaded.config.codec == AutoencoderTinyConfig()
+    assert torch.equal(loaded.codec.model.encoder.layers[0].weight, codec.model.encoder.layers[0].weight)
+    file = tmp_path / "taesd" / "diffusion_pytorch_model.safetensors"
+    assert load_model(saved, vae=file).hash == loaded.hash

@@ -1,5 +1,6 @@
 """Whole images against diffusers' pipelines on the same weights, pixel by pixel, and what must not change them."""
 
+import json
 import math
 import socket
 
@@ -7,12 +8,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
-from sdlite.config import Request, sd21, tiny, tiny_dit
+from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, Request, sd21, tiny, tiny_dit
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import Pipeline
 from sdlite.schedulers import SCHEDULERS
@@ -158,7 +160,7 @@ def test_inpainting_equals_diffusers(pipe, solver, strength):
         generator=generators(8),
     ).images[0]
     fields = {"steps": 10, "solver": solver, "strength": strength, "width": 80, "height": 64, "guidance_scale": THEIRS}
-    found = pipe("a dog", seed=8, image=picture(1, (90, 70)), mask=mask((90, 70)), **fields)[0]
+    found = pipe("a dog", seed=8, image=picture(1, (90, 70)), mask=mask((90, 70)), paste=False, **fields)[0]
     assert difference(found, expected) <= GREY_LEVEL
 
 
@@ -220,7 +222,7 @@ def test_guidance_scales_may_differ_within_a_batch(sd1):
 
 def test_call_counts_seeds_up_and_keeps_the_order_of_prompts(sd1):
     images = sd1(["a", "b"], seed=[10, 20], num_images=2, steps=1)
-    recipes = [sdlite.Request(**__import__("json").loads(image.info["sdlite"])["request"]) for image in images]
+    recipes = [sdlite.Request(**json.loads(image.info["sdlite"])["request"]) for image in images]
     assert [(r.prompt, r.seed) for r in recipes] == [("a", 10), ("a", 11), ("b", 20), ("b", 21)]
     with pytest.raises(ValueError, match="seed has 3 entries for 2 prompts"):
         sd1(["a", "b"], seed=[1, 2, 3])
@@ -271,15 +273,77 @@ def test_pictures_must_fit_the_requests(sd1):
     assert len(with_picture) < len(without), "a picture that is given is used"
 
 
-def test_image_to_image_keeps_the_size_of_the_picture(sd1):
-    assert sd1("a", image=picture(0, (100, 70)), steps=2)[0].size == (96, 64)
+@pytest.mark.parametrize(
+    ("given", "sides", "expected"),
+    [
+        ((60, 44), {}, (56, 40)),  # smaller than the model's 64x64: cut to multiples of 8
+        ((4032, 3024), {}, (72, 56)),  # the same shape on the same area
+        ((3024, 4032), {}, (56, 72)),
+        ((4000, 10), {}, (1280, 8)),
+        ((4032, 3024), {"width": 128}, (128, 96)),
+        ((4032, 3024), {"height": 48}, (64, 48)),
+        ((4032, 3024), {"width": 80, "height": 32}, (80, 32)),
+    ],
+)
+def test_a_picture_to_start_from_is_fitted_into_the_model(sd1, given, sides, expected):
+    large = Image.new("RGB", given)
+    resolved = sd1.resolve(Request(prompt="a", image="x", **sides), large)
+    assert (resolved.width, resolved.height) == expected
+    said = sd1.remarks(Request(prompt="a", image="x", **sides), large)
+    assert [f"is made {expected[0]}x{expected[1]}" in note for note in said] == [True] * (given[0] > 64 and not sides)
 
 
-def test_encoding_does_not_depend_on_what_was_decoded_before(sd1):
-    images = torch.rand(1, 3, 640, 640, generator=generators(1)[0]) * 2 - 1
-    before = sd1.codec.encode(images)
-    sd1.codec.decode(before, tiled=True)
-    assert torch.equal(sd1.codec.encode(images), before)
+def test_pictures_are_read_alike_wherever_they_come_from(sd1, tmp_path):
+    """From a file, its bytes and a PIL image: transparent is white, and is kept where it is a mask."""
+    start, area = picture(0, (64, 64)).convert("RGBA"), Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    start.paste((9, 9, 9, 0), (0, 0, 32, 64))
+    area.paste("white", (16, 16, 40, 48))
+    drawn = []
+    for i, kind in enumerate(("file", "bytes", "PIL")):
+        given = []
+        for name, image in (("image", start), ("mask", area)):
+            image.save(path := tmp_path / f"{name}{i}.png")
+            given.append({"file": str(path), "bytes": path.read_bytes(), "PIL": image}[kind])
+        drawn += sd1("a", image=given[0], mask=given[1], steps=3)
+    assert drawn[0].tobytes() == drawn[1].tobytes() == drawn[2].tobytes()
+    assert drawn[0].getpixel((2, 2)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="the mask has nothing white"):
+        sd1("a", image=start, mask=Image.new("L", (64, 64)))
+
+
+def test_inpainting_leaves_the_rest_alone(sd1):
+    start, area = picture(1, (128, 128)), Image.new("L", (128, 128))
+    area.paste(255, (64, 0, 128, 128))
+    fields = {"image": start, "mask": area, "steps": 4, "width": 128, "height": 128}
+    pasted, soft, raw = (sd1("a", **fields, **more)[0] for more in ({}, {"mask_blur": 1}, {"paste": False}))
+    kept = (0, 0, 64 - 24, 128)
+    assert difference(pasted.crop(kept), start.crop(kept)) == 0 < difference(raw.crop(kept), start.crop(kept))
+    inside = (64 + 24, 0, 128, 128)
+    assert difference(pasted.crop(inside), raw.crop(inside)) == 0
+    assert difference(soft.crop((0, 0, 64 - 6, 128)), start.crop((0, 0, 64 - 6, 128))) == 0
+    recipes = [json.loads(image.info["sdlite"])["request"] for image in (pasted, raw)]
+    assert recipes[0]["paste"] is True and "paste" not in recipes[1]
+    latents = torch.zeros(1, 4, 16, 16)
+    alone = sd1.decode(latents, Request(prompt="a", image="x", mask="y"))[0]
+    assert "paste" not in json.loads(alone.info["sdlite"])["request"], "without the picture nothing was pasted"
+
+
+def test_python_warns_of_what_is_read_otherwise(sd1):
+    with pytest.warns(UserWarning, match="'<lora:a:1>' is read as plain text") as caught:
+        sd1("x <lora:a:1>", steps=1, num_images=2)
+    assert len(caught) == 1
+
+
+def test_a_model_with_two_sides_draws_what_diffusers_draws(tmp_path):
+    """[height, width] in latent cells, as in UNet2DConditionModel's config."""
+    parts = random_model(tiny().replace(sample_size=(6, 10)), seed=0)
+    schedule = Schedule(parts.config.schedule)
+    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, sample_size=(6, 10), name="x")
+    pipe.save(tmp_path / "wide")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "wide", local_files_only=True)
+    expected = theirs("a cat", num_inference_steps=2, generator=generators(5)).images[0]
+    found = Pipeline.load(tmp_path / "wide")("a cat", seed=5, steps=2, guidance_scale=THEIRS)[0]
+    assert found.size == (80, 48) and difference(found, expected) <= GREY_LEVEL
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", *SCHEDULERS])
@@ -300,7 +364,8 @@ def test_every_number_of_steps_gives_an_image_or_one_line(sd1, solver, steps):
         ({"seed": None}, "seed=None must be a whole number"),
         ({"seed": 1.5}, "seed=1.5 must be a whole number"),
         ({"num_images": "2"}, "num_images='2' must be a whole number"),
-        ({"image": "a.png"}, "image must be a PIL image, not str"),
+        ({"image": 3}, "image must be a PIL image, a file or its bytes, not int"),
+        ({"image": b"x"}, "the picture is not a PNG"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
         ({"num_inference_steps": 3}, "unknown field 'num_inference_steps'; did you mean 'steps'"),
         ({"solver": "lcm", "steps": 60}, "steps=60 must be up to 50 with solver='lcm'"),
@@ -342,12 +407,29 @@ def test_drawing_opens_no_socket(sd1, monkeypatch):
     sd1("a", steps=1)
 
 
-def test_large_images_are_decoded_in_tiles_close_to_one_piece(sd1):
-    latents = torch.randn(1, 4, 80, 80, generator=generators(0)[0]) / 4
-    whole, tiled = sd1.codec.decode(latents), sd1.codec.decode(latents, tiled=True)
-    assert whole.shape == tiled.shape == (1, 3, 640, 640)
-    assert not torch.equal(whole, tiled)
-    assert (whole - tiled).abs().mean() < 0.1 * whole.std()
+@pytest.mark.parametrize(
+    ("codec", "size"),
+    [
+        (AutoencoderKLConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4), (1280, 896)),
+        (AutoencoderTinyConfig(decoder_block_out_channels=(4,) * 4, num_decoder_blocks=(1,) * 4), (1032, 1024)),
+    ],
+)
+def test_large_images_are_decoded_in_one_piece(codec, size):
+    """In tiles, each normalised by itself, they had seams and blocks of another colour (diffusers' tiled decode)."""
+    pipe = make(tiny().replace(codec=codec))
+    latents = torch.randn(1, 4, size[1] // 8, size[0] // 8, generator=generators(0)[0])
+    latents[..., : size[0] // 16] *= 3  # two halves of different contrast, which tiles would level out
+    with torch.no_grad():
+        images = pipe.codec.model.decode(latents / codec.scaling_factor).sample
+    expected = VaeImageProcessor().postprocess(images, output_type="pil")[0]
+    assert difference(pipe.decode(latents, Request(prompt="a"))[0], expected) <= GREY_LEVEL
+
+
+def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
+    monkeypatch.setattr("sdlite.pipeline._memory", lambda _: 2**20)
+    with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
+        sd1.resolve(Request(prompt="a", width=512, height=256))
+    assert sd1.resolve(Request(prompt="a")).width == 64
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -391,7 +473,7 @@ def test_sizes_that_the_patches_of_a_dit_do_not_divide_are_cut_or_refused(dit):
     for sides in ({"height": 72}, {"width": 72}):
         with pytest.raises(ValueError, match=r"=72 must be a multiple of 16, .* by 8 .*patches.* 2 cells.* 64 or 80$"):
             dit("a", **sides)
-    assert dit("a", image=picture(0, (100, 60)), steps=2)[0].size == (96, 48)
+    assert dit("a", image=picture(0, (60, 60)), steps=2)[0].size == (48, 48)
 
 
 @pytest.mark.parametrize(

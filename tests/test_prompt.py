@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sdlite.models.prompt import MAX_WEIGHT, Token, parse_prompt, split_chunks
+from sdlite.models.prompt import MAX_WEIGHT, Token, foreign_marks, parse_prompt, split_chunks
 
 COMMA = 267
 
@@ -208,3 +208,23 @@ def test_weights_travel_with_their_tokens():
 def test_chunks_shorter_than_the_backtrack():
     ids = [1, COMMA, *range(10, 30)]
     assert chunk_ids(tokens(*ids), length=6) == [[1, COMMA], ids[2:8], ids[8:14], ids[14:20], ids[20:]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "marks"),
+    [
+        ("a fox <lora:snow:0.8>", ["<lora:snow:0.8>"]),
+        ("<hypernet:x:1> a <lyco:y>", ["<hypernet:x:1>"]),
+        ("a [cat:dog:0.5]", ["[cat:dog:0.5]"]),
+        ("a [cat:10] and [dog:.5]", ["[cat:10]"]),
+        ("a [cat|dog]", ["[cat|dog]"]),
+        ("a cat AND a dog", ["AND"]),
+        ("a (cat:1.2) [dog] BREAK time 10:30, a < b, AND, [a: b], BRAND", []),
+        ("<lora:a:1> [x:1] AND y", ["<lora:a:1>", "[x:1]", "AND"]),
+    ],
+)
+def test_markup_that_is_read_as_text_is_found(prompt, marks):
+    notes = foreign_marks(prompt)
+    assert [note.startswith(f"{mark!r} is read as plain text: ") for note, mark in zip(notes, marks, strict=True)] == [
+        True
+    ] * len(marks)

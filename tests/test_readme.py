@@ -95,7 +95,7 @@ def test_the_blocks_of_a_section_run(tmp_path: Path, section: str):
             {"sh": sh, "python": lambda c, f: started([sys.executable, "-c", c], f)}[language](code, tmp_path)
     assert not [pattern for pattern in AFTER.get(section, []) if not list(tmp_path.glob(pattern))]
     if section == "sdlite":
-        drawn, there = (images.open_image(p) for p in (tmp_path / AFTER[section][0], ROOT / "notebooks/sheet.png"))
+        drawn, there = (images.open_picture(p) for p in (tmp_path / AFTER[section][0], ROOT / "notebooks/sheet.png"))
         assert drawn.size == there.size and images.largest_difference(drawn, there) <= 2
 
 

@@ -1,7 +1,9 @@
 """What is written: read back by diffusers and transformers, by ourselves, and whole or not at all."""
 
 import json
+import os
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -141,16 +143,42 @@ def test_tiny_autoencoder(tmp_path: Path):
 def test_never_overwrites(sd1: ModelParts, tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="not an empty folder"):
+    with pytest.raises(FileExistsError, match="model exists and is not empty; give a new folder"):
         save_folder(sd1, tmp_path / "model")
     (tmp_path / "one.safetensors").write_text("mine")
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(FileExistsError, match="exists"):
         save_single_file(sd1, tmp_path / "one.safetensors")
     assert (tmp_path / "one.safetensors").read_text() == "mine"
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["model", "one.safetensors", "precious.txt"]
     (tmp_path / "empty").mkdir()
     save_folder(sd1, tmp_path / "empty")
-    assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) & 0o500 == 0o500
+    save_single_file(sd1, tmp_path / "two.safetensors")
+    umask = os.umask(0)
+    os.umask(umask)
+    written = [tmp_path / "two.safetensors", *(path for path in (tmp_path / "empty").rglob("*") if path.is_file())]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}
+
+
+def test_convert_leaves_what_is_there_alone(sd1: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also what appears while the model is read, and what a link leads to; known before the model is read."""
+    save_folder(sd1, tmp_path / "model")
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "missing", tmp_path / "link.safetensors")
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "missing", tmp_path / "theirs")
+    target = tmp_path / "late.safetensors"
+    monkeypatch.setattr(save, "load_model", lambda *_, **__: [sd1, target.write_text("theirs")][0])
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "model", target)
+    assert target.read_text() == (tmp_path / "theirs").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "late.safetensors",
+        "link.safetensors",
+        "model",
+        "theirs",
+    ]
 
 
 def test_whole_or_not_at_all(sd1: ModelParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -223,6 +251,61 @@ def test_trusted_pickle_still_runs_no_code(tmp_path: Path):
         convert(tmp_path / "old.ckpt", tmp_path / "new", trust_pickle=True)
     assert "\n" not in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["old.ckpt"]
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_a_folder_of_trusted_pickles(sd1: ModelParts, tmp_path: Path):
+    """As diffusers wrote folders before safetensors: one .bin in each part, or several."""
+    save_folder(sd1, tmp_path / "old")
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        file = tmp_path / "old" / part / f"{name}.safetensors"
+        tensors = load_file(file)
+        file.unlink()
+        if part == "unet":
+            halves = list(tensors.items())
+            for i, half in enumerate((halves[::2], halves[1::2]), 1):
+                torch.save(dict(half), file.with_name(f"{name}-{i:05}-of-00002.bin"))
+        elif part == "text_encoder":
+            torch.save(tensors, file.with_name("pytorch_model.bin"))
+        else:
+            torch.save(tensors, file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"as a pickle.*--trust-pickle"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert convert(tmp_path / "old", tmp_path / "new", trust_pickle=True).hash == sd1.hash
+    assert load_model(tmp_path / "new").hash == sd1.hash
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1).expand(2**40),
+        torch.ones(4)[:, None].expand(4, 3),
+        torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (2**40,), check_invariants=True),
+        torch.empty(2**40, device="meta"),
+    ],
+    ids=["expanded", "repeated", "sparse", "meta"],
+)
+def test_a_trusted_pickle_holds_no_more_than_its_bytes(tensor: torch.Tensor, tmp_path: Path):
+    torch.save({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": tensor}}, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"more than the file holds|cannot be read") as error:
+        convert(tmp_path / "old.ckpt", tmp_path / "new", trust_pickle=True, config=tiny())
+    assert "\n" not in str(error.value)
+
+
+def test_a_packed_pickle_is_refused(tmp_path: Path):
+    torch.save({"state_dict": {"a": torch.zeros(100_000)}}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(CheckpointError, match="is a packed archive"):
+        convert(tmp_path / "packed.ckpt", tmp_path / "new", trust_pickle=True, config=tiny())
 
 
 def save_original(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:

@@ -35,7 +35,7 @@ from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet
 from sdlite.train.emoji import write
 from sdlite.train.loop import TrainConfig, checkpoints, fit
 from sdlite.train.stages import train
-from sdlite.train.text import TextTask, emoji_text, load_text, small_vocabulary
+from sdlite.train.text import Teacher, TextTask, emoji_text, load_text, small_vocabulary
 
 CODEC = AutoencoderKLConfig(
     block_out_channels=(8, 8, 8),
@@ -460,3 +460,20 @@ def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
     assert load_model(tmp_path / "export").config.denoiser == DIT
     with pytest.raises(ValueError, match="of another model; delete it, or train into another folder"):
         train("denoiser", folder, tmp_path, folders=parts, options={"samples": 4, "batch_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "auto_map": {"AutoModel": "evil.Evil"}}, "auto_map.* asks for code"),
+        ({"model_type": "bert", "_attn_implementation": "evil/kernels"}, "asks for code"),
+        ({"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil"}}, "model_type='evil' must be one of bert"),
+    ],
+)
+def test_a_teacher_runs_no_code_and_asks_nobody(config, message, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=message):
+        Teacher(tmp_path)
+    assert not (tmp_path / "ran").exists()

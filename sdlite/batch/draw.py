@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Entry, Store
-from sdlite.images import digest, open_image, png_bytes
+from sdlite.images import digest, open_picture, png_bytes
 from sdlite.pipeline import Pipeline
 
 EXACT_BATCH = 4  # computed together with `exact`, whatever the batch size: a change of it changes every exact picture
@@ -52,21 +52,22 @@ def chunks(pipe: Pipeline, items: Sequence[Item], size: int) -> Iterator[list[It
 def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
     """Pictures of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
     padded = [*items, *[items[-1]] * (size - len(items))]
-    opened = {path: open_image(path) for item in items for path in (item.image, item.mask) if path is not None}
-    digests = {path: digest(image) for path, image in opened.items()}
+    files = {(path, side) for item in items for side, path in _files(item).items()}
+    opened = {(path, side): open_picture(path, for_mask=side == "mask") for path, side in files}
+    digests = {file: digest(image) for file, image in opened.items()}
     for item in items:
-        for name, path in (("image", item.image), ("mask", item.mask)):
-            if path is not None and digests[path] != getattr(item.request, name):
-                raise ValueError(f"{name}={path} was changed while the batch ran")
-    images, masks = ([_at(opened, getattr(item, name)) for item in padded] for name in ("image", "mask"))
-    requests = [item.request for item in padded]
+        for side, path in _files(item).items():
+            if digests[path, side] != getattr(item.request, side):
+                raise ValueError(f"{side}={path} was changed while the batch ran")
+    images, masks = ([opened.get((getattr(item, side), side)) for item in padded] for side in ("image", "mask"))
+    requests, count = [item.request for item in padded], len(items)
     for x_t in pipe.sample_latents(requests, images=images, masks=masks):
         latents = x_t  # (B, C, H/f, W/f)
-    return pipe.decode(latents[: len(items)], requests[: len(items)])
+    return pipe.decode(latents[:count], requests[:count], images=images[:count], masks=masks[:count])
 
 
-def _at(opened: dict[Path, Image], path: Path | None) -> Image | None:
-    return None if path is None else opened[path]
+def _files(item: Item) -> dict[str, Path]:
+    return {side: path for side, path in (("image", item.image), ("mask", item.mask)) if path is not None}
 
 
 class Engine:

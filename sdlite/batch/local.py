@@ -35,7 +35,7 @@ SHORT_PROMPT = 300  # bytes: no text of that length comes to more chunks than th
 class Options(Record):
     """How to run a batch.
 
-    model, device, dtype, prediction: as for Pipeline.load. batch_size: computed together. workers: processes. exact:
+    model to allow_links: as for Pipeline.load. batch_size: computed together. workers: processes. exact:
     the same bytes whatever batch_size, workers and cores, by a fixed batch on one thread each. seed: base of the seeds
     of rows without one; same_seed: their seed itself. defaults: fields of a request, or num_images, of rows that do not
     have them. keep_going: past failures. shard: "I/N", part I of N. name: template of file names. format:
@@ -47,6 +47,9 @@ class Options(Record):
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     prediction: Prediction | None = None
+    vae: str | None = None
+    variant: str | None = None
+    allow_links: tuple[str, ...] = ()
     batch_size: int = Field(4, ge=1, le=256)
     workers: int = Field(1, ge=1, le=256)
     exact: bool = False
@@ -284,7 +287,8 @@ def _store(options: Options, root: Path, worker: str = "0") -> Store:
 
 
 def _load(options: Options, device: str) -> Pipeline:
-    return Pipeline.load(options.model, device=device, dtype=options.dtype, prediction=options.prediction)
+    chosen = options.model_dump(include={"dtype", "prediction", "vae", "variant", "allow_links"})
+    return Pipeline.load(options.model, device=device, **chosen)
 
 
 def _checks(pipe: Pipeline) -> Callable[[Request, Any], Request]:

@@ -82,7 +82,7 @@ def make_plan(
     parts = parse_template(DEFAULT if name is None else name)
     faults = Faults("stdin" if source == "-" else str(source) if isinstance(source, str | Path) else "requests")
     table = read_table(source, faults)
-    pictures: dict[Path, Picture] = {}
+    pictures: dict[tuple[Path, str], Picture] = {}
     items: list[Item] = []
     taken: dict[str, int] = {}
     for number, row in enumerate(table.rows):
@@ -92,7 +92,7 @@ def make_plan(
             if len(items) + count > MAX_ROWS:
                 raise ValueError(f"num_images={count} makes more than {MAX_ROWS:,} pictures; split the file")
             paths = {side: _path(table.folder, getattr(request, side)) for side in ("image", "mask")}
-            known = {side: _opened(path, pictures) for side, path in paths.items() if path is not None}
+            known = {side: _opened(path, side, pictures) for side, path in paths.items() if path is not None}
             if known:
                 request = request.replace(**{side: picture.digest for side, picture in known.items()})
             request = resolve(request, known.get("image"))
@@ -122,7 +122,7 @@ def derived_seed(base: int, row: int) -> int:
 
 def item_key(request: Request, engine: Mapping[str, Any]) -> str:
     """SHA-256, hexadecimal, of all that decides a picture. Texts count in Unicode's composed form (NFC)."""
-    fields = {name: getattr(request, name) for name in Request.model_fields}
+    fields = request.deciding()
     fields |= {name: unicodedata.normalize("NFC", fields[name]) for name in ("prompt", "negative_prompt")}
     whole = {"request": fields, "engine": dict(engine), "schema": SCHEMA}
     return hashlib.sha256(CANONICAL.encode(whole).encode()).hexdigest()
@@ -198,11 +198,11 @@ def _path(folder: Path, name: str | None) -> Path | None:
     return None if name is None else folder / name
 
 
-def _opened(path: Path, known: dict[Path, Picture]) -> Picture:
-    """What is known of a picture, each opened once. Raises FileNotFoundError or ValueError."""
-    from sdlite.images import digest, open_image  # here, as they bring PyTorch, which a plan does not need
+def _opened(path: Path, side: str, known: dict[tuple[Path, str], Picture]) -> Picture:
+    """What is known of a picture or mask, each opened once. Raises FileNotFoundError or ValueError."""
+    from sdlite.images import digest, open_picture  # here, as they bring PyTorch, which a plan does not need
 
-    if path not in known:
-        image = open_image(path)
-        known[path] = Picture(digest(image), image.size)
-    return known[path]
+    if (path, side) not in known:
+        image = open_picture(path, for_mask=side == "mask")
+        known[path, side] = Picture(digest(image), image.size)
+    return known[path, side]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sdlite.config import Request
+from sdlite.recipe import A1111_SAMPLERS
 
 MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million prompts of 256 letters
 MAX_UTF16_BYTES = 64 * 1024 * 1024  # the whole file is held at once
@@ -257,8 +258,6 @@ def _unquoted(value: str) -> str:
 
 def _solver(sampler: str) -> str:
     """Our name of a sampler that Automatic1111 knows, or the name itself."""
-    from sdlite.images import A1111_SAMPLERS  # here, as it brings PyTorch, which a plan does not need
-
     for solver, (known, schedule) in A1111_SAMPLERS.items():
         if sampler.lower() == f"{known}{' Karras' if schedule == 'Karras' else ''}".lower():
             return solver

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
 from sdlite.files import write_file
-from sdlite.images import MAX_PIXELS, contact_sheet, decoded, open_image
+from sdlite.images import MAX_PIXELS, contact_sheet, decoded, open_picture
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
 MARK = "sdlite contact sheet"  # in a sheet's text "Software": a later run replaces it, and nothing else
@@ -59,7 +59,7 @@ def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
 def _small(path: Path, scale: float) -> Image | None:
     if not path.is_file():
         return None
-    picture = open_image(path)
+    picture = open_picture(path)
     picture.thumbnail((max(LEAST_SIDE, picture.width * scale), max(LEAST_SIDE, picture.height * scale)))
     return picture
 

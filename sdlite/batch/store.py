@@ -291,7 +291,9 @@ def _metadata(item: Item, entry: Entry) -> dict[str, Any]:
 
 def _fields(item: Item) -> dict[str, Any]:
     """The request. Pictures to start from are called otherwise: `image` is the drawn one in `datasets`."""
-    return {f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request}
+    return {
+        f"init_{name}" if name in ("image", "mask") else name: value for name, value in item.request.deciding().items()
+    }
 
 
 def _crc32(text: str) -> str:
@@ -301,7 +303,8 @@ def _crc32(text: str) -> str:
 def _shows(path: Path, item: Item) -> bool:
     """Whether a file that is no link holds the item's picture, by the request in it. Raises FileNotFoundError."""
     try:
-        return stat.S_ISREG(path.lstat().st_mode) and read_metadata(path).request == item.request
+        ours = stat.S_ISREG(path.lstat().st_mode)
+        return ours and read_metadata(path).request.deciding() == item.request.deciding()
     except FileNotFoundError:
         raise
     except (ValueError, OSError):

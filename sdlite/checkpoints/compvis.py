@@ -34,6 +34,14 @@ SPELLINGS = (
     (re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"), CLIP),
     (re.compile(r"vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)"), CODEC),
 )
+# The codec's attention as diffusers has called it, in files that some converters left half way.
+CODEC_LEAF = re.compile(rf"({re.escape(CODEC)}(?:encoder|decoder)\.mid\.attn_1)\.(.+)\.(weight|bias)")
+OLD_CODEC_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # before diffusers 0.15
 
 UNET_TOP = {
     "conv_in": "input_blocks.0.0",
@@ -100,13 +108,21 @@ def canonical(key: str) -> str:
     """The key in the spelling that this module uses."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key, count=1) if spelling.match(key) else key
+    if leaf := CODEC_LEAF.fullmatch(key):
+        module = OLD_CODEC_ATTENTION.get(leaf[2], leaf[2])
+        return f"{leaf[1]}.{CODEC_ATTENTION.get(module, module)}.{leaf[3]}"
     return key
 
 
 def is_unused(key: str, config: TextConfig) -> bool:
     """Whether a canonical key is known and not needed, like the OpenCLIP layer after the last that SD2 uses."""
     last = f"{OPEN_CLIP}transformer.resblocks.{config.num_hidden_layers}."
-    return key in UNUSED or key.startswith((*UNUSED_PREFIXES, last))
+    return is_spare(key) or key.startswith(last)
+
+
+def is_spare(key: str) -> bool:
+    """Whether a canonical key is known and of no use for drawing."""
+    return key in UNUSED or key.startswith(UNUSED_PREFIXES)
 
 
 def ema_key(key: str) -> str:

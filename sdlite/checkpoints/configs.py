@@ -1,8 +1,9 @@
 """Translates the config.json files of a diffusers folder into our records and back.
 
 A config is data from strangers: every key either maps to a field, or must have the one value that sdlite implements,
-or is known not to matter. Any other key is an error, and nothing that names code is ever followed. A key that is
-not there has the default of the class in diffusers or transformers, which is often not Stable Diffusion's.
+or is known not to matter. Any other key is an error unless its value says that the model does not use it (null, false),
+and nothing that names code is ever followed. A key that is not there has the default of the class in diffusers or
+transformers, which is often not Stable Diffusion's.
 """
 
 import math
@@ -46,6 +47,7 @@ from sdlite.config import (
     Prediction,
     Record,
     ScheduleConfig,
+    Sides,
     TextConfig,
     UNetConfig,
 )
@@ -66,14 +68,14 @@ BETAS: dict[str, Literal["scaled_linear", "linear", "cosine"]] = {
 
 def check_model_index(config: Config, where: str) -> None:
     """Raises CheckpointError unless model_index.json describes Stable Diffusion 1.x or 2.x, or sdlite's DiT."""
-    _refuse_hooks(config, where)
+    refuse_hooks(config, where)
     pipelines = DIT_PIPELINES if "transformer" in config else PIPELINES
     if (found := config.get("_class_name", pipelines[0])) not in pipelines:
         raise _unsupported(where, "_class_name", found, pipelines)
     if "transformer" in config and "unet" in config:
         raise CheckpointError(f"{where}: a model has either a unet or a transformer, not both")
     for name, entry in config.items():
-        if name in MODEL_INDEX_HARMLESS:
+        if name in MODEL_INDEX_HARMLESS or name.startswith("_") or _is_off(entry):
             continue
         if name not in MODEL_INDEX:
             raise CheckpointError(f"{where}: unknown part {name!r:.80}; known: {', '.join(MODEL_INDEX)}")
@@ -82,7 +84,7 @@ def check_model_index(config: Config, where: str) -> None:
             raise _unsupported(where, name, entry, MODEL_INDEX[name])
 
 
-def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, int]:
+def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, Sides]:
     """The denoiser of a folder, "unet" or "transformer", and the model's sample size."""
     if part == "transformer":
         dit = dit_config(config, prediction, where)
@@ -144,16 +146,15 @@ def dit_config(config: Config, prediction: Prediction, where: str) -> DiTConfig:
     return dit
 
 
-def sample_size(config: Config, where: str) -> int:
-    """Side in latent cells that the UNet's config names, 64 if it names none."""
+def sample_size(config: Config, where: str) -> Sides:
+    """Latent cells that the UNet's config names, 64 if it names none: the side, or (height, width)."""
     size = config.get("sample_size")
-    if isinstance(size, list) and len(size) == 2:
-        size = max(size)
     if size is None:
         return 64
-    if type(size) is not int or not 1 <= size <= 1024:
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and 1 <= side <= 1024 for side in sides):
         raise _unsupported(where, "sample_size", size, ("1 to 1024",))
-    return size
+    return sides[0] if sides[0] == sides[-1] else (sides[0], sides[1])
 
 
 def codec_config(config: Config, where: str) -> CodecConfig:
@@ -179,7 +180,7 @@ def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Predict
 
     Unknown keys are common here: diffusers copies them from one scheduler's config to the next one's.
     """
-    _refuse_hooks(config, where)
+    refuse_hooks(config, where)
     name = config.get("_class_name", "DDIMScheduler")
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise _unsupported(where, "_class_name", name, tuple(SCHEDULERS))
@@ -256,7 +257,7 @@ def denoiser_part(config: DenoiserConfig) -> str:
     return "transformer" if isinstance(config, DiTConfig) else "unet"
 
 
-def _denoiser_file(config: DenoiserConfig, size: int) -> dict[str, Any]:
+def _denoiser_file(config: DenoiserConfig, size: Sides) -> dict[str, Any]:
     """config.json of the denoiser. size: in latent cells, of the model's images."""
     if isinstance(config, DiTConfig):
         return {
@@ -286,19 +287,24 @@ def _checked(
     config: Config, kind: str, mapped: Config, fixed: Mapping[str, tuple[Any, ...]], harmless: set[str], where: str
 ) -> dict[str, Any]:
     """The mapped keys with defaults filled in. Raises CheckpointError for what is not allowed."""
-    _refuse_hooks(config, where)
+    refuse_hooks(config, where)
     if (found := config.get("_class_name", kind)) != kind:
         raise _unsupported(where, "_class_name", found, (kind,))
     known = {*mapped, *fixed, *harmless}
     for key in config:
-        if key not in known and not _is_inert_hook(key, config[key]):
-            near = get_close_matches(key, known, 1)
+        if key not in known and not _is_inert_hook(key, config[key]) and not _is_off(config[key]):
+            near = get_close_matches(key[:80], known, 1)
             raise CheckpointError(
                 f"{where}: unknown key {key!r:.80}={config[key]!r:.80}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; sdlite has no such option of {kind}")
             )
     _check_fixed(config, fixed, where)
     return {key: config.get(key, default) for key, default in mapped.items()}
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an option that sdlite does not know is one that the model does not use."""
+    return value is None or value is False or value in ([], {}, "", [None, None])
 
 
 def _check_fixed(config: Config, fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
@@ -310,7 +316,7 @@ def _check_fixed(config: Config, fixed: Mapping[str, tuple[Any, ...]], where: st
             raise _unsupported(where, key, config[key], allowed)
 
 
-def _refuse_hooks(config: Config, where: str) -> None:
+def refuse_hooks(config: Config, where: str) -> None:
     """Raises CheckpointError if a config asks for code. We would not run it, but it is no file to trust."""
     for key, value in config.items():
         hook = key in ("auto_map", "trust_remote_code", "custom_pipelines") or "attn_implementation" in key

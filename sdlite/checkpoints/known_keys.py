@@ -129,7 +129,7 @@ TEXT_MAPPED = {
 }
 TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model",),
-    "architectures": (None, "CLIPTextModel"),
+    "architectures": (None, "CLIPTextModel", "CLIPTextModelWithProjection"),  # of which the projection is not used
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -196,7 +196,7 @@ MODEL_INDEX = {
     "unet": ("UNet2DConditionModel",),
     "transformer": ("PixArtTransformer2DModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "scheduler": tuple(SCHEDULERS),
 }

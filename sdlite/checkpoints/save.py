@@ -5,9 +5,9 @@ make tensors and plain containers only (weights_only).
 """
 
 import json
-import secrets
-import shutil
-from collections.abc import Callable, Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdlite.checkpoints import compvis, configs
-from sdlite.checkpoints.folder import WEIGHT_STEMS
-from sdlite.checkpoints.load import UNTRAINED, UNTRAINED_NOTE, ModelParts, load_model, load_single_file
+from sdlite.checkpoints.folder import SAFE, WEIGHT_STEMS, Reader, open_part, variants
+from sdlite.checkpoints.load import UNTRAINED, ModelParts, load_model
 from sdlite.checkpoints.single_file import CONFIG_KEY, PREDICTION_KEY, TITLE_KEY
-from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite
-from sdlite.config import AutoencoderKLConfig, DiTConfig, ModelConfig, Prediction
+from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite, open_safetensors
+from sdlite.config import UNTRAINED_NOTE, AutoencoderKLConfig, DiTConfig
+from sdlite.files import atomic_file, atomic_folder, check_file, check_folder
 from sdlite.models.text import load_tokenizer, save_tokenizer, saved_text_state_dict
 
 MAX_NESTING = 4  # of "state_dict" in pickles; training frameworks make 1
@@ -33,11 +34,9 @@ def save_folder(
 
     diffusers has no pipeline for a DiT with CLIP; it loads the parts of such a folder one by one.
     dtype: None keeps that of each part. max_shard_size: bytes of a weight file, beyond which it is split.
-    Raises CheckpointError if the folder is there and not empty.
+    Raises CheckpointError for what diffusers' layout has no place for, FileExistsError if the folder is there and not
+    empty, DiskFull.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty folder; give a new one")
     files = configs.to_diffusers(parts.config)
     if UNTRAINED_NOTE in parts.notes:
         files["model_index.json"]["_name_or_path"] = UNTRAINED
@@ -47,8 +46,7 @@ def save_folder(
         "text_encoder": saved_text_state_dict(parts.text.model.state_dict()),
     }
 
-    def write(temporary: Path) -> None:
-        temporary.mkdir()
+    with atomic_folder(Path(folder)) as temporary:
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             _write_json(temporary / name, content)
@@ -56,19 +54,15 @@ def save_folder(
         for part, tensors in weights.items():
             _write_shards(temporary / part, WEIGHT_STEMS[part], _plain(tensors, dtype), max_shard_size)
 
-    _write_whole(target, write)
-
 
 def save_single_file(
     parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
 ) -> None:
     """Writes a .safetensors file in the original layout, with the config in its metadata for sdlite.
 
-    Raises CheckpointError if the file is there and not `force`, and for what the layout has no place for.
+    Raises CheckpointError for what the layout has no place for, FileExistsError if the file is there and not `force`,
+    DiskFull.
     """
-    target = Path(path)
-    if target.exists() and (target.is_dir() or not force):
-        raise CheckpointError(f"{target} exists" + ("" if target.is_dir() else "; give another name or force"))
     if not isinstance(parts.config.codec, AutoencoderKLConfig):
         raise CheckpointError("the original layout has no place for an AutoencoderTiny; save a folder")
     if isinstance(parts.config.denoiser, DiTConfig):
@@ -91,7 +85,8 @@ def save_single_file(
     }
     if UNTRAINED_NOTE in parts.notes:
         metadata[TITLE_KEY] = UNTRAINED
-    _write_whole(target, lambda temporary: save_file(_plain(tensors, dtype), temporary, metadata))
+    with atomic_file(Path(path), force=force) as temporary:
+        save_file(_plain(tensors, dtype), temporary, metadata)
 
 
 def convert(
@@ -99,35 +94,64 @@ def convert(
     target: str | Path,
     *,
     trust_pickle: bool = False,
-    prediction: Prediction | None = None,
-    config: ModelConfig | None = None,
-    ema: bool = False,
     dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> ModelParts:
     """Loads a model and saves it in the other form: as one file if target ends in .safetensors, else as a folder.
 
-    trust_pickle: read source as a pickle (.ckpt) if it is no safetensors file. The other options are those of
-    `load_model` and `save_folder`. Returns the parts, whose notes say what was guessed. Raises CheckpointError.
+    trust_pickle: read pickles where there are no safetensors: a .ckpt file, or a folder of .bin files. options: those
+    of `load_model`. dtype: as for `save_folder`. Returns the parts, whose notes say what was guessed. Raises as both
+    do.
     """
-    origin, goal = Path(source), Path(target)
-    if trust_pickle and origin.is_file() and origin.suffix != ".safetensors":
-        weights = _read_pickle(origin)
-        parts = load_single_file(origin, weights, prediction=prediction, config=config, ema=ema)
-    else:
-        parts = load_model(source, prediction=prediction, config=config, ema=ema)
-    if goal.suffix == ".safetensors":
+    goal = Path(target)
+    as_file = goal.suffix == ".safetensors"
+    check_file(goal, force=False) if as_file else check_folder(goal, force=False)  # before minutes of reading
+    reader = Reader(_open_trusted, _open_trusted_part) if trust_pickle else SAFE
+    parts = load_model(source, reader=reader, **options)
+    if as_file:
         save_single_file(parts, goal, dtype=dtype)
     else:
         save_folder(parts, goal, dtype=dtype)
     return parts
 
 
+def _open_trusted(path: Path) -> Weights:
+    return open_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _open_trusted_part(folder: Path, stem: str, variant: str | None) -> Weights:
+    """A part's safetensors, or else its pickles, whole or in shards, as diffusers and transformers name them."""
+    if variants(folder, stem):
+        return open_part(folder, stem, variant)
+    name = "pytorch_model" if stem == "model" else stem
+    files = sorted(folder.glob(f"{name}*.bin"))
+    plain = [file for file in files if re.fullmatch(rf"{name}(-\d+-of-\d+)?\.bin", file.name)]
+    chosen = [file for file in files if variant is not None and file.name.startswith(f"{name}.{variant}")] or plain
+    if not chosen:
+        return open_part(folder, stem, variant)
+    parts = [_read_pickle(file) for file in chosen]
+    places = {name: part for part in parts for name in part.shapes}
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensor for key in names for name, tensor in places[key].read([key]).items()}
+
+    return Weights({name: part.shapes[name] for name, part in places.items()}, {}, read)
+
+
 def _read_pickle(path: Path) -> Weights:
-    """Tensors of a pickle that its owner trusts, out of the "state_dict"s around them."""
+    """Tensors of a pickle that its owner trusts, out of the "state_dict"s around them.
+
+    It may hold as much as its bytes say and no more: views that repeat a few numbers and packed archives are refused.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the file makes it raise
-        raise CheckpointError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]:.200}") from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as weights alone: {cause:.200}") from None
     for _ in range(MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -136,13 +160,23 @@ def _read_pickle(path: Path) -> Weights:
     tensors: dict[str, Tensor] = {
         name: value for name, value in content.items() if isinstance(value, Tensor) and value.is_floating_point()
     }
-    if bad := [name for name in tensors if not isinstance(name, str) or not NAME.fullmatch(name)]:
-        raise CheckpointError(f"{path} has a tensor named {bad[0]!r:.80}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise CheckpointError(f"{path} has a tensor named {name!r:.80}")
+        if not _is_plain(tensor):
+            raise CheckpointError(f"{path}: {name} of shape {tuple(tensor.shape)} is more than the file holds")
     return Weights(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {},
         lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names},
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, in memory, and has a number of its own for every element."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _plain(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -178,18 +212,3 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary neighbour of target, which then takes its place in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(target)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise

@@ -4,16 +4,16 @@ Shapes tell Stable Diffusion 1 from 2 and inpainting from the rest. They do not 
 activations, so any other size needs a config: the one sdlite wrote into the file, or the `config` argument.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from sdlite.checkpoints.compvis import CODEC, UNET
+from sdlite.checkpoints.compvis import UNET
 from sdlite.checkpoints.weights import CheckpointError, Weights, read_json
 from sdlite.config import ModelConfig, Prediction, sd15, sd21
+from sdlite.files import parse_json
 
 CONFIG_KEY = "sdlite.config"  # in the metadata of the files that sdlite writes
 TITLE_KEY = "modelspec.title"
@@ -31,19 +31,26 @@ SD2_V_KEY = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 MAX_SIDECAR_BYTES = 2**20
 SCHEDULE_TOLERANCE = 2e-3  # what half precision does to alphas_cumprod
 
-# First match wins: (a key or its beginning or end, what has it).
+# First match wins: (a key, what has it).
 FOREIGN = (
-    (r"lora_(unet|te)\w*_.*|.*\.lora_(up|down|A|B)\.weight", "is a LoRA, a change to a model and not a model"),
-    (r"(emb_params|string_to_param|clip_[lg])(\..*)?", "is a textual inversion embedding, not a model"),
     (r"control_model\..*|input_hint_block\..*|controlnet_.*", "is a ControlNet, not a text-to-image model"),
     (r"conditioner\.embedders\.1\..*", "is Stable Diffusion XL"),
     (r"(model\.diffusion_model\.)?label_emb\..*", "is Stable Diffusion XL, unCLIP or another class-conditional model"),
     (r"(model\.diffusion_model\.)?double_blocks\..*", "is Flux"),
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "is Stable Diffusion 3"),
     (r".*\.time_stack\..*|.*\.motion_modules\..*", "is a video model"),
-    (r"down_blocks\.\d+\.(resnets|attentions)\..*", "is the UNet of a diffusers folder; give the whole folder"),
-    (r"(text_model\.)?encoder\.layers\.\d+\..*", "is a text encoder alone; give a whole model"),
-    (r"(encoder|decoder)\.(conv_in|mid|mid_block|layers)\..*", "is a VAE alone; give a whole model"),
+)
+# What a file is that has no UNet; beside one, tools that merge models leave such keys behind.
+ALONE = (
+    (r"lora_(unet|te)\w*_.*|.*\.lora_(up|down|A|B)\.weight", "is a LoRA, a change to a model and not a model"),
+    (r"(emb_params|string_to_param|clip_[lg])(\..*)?", "is a textual inversion embedding, not a model"),
+    (r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions)\..*", "is the UNet of a folder; give the whole folder"),
+    (
+        r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp|layer_norm\d)\..*",
+        "is a text encoder alone; give a whole model",
+    ),
+    (r"(encoder|decoder)\.(conv_in|mid|mid_block|layers)\..*", "is a VAE alone; give a whole model, and this as vae"),
+    (r"first_stage_model\..*", "is a VAE alone; give a whole model, and this as vae"),
 )
 
 
@@ -54,20 +61,20 @@ def find_config(
 
     Raises CheckpointError for another kind of model, which it names if it can.
     """
-    foreign = next(
-        (what for pattern, what in FOREIGN if any(re.fullmatch(pattern, key) for key in keys.values())), None
-    )
-    if foreign is None and f"{UNET}input_blocks.0.0.weight" not in keys:
-        foreign = "is a VAE alone" if any(key.startswith(CODEC) for key in keys) else "has no UNet that sdlite knows"
+    has_unet = f"{UNET}input_blocks.0.0.weight" in keys
+    known = FOREIGN if has_unet else (*FOREIGN, *ALONE)
+    foreign = next((what for pattern, what in known if any(re.fullmatch(pattern, key) for key in keys.values())), None)
+    if foreign is None and not has_unet:
+        foreign = "has no UNet that sdlite knows"
     if foreign is not None:
         raise CheckpointError(f"{path} {foreign}; sdlite loads Stable Diffusion 1.x and 2.x")
     if config is not None:
         return config, True, []
-    if CONFIG_KEY in weights.metadata:
-        return _own_config(path, weights.metadata[CONFIG_KEY]), True, []
-    width, channels = weights.shapes[keys[f"{UNET}input_blocks.0.0.weight"]][:2]
+    if (stated := stated_config(path, weights)) is not None:
+        return stated, True, []
+    width, channels = (*weights.shapes[keys[f"{UNET}input_blocks.0.0.weight"]], 0, 0)[:2]
     projection = keys.get(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    context = weights.shapes[projection][-1] if projection else 0
+    context = (0, *weights.shapes[projection])[-1] if projection else 0
     sizes = {768: sd15, 1024: sd21}
     if width != 320 or context not in sizes or channels not in (4, 9):
         raise CheckpointError(
@@ -77,18 +84,24 @@ def find_config(
     return sizes[context](channels, "epsilon"), False, _schedule_notes(path, weights, keys)
 
 
-def _own_config(path: Path, text: str) -> ModelConfig:
+def stated_config(path: Path, weights: Weights) -> ModelConfig | None:
+    """The config that sdlite wrote into a file, None without one."""
+    if CONFIG_KEY not in weights.metadata:
+        return None
     try:
-        return ModelConfig(**json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: metadata {CONFIG_KEY}: {str(error).splitlines()[0]}") from None
+        return ModelConfig(**parse_json(weights.metadata[CONFIG_KEY]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: metadata {CONFIG_KEY}: {' '.join(str(error).split()):.300}") from None
 
 
 def _schedule_notes(path: Path, weights: Weights, keys: Mapping[str, str]) -> list[str]:
     """Compares the file's noise schedule, where it has one, with Stable Diffusion's."""
     if "alphas_cumprod" not in keys:
         return []
-    (found,) = weights.read([keys["alphas_cumprod"]]).values()
+    try:
+        (found,) = weights.read([keys["alphas_cumprod"]]).values()
+    except CheckpointError:
+        return [f"{path.name}: its alphas_cumprod is damaged; Stable Diffusion's noise schedule is used"]
     schedule = sd15().schedule
     ends = schedule.beta_start**0.5, schedule.beta_end**0.5
     expected = (1 - torch.linspace(*ends, schedule.num_train_steps, dtype=torch.float64) ** 2).cumprod(0)
@@ -117,7 +130,7 @@ def find_prediction(
         by = "nothing in the file, since the norm that tells them apart is not there"
         if SD2_V_KEY in keys:
             (bias,) = weights.read([keys[SD2_V_KEY]]).values()
-            spread = bias.std(correction=0).item()
+            spread = bias.std(correction=0).item() if bias.numel() else 0.0
             guess = "v" if spread > SD2_V_SPREAD else "epsilon"
             by = f"a norm in its last block has a spread of {spread:.3f}; in v models of SD2 it is above {SD2_V_SPREAD}"
     other = "v" if guess == "epsilon" else "epsilon"

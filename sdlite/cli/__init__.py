@@ -7,6 +7,7 @@ Heavy modules are imported inside the commands, so that `--help` is immediate.
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from sdlite.cli import draw  # noqa: F401  each adds its commands to the app, in the order of --help
 
@@ -19,4 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code; whatever the user got wrong is one line on stderr."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     sys.exit(run(arguments))

@@ -1,15 +1,21 @@
 """What the commands share: the app, their common flags, and how a run ends.
 
-Whatever the user got wrong is one line on stderr and exit code 2; an interrupted run exits with 130.
+Whatever the user got wrong is one line on stderr and exit code 2; a full disk exits with 3, a fault of the program with
+70, and a run that was stopped with 130. SDLITE_DEBUG=1 in the environment shows the traceback as well.
 """
 
 import os
 import re
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,16 +23,18 @@ from sdlite import __version__
 from sdlite.cli.hints import usage
 from sdlite.cli.output import Report, shown
 from sdlite.config import Prediction
+from sdlite.files import FULL
 
 if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline
 
-WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes; the second is a shell's 128 + SIGINT
+# Exit codes: sysexits.h calls 70 an internal software error, and a shell's 128 + SIGINT is 130.
+WRONG_INPUT, DISK_FULL, UNFORESEEN, INTERRUPTED = 2, 3, 70, 130
+MAX_SHOWN_COMMAND = 200
 
 app = typer.Typer(
     name="sdlite",
     help="Stable Diffusion, small enough to read in an evening and exact against diffusers.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,9 +57,28 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of text encoder and UNet.")]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Override = Annotated[Prediction | None, typer.Option(help="What the model predicts, if its files do not say so.")]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        metavar="FILE|FOLDER|tiny",
+        help="Use this VAE instead of the model's; tiny is TAESD, which the hub gives.",
+        show_default="the model's",
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Which weights of a folder: fp16, non_ema, ...", show_default="plain, else fp16"),
+]
+AllowLinks = Annotated[
+    list[Path] | None,
+    typer.Option("--allow-links", metavar="ROOT", help="Links in a model's folder may lead into this folder."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the PNG.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bar.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bar and no notes, but a word on untrained models.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -71,11 +98,15 @@ def _options(
         print(context.get_help())
 
 
-def load(model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report) -> "Pipeline":
+def load(
+    model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report, **files: Any
+) -> "Pipeline":
+    """The model with its notes told. files: vae, variant and allow_links, as for Pipeline.load."""
     from sdlite.pipeline import Pipeline
 
     limit_threads()
-    pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction)
+    files["allow_links"] = files.get("allow_links") or ()
+    pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction, **files)
     for note in pipe.notes:
         report.note(note)
     return pipe
@@ -91,25 +122,47 @@ def limit_threads(share: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
 
 
 def run(arguments: Sequence[str] | None) -> int:
+    """Runs the command line to its exit code; None takes the arguments of the process."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="sdlite", standalone_mode=False)
+        with _stopped_in_order():
+            code = typer.main.get_command(app).main(given, prog_name="sdlite", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
-        message = _message(error)
-        if message is None or os.environ.get("SDLITE_DEBUG"):
-            raise
+        if os.environ.get("SDLITE_DEBUG"):
+            traceback.print_exc()
+        code, message = _explained(error, given)
         print(f"sdlite: error: {shown(' '.join(message.split()))}", file=sys.stderr)
-        return WRONG_INPUT
     return code if isinstance(code, int) else 0
 
 
-def _message(error: Exception) -> str | None:
-    """What to tell the user of an error, None for one that is a fault of the program."""
+@contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Lets SIGTERM and a closed terminal end the command as Ctrl-C does, so that no half-made file stays behind."""
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
+    default = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in default:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in default:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _explained(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit code and message for an error."""
     if hasattr(error, "format_message"):  # a wrong flag: typer brings its own click or takes the installed one
-        return usage(error)
+        return WRONG_INPUT, usage(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return DISK_FULL if error.errno in FULL else WRONG_INPUT, message
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-        return "out of memory; try a smaller --width and --height, or --batch-size 1"
-    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+        return WRONG_INPUT, "out of memory; try a smaller --width and --height, or --batch-size 1"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return WRONG_INPUT, str(error)
+    command = shlex.join(["sdlite", *arguments])[:MAX_SHOWN_COMMAND]
+    cause = f"{type(error).__name__}: {error}"[:MAX_SHOWN_COMMAND]
+    return UNFORESEEN, f"{command}: {cause}; this is a fault of sdlite, and SDLITE_DEBUG=1 shows where it happened"

@@ -11,12 +11,15 @@ import typer
 from sdlite.cli.app import (
     INTERRUPTED,
     WRONG_INPUT,
+    AllowLinks,
     AsJson,
     Device,
     DType,
     Model,
     Override,
     Quiet,
+    Vae,
+    Variant,
     app,
     examples,
     limit_threads,
@@ -139,6 +142,9 @@ def batch(
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -162,6 +168,7 @@ def batch(
         raise ValueError("give a file of requests and a folder, e.g. sdlite batch prompts.txt -o out")
     limit_threads()
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
+    options |= {"vae": vae, "variant": variant, "allow_links": tuple(map(str, allow_links or ()))}
     options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
     fields = {"negative_prompt": negative_prompt, "steps": steps, "solver": solver, "guidance_scale": guidance_scale}
     fields |= {"num_images": num_images, "strength": strength, "width": width, "height": height}

@@ -1,5 +1,6 @@
 """`sdlite generate` and `sdlite regen`: flags to Requests, Requests to pictures, pictures to files."""
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ import typer
 
 from sdlite.cli.app import (
     INTERRUPTED,
+    AllowLinks,
     AsJson,
     Device,
     DType,
@@ -17,6 +19,8 @@ from sdlite.cli.app import (
     Output,
     Override,
     Quiet,
+    Vae,
+    Variant,
     app,
     load,
 )
@@ -26,8 +30,8 @@ from sdlite.config import Request, SolverName
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sdlite.images import Recipe
     from sdlite.pipeline import Pipeline
+    from sdlite.recipe import Recipe
 
 MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better record
 DEFAULT = Request(prompt="")
@@ -40,8 +44,8 @@ def generate(
     model: Model = None,
     negative_prompt: Annotated[str, typer.Option("--negative-prompt", "-n", help="What to keep out.")] = "",
     seed: Annotated[
-        int, typer.Option("--seed", "-s", help="Of the first picture; the others count up.")
-    ] = DEFAULT.seed,
+        str, typer.Option("--seed", "-s", help="Of the first picture; the others count up. random or -1: drawn.")
+    ] = str(DEFAULT.seed),
     num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="How many pictures.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, max=64, help="Drawn at the same time.")] = 1,
     steps: Annotated[int, typer.Option(help="Of the solver.")] = DEFAULT.steps,
@@ -54,12 +58,21 @@ def generate(
     width: Annotated[int | None, typer.Option("--width", "-W", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to start from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Of --image, repaint what is white here.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Black-and-white picture; white parts of --image are redrawn.")
+    ] = None,
+    mask_blur: Annotated[float, typer.Option(help="Pixels of soft edge around them, 0 to 64.")] = DEFAULT.mask_blur,
+    no_paste: Annotated[
+        bool, typer.Option("--no-paste", help="Leave the rest as the model draws it, not as it was.")
+    ] = False,
     strength: Annotated[float, typer.Option(help="How far to leave --image, 0 to 1.")] = DEFAULT.strength,
     clip_skip: Annotated[int, typer.Option(help="Text layers left out at the end.")] = DEFAULT.clip_skip,
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
     attention: Annotated[
         Path | None, typer.Option(help="Also write the first picture under a heat map for each word, as a PNG.")
@@ -71,36 +84,40 @@ def generate(
 ) -> None:
     """Draw pictures from a prompt.
 
-    Prints the path of each PNG. Without -o they are named 000000-SEED.png, 000001-SEED.png, ... in this folder; with
-    -o FOLDER in that folder; with -o NAME.png and --num-images above 1, NAME-1.png, NAME-2.png, ... No file is ever
-    replaced without --force. Ctrl-C finishes the picture in hand; a second one stops at once.
+    Prints the path of each picture. Without -o they are named 000000-SEED.png, 000001-SEED.png, ... in this folder;
+    with -o FOLDER in that folder; with -o NAME.png, NAME.jpg or NAME.webp and --num-images above 1, NAME-1.png,
+    NAME-2.png, ... No file is ever replaced without --force. Ctrl-C finishes the picture in hand; a second one stops
+    at once.
     """
     fields = {name: value for name, value in locals().items() if name in Request.model_fields}
-    request = Request(**fields | {name: fields[name] and str(fields[name]) for name in ("image", "mask")})
-    requests = [request.replace(seed=seed + i) for i in range(num_images)]
+    sources = {name: fields[name] and str(fields[name]) for name in ("image", "mask")}
+    request = Request(**fields | sources | {"seed": _seed(seed), "paste": not no_paste})
+    requests = [request.replace(seed=request.seed + i) for i in range(num_images)]
     names = Names(output, num_images, force)
+    if not no_metadata:
+        _check_room(names, request)
     for option, path in (("--contact-sheet", contact_sheet), ("--attention", attention)):
         if path is not None:
             _check_sheet(option, path, names, force)
-    sources = {name: _open(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
+    opened = {name: _open(name, path) for name, path in (("image", image), ("mask", mask)) if path is not None}
     report = Report(quiet, as_json)
-    pipe = load(model, device, dtype, prediction, report)
-    pictures, interrupted = _draw(pipe, requests, sources, names, report, batch_size, not no_metadata)
+    if str(request.seed) != seed.strip():
+        report.note(f"seed {request.seed}")
+    pipe = load(model, device, dtype, prediction, report, vae=vae, variant=variant, allow_links=allow_links)
+    pictures, interrupted = _draw(pipe, requests, opened, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
-        from sdlite.images import contact_sheet as sheet_of, save_png
+        from sdlite.images import contact_sheet as sheet_of, save_picture
 
         labels = [f"seed {request.seed}" for request in requests]
-        contact_sheet.parent.mkdir(parents=True, exist_ok=True)
-        save_png(sheet_of(pictures, labels), contact_sheet, force=force)
+        save_picture(sheet_of(pictures, labels), contact_sheet, force=force)
         report.path(contact_sheet, "contact_sheet")
     if attention is not None and pictures:
-        from sdlite.images import save_png
+        from sdlite.images import save_picture
         from sdlite.inspect import attention_sheet, word_maps
 
-        given = {f"{name}s": [source] for name, source in sources.items()}
+        given = {f"{name}s": [source] for name, source in opened.items()}
         heat = attention_sheet(*word_maps(pipe, request, **given))
-        attention.parent.mkdir(parents=True, exist_ok=True)
-        save_png(heat, attention, force=force)
+        save_picture(heat, attention, force=force)
         report.path(attention, "attention")
     report.event("done", images=len(pictures), interrupted=interrupted)
     raise typer.Exit(INTERRUPTED if interrupted else 0)
@@ -108,7 +125,7 @@ def generate(
 
 @app.command()
 def regen(
-    picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that sdlite drew.")],
+    picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture that sdlite or Automatic1111 drew.")],
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Draw with this instead, e.g. steps=50.")
     ] = None,
@@ -117,6 +134,9 @@ def regen(
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Draw although the model or a source picture is not the recorded one.")
     ] = False,
@@ -130,30 +150,57 @@ def regen(
     --set takes any field of the request (`sdlite info IMAGE` lists them); "none" clears width, height, image or mask.
     A picture that was started from another needs that one again: --set image=FILE, checked by its pixels.
     """
-    from sdlite.images import largest_difference, open_image, read_metadata
+    from sdlite.images import largest_difference, open_picture, read_any_metadata
 
-    recipe = read_metadata(picture)
+    recipe, notes = read_any_metadata(picture)
     changed = dict(_pair(change) for change in changes or ())
     sources = {
-        name: _open(Path(path)) for name, path in changed.items() if name in ("image", "mask") and path is not None
+        name: _open(name, Path(path))
+        for name, path in changed.items()
+        if name in ("image", "mask") and path is not None
     }
     request = _regenerated(picture, recipe, changed, sources, anyway)
     names, report = Names(output, 1, force), Report(quiet, as_json)
-    pipe = load(model, device, dtype, prediction or recipe.prediction, report)
-    if pipe.model_hash != recipe.model_hash and not anyway:
+    for note in notes:
+        report.note(note)
+    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
+    pipe = load(model, device, dtype, prediction or recipe.prediction, report, **files)
+    ours = recipe.prediction is not None
+    if ours and pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(
             f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "
             f"({pipe.model_hash[:10]}); give the first with --model, or add --anyway"
         )
     pictures, interrupted = _draw(pipe, [request], sources, names, report, 1, not no_metadata)
-    if not set(changed) - {"image", "mask"}:
-        difference = largest_difference(pictures[0], open_image(picture))
+    if ours and not set(changed) - {"image", "mask"}:
+        difference = largest_difference(pictures[0], open_picture(picture))
         report.event("compared", largest_difference=difference)
-        hint = "from another device, --dtype, --prediction or version" if difference > 1 else "which is rounding"
+        lossy = picture.suffix.lower() in (".jpg", ".jpeg")
+        why = "which is rounding" if difference <= 1 else "from another device, --dtype, --prediction or version"
+        hint = "as JPEG changes pixels" if lossy else why
         differs = f"differs from {picture} by up to {difference} of 255, {hint}; `sdlite info {picture}` says more"
         report.note(differs if difference else f"same as {picture}")
     report.event("done", images=1, interrupted=interrupted)
     raise typer.Exit(INTERRUPTED if interrupted else 0)
+
+
+def _seed(text: str) -> int:
+    """A seed as it was typed; "random" and -1, Automatic1111's word for it, draw one."""
+    if text.strip().lower() in ("random", "-1"):
+        return secrets.randbelow(2**32)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--seed={text:.40} must be a whole number, or random") from None
+
+
+def _check_room(names: Names, request: Request) -> None:
+    """Raises in one line where a JPEG has no room for the prompts."""
+    from sdlite.images import fits_jpeg
+
+    lossy = [path for path in names.paths if path.suffix.lower() in (".jpg", ".jpeg")]
+    if lossy and not fits_jpeg((request.prompt, request.negative_prompt)):
+        raise ValueError(f"{lossy[0]}: a JPEG has no room for prompts of that length; write .png or add --no-metadata")
 
 
 def _check_sheet(option: str, sheet: Path, names: Names, force: bool) -> None:
@@ -163,10 +210,10 @@ def _check_sheet(option: str, sheet: Path, names: Names, force: bool) -> None:
         raise ValueError(f"{option}={sheet} is where a picture goes; give it another name")
 
 
-def _open(path: Path) -> "Image":
-    from sdlite.images import open_image
+def _open(name: str, path: Path) -> "Image":
+    from sdlite.images import open_picture
 
-    return open_image(path)
+    return open_picture(path, for_mask=name == "mask")
 
 
 def _draw(
@@ -181,6 +228,8 @@ def _draw(
     """Draws and saves, batch by batch; the pictures, and whether Ctrl-C ended it."""
     from sdlite.images import digest
 
+    for remark in pipe.remarks(requests[0], sources.get("image"), sources.get("mask")):
+        report.note(remark)
     digests = {name: digest(source) for name, source in sources.items()}
     requests = [pipe.resolve(request.replace(**digests), sources.get("image")) for request in requests]
     report.event(
@@ -200,7 +249,7 @@ def _draw(
                     latents = x_t
                     bar.advance(task)
                     report.event("step", image=first, step=i + 1, of=evaluations)
-                drawn = pipe.decode(latents, batch)
+                drawn = pipe.decode(latents, batch, **given)
             for picture, request in zip(drawn, batch, strict=True):
                 path = names.save(picture, len(pictures), request.seed, with_metadata)
                 pictures.append(picture)
@@ -224,6 +273,7 @@ def _regenerated(
 ) -> Request:
     """The recorded request with the changes, its source pictures held against their digests."""
     from sdlite.images import digest
+    from sdlite.recipe import UNKNOWN_SOURCE
 
     for name in ("image", "mask"):
         recorded = getattr(recipe.request, name)
@@ -231,6 +281,8 @@ def _regenerated(
             raise ValueError(
                 f"{picture} was drawn from another {name} ({recorded[:17]}); give it with --set {name}=FILE"
             )
-        if recorded is not None and name in sources and digest(sources[name]) != recorded and not anyway:
+        if recorded in (None, UNKNOWN_SOURCE) or name not in sources or anyway:
+            continue
+        if digest(sources[name]) != recorded:
             raise ValueError(f"--set {name}={changed[name]}: not the recorded one ({recorded[:17]}); or add --anyway")
     return recipe.request.replace(**changed)

@@ -6,9 +6,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sdlite.cli.app import AsJson, Device, DType, DTypeName, Force, Model, Override, Quiet, app, load
-from sdlite.cli.output import Report, check_free, shown
+from sdlite.cli.app import (
+    AllowLinks,
+    AsJson,
+    Device,
+    DType,
+    DTypeName,
+    Force,
+    Model,
+    Override,
+    Quiet,
+    Vae,
+    Variant,
+    app,
+    load,
+)
+from sdlite.cli.output import Report, check_free, check_writable, shown
 from sdlite.config import Request
+from sdlite.files import sweep, write_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
@@ -17,10 +32,16 @@ NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor") 
 @app.command()
 def info(
     subject: Annotated[str, typer.Argument(metavar="IMAGE|MODEL", help="A picture, or what --model takes.")],
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how a picture was drawn, or what a model consists of."""
-    facts = _picture_facts(subject) if Path(subject).suffix.lower() in PICTURES else _model_facts(subject)
+    if Path(subject).suffix.lower() in PICTURES:
+        facts = _picture_facts(subject)
+    else:
+        facts = _model_facts(subject, vae=vae, variant=variant, allow_links=allow_links)
     if as_json:
         print(json.dumps(facts))
         return
@@ -32,12 +53,20 @@ def info(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="What --model takes, or an old .ckpt.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="What --model takes, an old .ckpt, or a folder of .bin files.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="NAME.safetensors for one file, else a new folder.")],
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read a .ckpt, whose maker you trust: a pickle can carry code.")
+        bool,
+        typer.Option(
+            "--trust-pickle", help="Read .ckpt and .bin files, whose maker you trust: a pickle can carry code."
+        ),
     ] = False,
     prediction: Override = None,
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     ema: Annotated[bool, typer.Option("--ema", help="The averaged UNet of a single file that has both.")] = False,
     dtype: Annotated[DTypeName | None, typer.Option(show_default="as in SRC")] = None,
     quiet: Quiet = False,
@@ -46,15 +75,18 @@ def convert(
 
     Prints DST. Nothing is replaced: DST must not exist, or be an empty folder.
     """
-    check_free([target], force=True)
+    check_writable(target.absolute().parent)
     if target.suffix.lower() in NOT_WRITTEN:
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
     import torch
 
     from sdlite.checkpoints.save import convert
 
+    if target.parent.is_dir():
+        sweep(target.parent)
     kind = None if dtype is None else getattr(torch, dtype)
-    parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind)
+    files = {"vae": vae, "variant": variant, "allow_links": allow_links or ()}
+    parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind, **files)
     for note in parts.notes:
         Report(quiet, False).note(note)
     print(target)
@@ -71,6 +103,9 @@ def bench(
     height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    vae: Vae = None,
+    variant: Variant = None,
+    allow_links: AllowLinks = None,
     batch: Annotated[
         bool, typer.Option("--batch", help="Measure what a batch adds, and the price of --exact.")
     ] = False,
@@ -93,7 +128,8 @@ def bench(
     from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
 
     busy = machine_load()
-    pipe = load(model, device, dtype, None, Report(False, False))
+    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
+    pipe = load(model, device, dtype, None, Report(False, False), **files)
     if batch:
         machinery = measure_batch(pipe, request, folder, load=busy, runs=runs)
         exact = measure_exact(pipe, request, load=busy, runs=runs)
@@ -103,8 +139,7 @@ def bench(
         result = measure(pipe, request, load=busy, versus=vs, runs=runs)
         print(table(result))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
+        write_file(json_file, (json.dumps(result, indent=1) + "\n").encode(), force=force)
 
 
 def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
@@ -121,8 +156,8 @@ def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _model_facts(name: str) -> dict[str, dict[str, Any]]:
-    pipe = load(name, "cpu", "float32", None, Report(False, False))
+def _model_facts(name: str, **files: Any) -> dict[str, dict[str, Any]]:
+    pipe = load(name, "cpu", "float32", None, Report(False, False), **files)
     parts: dict[str, Any] = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
     counts = {f"parameters of {part}": sum(p.numel() for p in parts[part].parameters()) for part in parts}
     width, height = pipe.default_size

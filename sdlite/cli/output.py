@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
+from sdlite.config import UNTRAINED_NOTE
+from sdlite.files import check_file
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # would drive the terminal that shows a foreign file's text
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures that are written
+# What would drive the terminal that shows a foreign file's text, or turn the order of its letters.
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def shown(text: str) -> str:
@@ -26,11 +31,14 @@ def shown(text: str) -> str:
 
 
 def check_free(paths: Sequence[Path], force: bool) -> None:
-    """Raises in one line if one of these files of a folder exists, or if that folder cannot be written."""
+    """Raises in one line if one of these files of a folder may not be written, or if nothing can be in that folder."""
     for path in paths:
-        if path.exists() and not force:
-            raise FileExistsError(f"{path} exists; --force replaces it")
-    folder = paths[0].absolute().parent
+        check_file(path, force)
+    check_writable(paths[0].absolute().parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises in one line unless files can be made in a folder, or in the nearest one above that exists."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         tempfile.TemporaryFile(dir=nearest).close()
@@ -42,31 +50,31 @@ class Names:
     """Where the pictures of a run go, checked before anything is drawn; nothing is created until one is saved."""
 
     def __init__(self, output: str | None, count: int, force: bool) -> None:
+        if output == "":
+            raise ValueError("--output is empty; give FILE.png or a folder, or leave it out")
         path = Path("." if output is None else output)
         is_folder = path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep))
         self.folder = path if is_folder else path.parent
         self.force = force
         self.paths: list[Path] = []
         if not is_folder:
-            if path.suffix.lower() != ".png":
-                raise ValueError(f"--output={output}: only PNG is written; use {path.with_suffix('.png')} or a folder")
+            if path.suffix.lower() not in SUFFIXES:
+                raise ValueError(
+                    f"--output={output}: pictures are written as {', '.join(SUFFIXES)}; use {output}.png, or {output}/ "
+                    "for a folder"
+                )
             many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
             self.paths = [path] if count == 1 else many
         check_free(self.paths or [self.folder / "*"], force)
 
     def save(self, picture: "Image", index: int, seed: int, with_metadata: bool) -> Path:
         """Writes the picture number `index` of the run and says where."""
-        from sdlite.images import next_free_name, save_png
+        from sdlite.images import save_numbered, save_picture
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            path = self.paths[index] if self.paths else next_free_name(self.folder, seed)
-            try:
-                save_png(picture, path, force=self.force and bool(self.paths), with_metadata=with_metadata)
-                return path
-            except FileExistsError:  # of a number: another run took it in the meantime
-                if self.paths:
-                    raise
+        if not self.paths:
+            return save_numbered(picture, self.folder, seed, with_metadata=with_metadata)
+        save_picture(picture, self.paths[index], force=self.force, with_metadata=with_metadata)
+        return self.paths[index]
 
 
 class Report:
@@ -76,7 +84,7 @@ class Report:
         self.quiet, self.as_json = quiet, as_json
 
     def note(self, text: str) -> None:
-        if not self.quiet:
+        if not self.quiet or text == UNTRAINED_NOTE:  # or a typing error in --model would pass unseen
             typer.echo(f"sdlite: note: {shown(text)}", err=True)
 
     def event(self, event: str, **fields: Any) -> None:

@@ -67,6 +67,11 @@ class Schedule:
             self.abars = with_zero_terminal_snr(self.abars)
         self.final_abar = torch.ones_like(self.abars[0]) if config.final_abar_one else self.abars[0]
 
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise in units of the image, sqrt((1 - abar) / abar): (num_train_steps,) float64, ascending."""
+        return ((1 - self.abars) / self.abars).sqrt()
+
     def abar(self, t: Tensor) -> Tensor:
         """abar at integer timesteps t of any shape, float64 on the CPU. t = -1 stands for the end of a run."""
         return torch.cat([self.abars, self.final_abar[None]])[t.cpu()]  # index -1 is the end

@@ -17,6 +17,8 @@ from sdlite.config import Prediction
 from sdlite.diffusion.parameterization import add_noise, split_output
 from sdlite.diffusion.schedule import Schedule
 
+MIN_ABAR = 1e-12  # below it the image in x_t is beyond float32's digits
+
 Noise = Callable[[], Tensor]
 """Draws standard normal noise of the latents' shape, (B, C, H, W)."""
 
@@ -75,7 +77,7 @@ class _OwnSolver:
         self.abar_t = schedule.abar(self.timesteps)  # (S,) float64
         self.abar_prev = torch.cat([self.abar_t[1:], final_abar[None]])  # (S,) float64
         self.prediction: Prediction = prediction
-        if prediction == "epsilon" and not self.abar_t[0] > 0:
+        if prediction == "epsilon" and not self.abar_t[0] >= MIN_ABAR:
             raise ValueError("this schedule starts from pure noise (abar 0), where epsilon says nothing; predict v")
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:
@@ -113,15 +115,27 @@ class DiffusersSolver:
     """A scheduler of diffusers as a Solver.
 
     Copies the scheduler, whose state belongs to one run. generators: one per image, from which the scheduler draws the
-    noise that it adds. start: the step at which the run begins (image to image).
+    noise that it adds. start: the step at which the run begins (image to image). levels: (sigmas, timesteps), (S,)
+    each, descending, to use in place of the scheduler's own.
     """
 
-    def __init__(self, scheduler: Any, steps: int, generators: Sequence[torch.Generator] = (), start: int = 0) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        steps: int,
+        generators: Sequence[torch.Generator] = (),
+        start: int = 0,
+        levels: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(steps)
-        if start and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)
-        self.timesteps: Tensor = self.scheduler.timesteps
+        if levels is not None:
+            self.scheduler.sigmas = torch.cat([levels[0], levels[0].new_zeros(1)]).float()
+            self.scheduler.timesteps = levels[1]
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)  # else it looks for the first timestep, and some stand twice
+        _drop_double_end(self.scheduler)
+        self.timesteps: Tensor = self.scheduler.timesteps.clamp(min=0)
         self.initial_scale = float(self.scheduler.init_noise_sigma)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         self._extra = {"generator": list(generators)} if takes_generator and generators else {}
@@ -134,3 +148,14 @@ class DiffusersSolver:
 
     def noised(self, x_0: Tensor, noise: Tensor, i: int) -> Tensor:
         return self.scheduler.add_noise(x_0, noise, self.timesteps[i : i + 1]) if i < len(self.timesteps) else x_0
+
+
+def _drop_double_end(scheduler: Any) -> None:
+    """Rounding gives some trailing grids (61 steps of 1000) a timestep more, -1, which has the noise level of 0.
+
+    After a timestep 0 it would be a step of length 0, which some solvers divide by.
+    """
+    if len(scheduler.timesteps) > 1 and scheduler.timesteps[-1] < 0 and scheduler.timesteps[-2] == 0:
+        scheduler.timesteps = scheduler.timesteps[:-1]
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])

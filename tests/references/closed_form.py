@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class GaussianDenoiser:
-    """The exact eps or v of x_0 ~ N(mu, spread^2), as a Denoiser."""
+    """The exact eps, v or x_0 of x_0 ~ N(mu, spread^2), as a Denoiser."""
 
     def __init__(self, abars: Tensor, mu: float, spread: float, prediction: str = "epsilon") -> None:
         self.abars, self.mu, self.spread, self.prediction = abars, mu, spread, prediction
@@ -25,6 +25,8 @@ class GaussianDenoiser:
         if self.prediction == "epsilon":
             return eps
         x_0 = self.mu + abar.sqrt() * self.spread**2 * deviation / variance
+        if self.prediction == "sample":
+            return x_0
         return abar.sqrt() * eps - (1 - abar).sqrt() * x_0
 
     def flow(self, x: Tensor, abar_from: Tensor, abar_to: Tensor) -> Tensor:
