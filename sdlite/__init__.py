@@ -4,7 +4,8 @@
     pipe = sdlite.Pipeline.load("path/or/hub-id")
     pipe("a red apple", seed=7)[0].save("apple.png")
 
-Importing this module loads nothing heavy; each public name is fetched from its module on first use.
+Importing this module loads nothing heavy; each public name, and each module such as `sdlite.batch`, is fetched on first
+use.
 """
 
 from importlib import import_module
@@ -33,9 +34,18 @@ _HOME = {
     "tiny": "sdlite.config",
     "tiny_dit": "sdlite.config",
 }
-__all__ = ["__version__", *sorted(_HOME)]
+_MODULES = ("batch", "images", "inspect", "segmentation", "train", "widgets")
+__all__ = ["__version__", *sorted(_HOME), *_MODULES]
 
 if TYPE_CHECKING:
+    from sdlite import (
+        batch as batch,
+        images as images,
+        inspect as inspect,
+        segmentation as segmentation,
+        train as train,
+        widgets as widgets,
+    )
     from sdlite.checkpoints.load import CheckpointError as CheckpointError, load_model as load_model
     from sdlite.config import (
         DiTConfig as DiTConfig,
@@ -57,6 +67,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"sdlite.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'sdlite' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_HOME[name]), name)

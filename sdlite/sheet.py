@@ -29,7 +29,7 @@ def contact_sheet(
     below = [_wrapped(label, font, width) for label in labels or ()]
     left = [_wrapped(label, font, MAX_LABEL) for label in (corner, *down)]
     above = [left[0], *(_wrapped(label, font, width) for label in across)]
-    height = max(image.height for image in shown) + _height(below)
+    height = max(max(image.height for image in shown) + _height(below), _height(left[1:]))
     margin = gap + ceil(max(font.getlength(line) for text in left for line in text.split("\n"))) if axes else 0
     top, rows = _height(above) if axes else 0, ceil(len(images) / columns)
     size = (margin + columns * (width + gap) + gap, top + rows * (height + gap) + gap)

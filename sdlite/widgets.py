@@ -3,6 +3,7 @@
 from io import BytesIO
 from typing import Any
 
+from sdlite.batch.draw import reason
 from sdlite.config import Request
 from sdlite.images import Images
 from sdlite.pipeline import Pipeline
@@ -44,8 +45,8 @@ def playground(pipe: Pipeline, prompt: str = "a red apple") -> Any:
                 picture.save(data, "PNG")
                 shown.value = data.getvalue()
             box.pictures.append(picture)
-        except (ValueError, FloatingPointError) as error:
-            said.value = str(error)
+        except Exception as error:  # it has no other way to be seen: a callback's traceback goes nowhere
+            said.value = reason(error)
         finally:
             button.disabled = False
 

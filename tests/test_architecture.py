@@ -39,7 +39,7 @@ GROUPS = {
         "backends",
     ],
     "inspect": ["config", "diffusion", "models", "images", "pipeline"],
-    "batch": ["config", "files", "images", "pipeline"],
+    "batch": ["config", "files", "recipe", "images", "pipeline"],
     "train": [
         "config",
         "files",
@@ -148,6 +148,18 @@ def test_import_loads_nothing_heavy():
     assert loaded.strip() == ""
 
 
+@pytest.mark.parametrize("use", ["batch", "segmentation", "images", "inspect", "widgets", "train.segmentation_table"])
+def test_one_import_is_enough(monkeypatch: pytest.MonkeyPatch, use: str):
+    """`import sdlite` and then `sdlite.batch.run(...)`, as the README writes it."""
+    import sdlite
+
+    value = sdlite
+    for name in use.split("."):
+        monkeypatch.delitem(value.__dict__, name, raising=False)  # as in an interpreter that has not imported it
+        value = getattr(value, name)
+    assert value is sys.modules[f"sdlite.{use}"] and use.split(".")[0] in dir(sdlite)
+
+
 def test_every_public_name_is_there():
     import sdlite
 
@@ -155,3 +167,5 @@ def test_every_public_name_is_there():
         assert getattr(sdlite, public) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = sdlite.nothing
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sdlite.train.nothing

@@ -8,6 +8,7 @@ import functools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -22,11 +23,11 @@ import pytest
 from PIL import Image
 
 from sdlite import batch, images
-from sdlite.batch import disk, local, store
+from sdlite.batch import disk, draw as draw_module, local, store
 from sdlite.batch.draw import Engine, Result, chunks
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Processes, spread
+from sdlite.batch.workers import Processes, carried, spread
 from sdlite.files import HOST
 from sdlite.pipeline import Pipeline
 
@@ -124,9 +125,12 @@ def test_exact_is_the_same_for_every_batch_size(tmp_path: Path):
         assert all(images.largest_difference(pair, images.open_picture(other)) <= 1 for other in others)
 
 
-def test_workers_are_no_setting(tmp_path: Path, reference: Content):
+def test_workers_and_batch_size_are_no_settings(tmp_path: Path, reference: Content):
     run(tmp_path, ROWS[:8])
-    assert batch.run(ROWS, tmp_path, model="tiny", device="cpu", workers=2).done == 12
+    settings = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"compute_batch": 4}))  # as earlier versions wrote it
+    assert run(tmp_path, ROWS[:10], batch_size=3).done == 2
+    assert batch.run(ROWS, tmp_path, model="tiny", device="cpu", workers=2, batch_size=2).done == 10
     there = pictures(tmp_path)
     assert there.keys() == reference.keys() and all(there[name] == reference[name] for name in sorted(there)[:8])
     for name, data in reference.items():
@@ -143,7 +147,7 @@ def test_exact_is_the_same_for_every_number_of_workers(tmp_path: Path):
 
 def test_other_settings_are_refused(tmp_path: Path):
     run(tmp_path, ROWS[:1])
-    with pytest.raises(ValueError, match=r"other settings: compute_batch=4 there, 2 now; seed=0 there, 9 now; give"):
+    with pytest.raises(ValueError, match=r"other settings: seed=0 there, 9 now; give"):
         run(tmp_path, ROWS[:1], batch_size=2, seed=9)
     with pytest.raises(ValueError, match="batch_size=0 must be greater"):
         run(tmp_path, ROWS[:1], batch_size=0)
@@ -227,6 +231,35 @@ def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poison
     rows = [{"prompt": "a", "steps": 2, "seed": 10 + i} for i in range(12)]
     report = run(tmp_path, rows)
     assert report.done == 3 and list(report.failed) == [3] and not report.interrupted
+
+
+@pytest.mark.parametrize("where", ["num_evaluations", "sample_latents", "png_bytes"])
+def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    """Not a ValueError, and from the check of the file, from drawing, or from writing the PNG."""
+    place: Any = draw_module if where == "png_bytes" else tiny()
+    whole = getattr(place, where)
+
+    def breaks(given: Any, *rest: Any, **named: Any) -> Any:
+        if "poison" in (given.info["parameters"] if where == "png_bytes" else str(given)):
+            raise IndexError("index 20 is out of bounds\nfor dimension 0")
+        return whole(given, *rest, **named)
+
+    monkeypatch.setattr(place, where, breaks)
+    if where == "num_evaluations":
+        monkeypatch.setattr(place, "sample_latents", functools.partial(_breaks_too, tiny().sample_latents))
+    rows = [{"prompt": "poison" if i == 1 else "a", "steps": 1 + (i == 1), "seed": i} for i in range(12)]
+    report = run(tmp_path / "going", rows, keep_going=True)
+    assert report.failed == {1: "IndexError: index 20 is out of bounds for dimension 0"} and report.done == 11
+    report = run(tmp_path / "stopping", rows)
+    assert list(report.failed) == [1] and report.done < 12
+    monkeypatch.undo()
+    assert run(tmp_path / "stopping", rows).failed == {} and len(pictures(tmp_path / "stopping")) == 12
+
+
+def _breaks_too(whole: Any, requests: Any, **sources: Any) -> Any:
+    if "poison" in str(requests):
+        raise IndexError("index 20 is out of bounds\nfor dimension 0")
+    return whole(requests, **sources)
 
 
 def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch):
@@ -399,6 +432,20 @@ def dies_at_start(number: int) -> Engine:
 
 def refuses(number: int) -> Engine:
     raise ValueError("no such model")
+
+
+class Odd(Exception):
+    """Cannot be unpickled, like some errors of libraries."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}{text}")
+
+
+def test_an_error_reaches_another_process():
+    for error, text in ((Odd(3, "x"), "Odd: 3x"), (KeyError("layer"), "KeyError: 'layer'"), (ValueError("no"), "no")):
+        assert str(pickle.loads(pickle.dumps(carried(error)))) == text
+    full = pickle.loads(pickle.dumps(carried(batch.DiskFull(28, "out: full"))))
+    assert isinstance(full, batch.DiskFull) and full.errno == 28
 
 
 @pytest.mark.slow

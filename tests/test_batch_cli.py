@@ -1,6 +1,7 @@
 """`sdlite batch`: flags, exit codes, events, and real processes that are interrupted."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from sdlite import batch, cli, images
-from sdlite.batch import local
+from sdlite.batch import local, sheet
 from sdlite.batch.disk import sha256
 from sdlite.pipeline import Pipeline
 
@@ -73,7 +74,8 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(batch, "prepare", prepare, raising=False)
     flags = "-m m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
-    flags += " --ray --ray-address a:1"
+    flags += " --ray --ray-address a:1 --same-seed -n blurry --steps 7 --solver euler --guidance-scale 3"
+    flags += " --num-images 2 --strength 0.5 -W 72 -H 80"
     code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
     assert (code, out, err) == (2, "", "sdlite: error: one\nsdlite: error: two\n")
     assert given == {
@@ -85,6 +87,17 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         "exact": True,
         "seed": 9,
         "keep_going": True,
+        "same_seed": True,
+        "defaults": {
+            "negative_prompt": "blurry",
+            "steps": 7,
+            "solver": "euler",
+            "guidance_scale": 3.0,
+            "num_images": 2,
+            "strength": 0.5,
+            "width": 72,
+            "height": 80,
+        },
         "shard": "2/3",
         "name": "{index}.png",
         "format": "webdataset",
@@ -118,7 +131,7 @@ def test_shards_are_printed_and_verified(run: Run):
     told = events(run("fox.csv", "-o", "told", "--format", "webdataset", "--json")[1])
     assert [event["event"] for event in told] == ["start", "image", "image", "image", "shard", "done"]
     assert {event["path"] for event in told if "path" in event} == {"told/00000.tar"}
-    code, _, err = run("fox.csv", "-o", "new", "--format", "webdataset", "--contact-sheet")
+    code, _, err = run("fox.csv", "-o", "new", "--format", "webdataset", "--contact-sheet", "sheet.png")
     assert code == 2 and "--contact-sheet is drawn from a folder" in err and not Path("new").exists()
 
 
@@ -167,7 +180,7 @@ def test_dry_run_writes_nothing(run: Run):
 
 def test_a_grid_gets_a_sheet_with_labelled_axes(run: Run):
     Path("grid.json").write_text(json.dumps({"prompt": ["a fox", "an owl"], "steps": [1, 2, 3], "seed": 4}))
-    code, out, _ = run("grid.json", "-o", "out", "--contact-sheet", "-q")
+    code, out, _ = run("grid.json", "-o", "out", "--contact-sheet", "out/contact-sheet.png", "-q")
     sheet = images.open_picture("out/contact-sheet.png")
     assert code == 0 and out.splitlines()[-1] == "out/contact-sheet.png"
     assert sheet.width > 3 * 64 + 30 and 2 * 64 + 16 < sheet.height < 2 * 64 + 40
@@ -177,7 +190,54 @@ def test_a_grid_gets_a_sheet_with_labelled_axes(run: Run):
     assert min(sheet.crop((0, 40, margin, 60)).convert("L").tobytes()) < 100  # a row label
     assert min(sheet.crop((margin, 0, sheet.width, 16)).convert("L").tobytes()) < 100  # column labels
     assert run("--verify", "out", "-q")[0] == 0
-    assert run("fox.csv", "-o", "other", "--contact-sheet", "-q")[0] == 0
+    assert run("fox.csv", "-o", "other", "--contact-sheet", "sheets/foxes.png", "-q")[0] == 0
+
+
+def test_labels_of_five_axes(tiny: Pipeline):
+    """Each row says what it differs in, and a long prompt comes last, where it may be cut."""
+    grid = {
+        "prompt": ["a fox " * 50, "an owl"],
+        "guidance_scale": [1, 2.5],
+        "solver": ["ddim"],
+        "seed": [3, 4],
+        "steps": [1, 2],
+    }
+    items = batch.prepare(
+        [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())], "o", pipe=tiny
+    )
+    labels = sheet._labels(grid, items.items)
+    assert labels is not None
+    corner, down, across = labels
+    assert (corner, across, len(down)) == ("steps:", ["1", "2"], 8)
+    assert down[0] == f"guidance_scale 1, seed 3, {'a fox ' * 50}" and down[-1] == "guidance_scale 2.5, seed 4, an owl"
+    assert [row.split(", a")[0] for row in down[:4]] == [
+        f"guidance_scale {g}, seed {s}" for g in (1, 2.5) for s in (3, 4)
+    ]
+
+
+def test_a_sheet_replaces_a_sheet_and_nothing_else(run: Run):
+    Path("mine.png").write_bytes(b"somebody's")
+    for place, fault in {"mine.png": "exists and is no contact sheet", "sheet": "must be a .png file"}.items():
+        code, _, err = run("fox.csv", "-o", "out", "--contact-sheet", place)
+        assert code == 2 and fault in err and not Path("out").exists()
+    assert run("fox.csv", "-o", "out", "--contact-sheet", "out/all.png", "-q")[0] == 0
+    first = Path("out/all.png").read_bytes()
+    Path("fox.csv").write_text("prompt,steps,seed\na fox,2,5\nan owl,2,6\na hen,1,7\na dog,1,8\n")
+    assert run("fox.csv", "-o", "out", "--contact-sheet", "out/all.png", "-q")[0] == 0
+    assert Path("out/all.png").read_bytes() != first and Path("mine.png").read_bytes() == b"somebody's"
+    assert run("--verify", "out", "-q") == (0, "", "")
+    drawn = sorted(Path("out").glob("00000*.png"))[0]
+    assert "is where a picture goes" in run("fox.csv", "-o", "out", "--contact-sheet", drawn)[2]
+
+
+def test_settings_of_rows_that_do_not_say_otherwise(run: Run):
+    Path("two.csv").write_text("prompt,steps\na fox,2\nan owl,\n")
+    code, _, err = run(
+        "two.csv", "-o", "out", "--steps", 1, "--solver", "euler", "--same-seed", "-s", 4, "--strength", 0.5
+    )
+    drawn = [images.read_metadata(path).request for path in sorted(Path("out").glob("*.png"))]
+    assert code == 0 and [(r.steps, r.solver, r.seed) for r in drawn] == [(2, "euler", 4), (1, "euler", 4)]
+    assert "sdlite: note: strength has no effect: no row names an image to start from" in err
 
 
 def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -185,6 +245,10 @@ def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):
     run("-", "-o", "out", "--dry-run")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "x", "steps": "y"}')))
     assert "stdin:1: steps='y'" in run("-", "-o", "out")[2]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"prompt;steps\nx;1")))
+    assert "note: stdin is read as CSV, since its first line is a header: prompt;steps" in run("-", "-o", "out")[2]
+    monkeypatch.setattr("sys.stdin", None)  # `sdlite batch - -o out <&-`
+    assert run("-", "-o", "out") == (2, "", "sdlite: error: stdin is closed; give a file of requests instead of -\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -83,6 +83,109 @@ def test_a_prompt_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert plan(["a fox", "an owl", "end"]) == items
 
 
+TABLES = {
+    "semicolons.csv": "Prompt;Steps;Negative prompt;author\na fox, red;3;blurry;me\n",
+    "tabs.csv": "prompt\tsteps\tnegative-prompt\tauthor\na fox, red\t3\tblurry\tme\n",
+    "tabs.tsv": "prompt\tsteps\tnegative_prompt\tauthor\na fox, red\t3\tblurry\tme\n",
+    "blank-line-first.csv": '\n"PROMPT",steps,negative_prompt,author\n"a fox, red",3,blurry,me\n',
+    "header.txt": 'prompt,steps,negative_prompt,author\n"a fox, red",3,blurry,me\n',
+    "objects.txt": '{"prompt": "a fox, red", "steps": 3, "negative_prompt": "blurry", "author": "me"}\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-mark"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_as_spreadsheets_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, encoding: str):
+    content = b"\xfe\xff" + TABLES[name].encode("utf-16-be") if "mark" in encoding else TABLES[name].encode(encoding)
+    expected = plan([{"prompt": "a fox, red", "steps": 3, "negative_prompt": "blurry", "author": "me"}])
+    assert plan(written(tmp_path, name, content)) == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert plan("-") == expected
+
+
+PROMPTS = [
+    "{red|blue} apple\na {cat}",
+    "a fox, prompt, red\nb",
+    "a fox",
+    "[a, b]\nc",
+    "a -- b\nc --\nd",
+    "steps,seed\n2",
+]
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_prompts_are_the_same_from_a_file_and_from_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    items = plan(written(tmp_path, "a.txt", text))
+    assert plan("-") == items
+    assert [item.request.prompt for item in items] == text.splitlines()
+
+
+LINES = {
+    "a cat --n blurry, dark --s 7 --l 3.5 --d 9 --w 72 --h 80": {
+        "prompt": "a cat",
+        "negative_prompt": "blurry, dark",
+        "steps": 7,
+        "guidance_scale": 3.5,
+        "seed": 9,
+        "width": 72,
+        "height": 80,
+    },
+    """--prompt "a cat's hat" --negative_prompt blurry --sampler_name "DPM++ 2M Karras" --cfg_scale 3 --steps 7""": {
+        "prompt": "a cat's hat",
+        "negative_prompt": "blurry",
+        "solver": "dpmpp_2m_karras",
+        "guidance_scale": 3,
+        "steps": 7,
+    },
+    "--steps 5 --prompt a cat --sampler_name Euler a --seed 3": {
+        "prompt": "a cat",
+        "solver": "euler_a",
+        "steps": 5,
+        "seed": 3,
+    },
+    "a well--known cat -- on a mat": {"prompt": "a well--known cat -- on a mat"},
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_options_of_a_line_of_prompts(tmp_path: Path, line: str):
+    assert plan(written(tmp_path, "a.txt", line)) == plan([LINES[line]])
+
+
+def test_an_option_that_nobody_knows_is_a_word_and_is_noted(tmp_path: Path):
+    made = make_plan(written(tmp_path, "a.txt", "a cat --ar 16:9\nb"), resolve=resolve, engine={})
+    assert [item.request.prompt for item in made.items] == ["a cat --ar 16:9", "b"]
+    assert made.notes[0].startswith(
+        f"{tmp_path / 'a.txt'}:1: --ar is read as words of the prompt; options of a line are"
+    )
+    many = "".join(f"a --x{chr(97 + i % 26)} {i}\n" for i in range(1000))
+    assert len(make_plan(written(tmp_path, "a.txt", many), resolve=resolve, engine={}).notes) == 10
+    with pytest.raises(ValueError, match=r"a\.txt:1: --restore_faces is not known; options of a line are --prompt, "):
+        plan(written(tmp_path, "a.txt", "--prompt a cat --restore_faces true"))
+    with pytest.raises(ValueError, match=r"a\.txt:1: steps='many' must be a valid integer"):
+        plan(written(tmp_path, "a.txt", "a cat --s many"))
+    with pytest.raises(ValueError, match=r"a\.txt:1: a name stands twice"):
+        plan(written(tmp_path, "a.txt", "a cat --s 2 --steps 3"))
+
+
+def test_defaults_are_of_rows_that_do_not_say_otherwise(tmp_path: Path):
+    rows = [{"prompt": "a", "steps": 3}, {"prompt": "b", "seed": 9, "num_images": 1}]
+    first, second, third = plan(rows, defaults={"steps": 7, "solver": "euler", "num_images": 2})
+    assert [item.request.steps for item in (first, second, third)] == [3, 3, 7]
+    assert {item.request.solver for item in (first, second, third)} == {"euler"}
+    assert third.request.seed == 9 and first.request.seed == derived_seed(0, 0) == second.request.seed - 1
+    assert plan(rows, seed=5, same_seed=True)[0].request.seed == 5 and plan(rows, same_seed=True)[1].request.seed == 9
+    given = [Request(prompt="a", steps=3), Request(prompt="b")]
+    assert [item.request.steps for item in plan(given, defaults={"steps": 7})] == [3, 7]
+    with pytest.raises(ValueError, match=r"^steps=0 must be greater"):  # once, and not for each row
+        plan(["a", "b"], defaults={"steps": 0})
+    with pytest.raises(ValueError, match=r"^num_images=0 must be 1 to 10,000$"):
+        plan(["a", "b"], defaults={"num_images": 0})
+    made = make_plan(rows, resolve=resolve, engine={}, defaults={"strength": 0.5})
+    assert made.notes == ["strength has no effect: no row names an image to start from"]
+
+
 def test_what_python_gives():
     given = [Request(prompt="a", seed=3), {"prompt": "a", "seed": 3}, Request(prompt="a")]
     first, second, third = plan(given)
@@ -95,6 +198,14 @@ def test_seeds_depend_on_the_row_alone():
     alone, longer = plan(["a", "b"]), plan(["a", "b", "c"])
     assert longer[:2] == alone and len({item.request.seed for item in longer}) == 3
     assert plan(["a"], seed=1)[0].request.seed != alone[0].request.seed
+
+
+@pytest.mark.parametrize("seed", [-1, "-1", "random", None])
+def test_any_seed_is_the_rows_own(seed: Any):
+    rows = [{"prompt": "a", "seed": seed}, {"prompt": "b", "seed": seed}]
+    assert [item.request.seed for item in plan(rows)] == [derived_seed(0, 0), derived_seed(0, 1)]
+    with pytest.raises(ValueError, match="seed=-2 must be"):
+        plan([{"prompt": "a", "seed": -2}])
 
 
 def test_num_images_counts_seeds_up():
@@ -172,12 +283,25 @@ FAULTS = [
     ("a.jsonl", '{"prompt": "a", "guidance_scale": 1e999}', "1e999 must be a finite number"),
     ("a.jsonl", '{"prompt": "\\ud800"}', "half of a surrogate pair"),
     ("a.jsonl", '{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-    ("a.jsonl", '{"prompt": "a", "x": {"y": 1}}', "x={'y': 1} must be a text"),
-    ("a.jsonl", '{"prompt": "a", "steps": [2, 3]}', "steps=[2, 3] must be a valid integer"),
+    ("a.jsonl", '{"prompt": "a", "x": {"y": 1}}', "a.jsonl:1: x is an object; it must be a text"),
+    ("a.jsonl", '{"prompt": "a", "steps": [2, 3]}', "a.jsonl:1: steps is a list; it must be a text"),
     ("a.jsonl", '{"prompt": "a", "steps": 1' + "0" * 5000 + "}", "a.jsonl:1: "),
     ("a.json", '{"prompt": []}', "prompt=[] must hold at least one value"),
     ("a.json", '[{"prompt": "a"}]', "must be a JSON object"),
     ("a.json", json.dumps({"prompt": "a", "seed": [0] * 2000, "steps": [1] * 2000}), "more than 1,000,000 rows"),
+    (
+        "a.json",
+        '{"prompt": ["a", "b"], "steps": 0, "seed": [1, 2]}',
+        "a.json: steps=0 must be greater than or equal to 1",
+    ),
+    (
+        "a.json",
+        json.dumps({"prompt": "a", "seed": [0] * 1000} | {f"x{i}": i for i in range(10_000)}),
+        "10,000,000 cells",
+    ),
+    ("a.json", '{"prompt": [["a"]]}', "a.json: prompt is a list; it must be a text"),
+    ("a.csv", "Prompt,PROMPT\na,b", "a.csv:2: two columns mean 'prompt', one of them 'PROMPT'"),
+    ("a.csv", b"\xff\xfea\0b", "a.csv: byte 5 is not UTF-16"),
     ("a.yaml", "prompt: a", "requests must be one of .txt"),
     ("a.parquet", b"PAR1 nothing", "is not Parquet"),
 ]
@@ -192,6 +316,29 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, name: str, content: str | byte
         plan(path)
     assert message in str(caught.value)
     assert name in str(caught.value) and len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_more_cells_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sdlite.batch.read.MAX_CELLS", 9)
+    assert len(plan([{"prompt": "a", "x": 1, "y": 2}] * 3)) == 3
+    with pytest.raises(ValueError, match=r"a\.csv has more than 1,000,000 rows or 9 cells; split the file"):
+        plan(written(tmp_path, "a.csv", "prompt,x\n" + "a,b\n" * 5))
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_a_parquet_dictionary_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, kind: str):
+    """One text of 2 MB, and a thousand rows that name it: a small file, and 2 GB as rows."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array(["a" * (2 << 20)] * 1, getattr(pyarrow, kind)())
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), column)
+    parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "bomb.parquet", store_schema=False)
+    assert (tmp_path / "bomb.parquet").stat().st_size < 500_000
+    with pytest.raises(ValueError, match=r"bomb\.parquet unpacks to more than 256 MiB of text"):
+        plan(tmp_path / "bomb.parquet")
+    table = pyarrow.table({"prompt": ["a"], "tags": [["b"]]})
+    parquet.write_table(table, tmp_path / "nested.parquet")
+    with pytest.raises(ValueError, match=r"column 'tags' holds list<.*>; give texts and numbers"):
+        plan(tmp_path / "nested.parquet")
 
 
 def test_ten_faults_are_told_and_all_counted(tmp_path: Path):

@@ -180,6 +180,63 @@ def test_verify_unpacks_a_damaged_shard(tmp_path: Path, reference: dict[str, byt
         run(tmp_path)
 
 
+def member(name: str, data: bytes = b"", size: int | None = None, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A file of a tar: its header, which may say another size, and its bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data) if size is None else size, kind
+    info.linkname = "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+    return info.tobuf(tarfile.GNU_FORMAT) + data + b"\0" * (-len(data) % 512)
+
+
+def sparse(name: str, size: int) -> bytes:
+    """A file of no bytes that unpacks to `size` zeros, in GNU's old form."""
+    header = bytearray(member(name, kind=tarfile.GNUTYPE_SPARSE)[:512])
+    header[483:495] = f"{size:011o}\0".encode()
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return bytes(header)
+
+
+ROW = {"key": "000000000", "file_name": "a.png", "sha256": "s", "prompt": "a"}
+FOREIGN = {
+    "sparse": sparse("000000000.png", 7 << 30),
+    "size": member("000000000.png", size=7 << 30),
+    "link": member("000000000.json", kind=tarfile.SYMTYPE),
+    "hard link": member("000000000.json", kind=tarfile.LNKTYPE),
+    "deep": member("000000000.json", b"[" * 100_000),
+    "list": member("000000000.json", b"[1]"),
+    "number": member("000000000.json", b"1"),
+    "names": member("000000000.json", json.dumps(ROW | {"file_name": 5}).encode()) + member("000000000.png", b"x"),
+    "key": member("x.json", json.dumps(ROW | {"key": "../../x"}).encode()),
+    "path": member("0.json", json.dumps(ROW | {"file_name": "../a.png"}).encode()) + member("000000000.png", b"x"),
+    "many": member("a") * 20,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_members_are_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """One line, nothing outside the folder, and no memory for what a header only claims."""
+    run(tmp_path / "out", ROWS[:1])
+    monkeypatch.setattr(shards, "MEMBERS", 12)
+    shard = tmp_path / "out/00000.tar"
+    shard.write_bytes(FOREIGN[name] + b"\0" * 1024)
+    if name != "path":
+        with pytest.raises(ValueError, match=r"00000\.tar is damaged") as caught:
+            Store(tmp_path / "out", packs=True).done([])
+        assert "\n" not in str(caught.value)
+    check = batch.verify(tmp_path / "out")
+    assert check.corrupt == [shard.name] and not shard.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_row_without_its_picture_is_damage(tmp_path: Path):
+    run(tmp_path, ROWS[:1])
+    row = json.dumps(ROW | {"key": "000000003"}).encode()
+    (tmp_path / "00000.tar").write_bytes(member("000000003.json", row) + b"\0" * 1024)
+    with pytest.raises(ValueError, match=r"00000\.tar is damaged"):
+        run(tmp_path, ROWS[:1])
+
+
 # -------------------------------------------------------------------------------------------- kill -9
 
 

@@ -1,9 +1,12 @@
 """The output folder: what is there is whole, nothing is replaced, the index can be lost, no link is followed."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +205,75 @@ def test_the_manifest_can_be_lost(tmp_path: Path):
     next(tmp_path.glob(".manifest-*")).unlink()
     assert verify(tmp_path).good == sorted(item.file_name for item in ITEMS)
     assert len(store.done(ITEMS)) == 4 and len(store.listed()) == 4
+
+
+def listed(row: object) -> str:
+    """A manifest's line with the right checksum, whatever it holds."""
+    text = json.dumps(row)
+    return (
+        f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n' if isinstance(row, dict) and row else text + "\n"
+    )
+
+
+GOOD = {"file_name": "a.png", "key": "k", "sha256": "s", "seconds": 1.0}
+FOREIGN = [
+    [],
+    3,
+    None,
+    {},
+    {"file_name": "a.png"},
+    GOOD | {"file_name": ["a"]},
+    GOOD | {"key": None},
+    GOOD | {"more": 1},
+]
+FOREIGN += [GOOD | {"seconds": "soon"}, GOOD | {"sha256": {"a": {}}}]
+
+
+def test_lines_of_a_foreign_manifest_are_left_out(tmp_path: Path):
+    store = filled(tmp_path, 1)
+    lines = [listed(row).encode() for row in FOREIGN]
+    lines += [
+        b"[" * 50_000 + b"\n",
+        b'{"index": 1' + b"0" * 5000 + b"}\n",
+        b"\xff\xfe\n",
+        b"{" + b" " * 200_000 + b"}\n",
+    ]
+    (tmp_path / ".manifest-other-0.jsonl").write_bytes(b"".join(lines) + listed(GOOD).encode())
+    assert store.listed().keys() == {ITEMS[0].file_name, "a.png"}
+    assert list(store.done(ITEMS)) == [0]
+
+
+def test_lines_of_foreign_errors_are_left_out(tmp_path: Path):
+    store = filled(tmp_path, 1)
+    rows = [
+        {"index": [1], "key": "", "error": ""},
+        {"index": 1},
+        {"error": "x"},
+        {"index": 1, "key": "", "error": None},
+        5,
+    ]
+    ours = {"index": 2, "key": ITEMS[2].key, "error": "not finite"}
+    (tmp_path / "errors.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, ours]))
+    store.finish(ITEMS, {})
+    assert (tmp_path / "errors.jsonl").read_text() == json.dumps(ours) + "\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@pytest.mark.parametrize("name", [ITEMS[0].file_name, "run.json", "errors.jsonl", f".manifest-{HOST}-0.jsonl"])
+def test_what_is_no_file_in_a_files_place_is_one_line(tmp_path: Path, make: Callable[[Path], None], name: str):
+    store = filled(tmp_path, 0)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises((ValueError, OSError)) as caught:
+        store.open(MODEL)
+        store.done(ITEMS)
+        store.save(ITEMS[1], png(ITEMS[1]), 0.5)
+        store.finish(ITEMS, {1: "failed"})
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    verify_says = verify if name != "run.json" else (lambda root: None)
+    with contextlib.suppress(ValueError, OSError):
+        verify_says(tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,9 @@ from sdlite.checkpoints.load import random_model
 from sdlite.checkpoints.save import save_folder
 from sdlite.cli.app import limit_threads
 from sdlite.config import UNTRAINED_NOTE, Request, tiny
+from sdlite.files import sweep
 from sdlite.pipeline import Pipeline
+from sdlite.segmentation.segmenter import Segmenter, SegmenterConfig, UNetPlan, build
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -222,6 +228,31 @@ def test_bad_input_is_one_line_and_writes_nothing(run: Run, model: StandIn, case
     assert (code, out, error.count("\n")) == (2, "", 1), err
     assert error.startswith("sdlite: error: ") and reason in error
     assert names() == ["bad.png", "ok.png"] and not model.batches
+
+
+HINTS = {
+    "generate a red apple": 'put quotes around the prompt: sdlite generate "a red apple"',
+    "generate -s 7 a red apple": 'put quotes around the prompt: sdlite generate "a red apple"',
+    "generate x --num-inference-steps 5": "--num-inference-steps is called --steps here",
+    "generate x --num-images-per-prompt 5": "--num-images-per-prompt is called --num-images here",
+    "generate x --sampler euler": "--sampler is called --solver here",
+    "generate x --sampler-name euler": "--sampler-name is called --solver here",
+    "generate x --mask-image m.png": "--mask-image is called --mask here",
+    "generate x --denoising-strength 1": "--denoising-strength is called --strength here",
+    "generate x --n-iter 4": "--n-iter is called --num-images here",
+    "generate x --init-img a.png": "--init-img is called --image here",
+    "generate x --outdir out": "--outdir is called --output here",
+    "generate --prompt x": '--prompt is not needed: the prompt comes first, sdlite generate "a red apple"',
+    "batch a.txt -o o --num-inference-steps 5": "--num-inference-steps is called --steps here",
+    "info x y": "Got unexpected extra argument(s) (y) (see --help)",
+    "generate x --solver dpm": "Invalid value for '--solver': 'dpm' is not one of 'ddim', 'ddpm'",
+}
+
+
+@pytest.mark.parametrize("typed", HINTS)
+def test_what_to_type_instead(run: Run, typed: str):
+    code, out, err = run(*typed.split())
+    assert (code, out) == (2, "") and err.startswith(f"sdlite: error: {HINTS[typed]}") and len(err.splitlines()) == 1
 
 
 def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
@@ -482,16 +513,16 @@ def test_another_vae_in_every_command_that_draws(run: Run):
     draw = ("generate", "x", "--steps", 1, "-q", "-m")
     for name, flags in {"own.png": (), "other.png": ("--vae", "b"), "same.png": ("--vae", "a/vae")}.items():
         assert run(*draw, "a", *flags, "-o", name)[0] == 0
-    own, other, same = (images.open_image(name) for name in ("own.png", "other.png", "same.png"))
+    own, other, same = (images.open_picture(name) for name in ("own.png", "other.png", "same.png"))
     assert images.largest_difference(own, same) == 0 and images.largest_difference(own, other) > 8
     assert run("convert", "a", "c", "--vae", "b/vae", "-q")[0] == 0
     assert run(*draw, "c", "-o", "c.png")[0] == 0
-    assert images.largest_difference(images.open_image("c.png"), other) == 0
+    assert images.largest_difference(images.open_picture("c.png"), other) == 0
     assert "same as other.png" in run("regen", "other.png", "-m", "a", "--vae", "b")[2]
     assert run("regen", "other.png", "-m", "a")[0] == 2
     Path("x.jsonl").write_text('{"prompt": "x", "steps": 1, "seed": 0}')
     assert run("batch", "x.jsonl", "-m", "a", "--vae", "b", "-o", "out", "-q")[0] == 0
-    assert images.largest_difference(images.open_image(next(Path("out").glob("*.png"))), other) <= 1
+    assert images.largest_difference(images.open_picture(next(Path("out").glob("*.png"))), other) <= 1
 
 
 def test_bench_passes_on_what_was_asked(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
@@ -580,3 +611,94 @@ def test_regen_of_a_picture_that_automatic1111_drew(run: Run, model: StandIn):
     assert model.batches[0][0] == Request(
         prompt="a fox", negative_prompt="blur", steps=9, solver="euler_a", guidance_scale=7, seed=5, width=72, height=80
     )
+
+
+# ------------------------------------------------------------------------------- ended at random times
+
+
+LEFT_OVER = re.compile(r"\.[\w-]+-\d+\.[0-9a-f]{16}\.tmp")  # what `files.sweep` removes
+ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def run_in_child(words: Sequence[str], name: str, stand_in: Callable[..., object]) -> BaseProcess:
+    """A fork that runs the command; signals but SIGKILL are held back until the command loads its model."""
+
+    def load(*_: object, **__: object) -> object:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        return stand_in()
+
+    def child() -> None:
+        home = {"Pipeline": Pipeline, "Segmenter": Segmenter}[name]
+        home.load = load  # type: ignore[method-assign]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        cli.main(words)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+    return process
+
+
+def end_often(command: Callable[[Path], BaseProcess], folder: Path, count: int, chance: random.Random) -> int:
+    """Runs ended at random times; how many were. After each, every picture is whole and none that was there is lost."""
+    hits, whole = 0, dict[Path, bytes]()
+    longest = 0.5  # seconds
+    for number in range(count):
+        process = command(folder)
+        start = time.monotonic()
+        process.join(chance.uniform(0.0, longest))
+        if process.is_alive():
+            os.kill(process.pid or 0, ENDS[number % len(ENDS)])
+            process.join()
+        hits += process.exitcode != 0
+        longest = max(0.05, time.monotonic() - start) if process.exitcode == 0 else longest
+        assert process.exitcode in (0, 130, -signal.SIGKILL)
+        there = {path for path in folder.rglob("*") if path.is_file()}
+        assert all(path.suffix == ".png" or LEFT_OVER.fullmatch(path.name) for path in there)
+        assert not (whole.keys() - there), "a finished picture is gone"
+        for path in (path for path in there if path.suffix == ".png"):
+            data = path.read_bytes()
+            if data != whole.get(path):
+                assert images.decoded(path).tobytes()
+                assert path not in whole or "force" in folder.name
+            whole[path] = data
+    sweep(folder)
+    assert not list(folder.glob(".*"))
+    return hits
+
+
+def generating(folder: Path) -> BaseProcess:
+    words = ["generate", "a fox", "-o", f"{folder}/", "--num-images", "30", "--steps", "1", "-W", "512", "-H", "512"]
+    return run_in_child(words, "Pipeline", StandIn)
+
+
+def generating_one(folder: Path) -> BaseProcess:
+    words = ["generate", "a fox", "-o", f"{folder}/a.png", "--force", "--steps", "1", "-W", "1024", "-H", "1024"]
+    return run_in_child([*words, "-s", str(time.time_ns() % 2**32)], "Pipeline", StandIn)
+
+
+def segmenting(folder: Path) -> BaseProcess:
+    source = folder.with_name("source")
+    if not source.exists():
+        source.mkdir()
+        for i in range(30):
+            Image.effect_noise((300, 300), 90).save(source / f"{i}.png")
+    force = ["--force"] if "force" in folder.name else []
+    words = ["segment", str(source), "-m", "model", "-o", f"{folder}/", "--cutout", *force]
+    plan = UNetPlan(depth=1, base_width=1, padding="same")
+    return run_in_child(words, "Segmenter", lambda: Segmenter(build(plan), SegmenterConfig(network=plan)))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks and signals")
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(generating, "out"), (generating_one, "force"), (segmenting, "out"), (segmenting, "force")],
+    ids=["generate", "generate --force", "segment", "segment --force"],
+)
+def test_ended_at_random_times(tmp_path: Path, command: Callable[[Path], BaseProcess], name: str, count: int):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert end_often(command, folder, count, random.Random(count)) > count // 4

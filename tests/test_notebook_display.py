@@ -72,3 +72,16 @@ def test_the_playground_draws_what_the_sliders_say(pipe: Pipeline):
     fields["negative"].value = "x" * 30_000
     fields["Draw"].click()
     assert "negative_prompt" in box.children[-1].value and not fields["Draw"].disabled and len(box.pictures) == 1
+
+
+def test_the_playground_says_what_nobody_foresaw(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("ipywidgets", reason="the sliders need ipywidgets")
+    from sdlite.widgets import playground
+
+    def breaks(*_: object) -> None:
+        raise IndexError("index 20 is out of bounds")
+
+    monkeypatch.setattr(pipe, "sample_latents", breaks)
+    box = playground(pipe, "a boat")
+    next(widget for widget in box.children if widget.description == "Draw").click()
+    assert box.children[-1].value == "IndexError: index 20 is out of bounds"

@@ -51,10 +51,10 @@ BEFORE = {
     "Training": has_captioned_pictures,
 }
 AFTER = {
-    "sdlite": ["sheet/contact-sheet.png"],
+    "sdlite": ["sheet.png"],
     "Python": ["folder/model_index.json"],
     "Command line": ["four.png", "strawberries/000003-10.png", "dog.png", "words.png", "star.png"],
-    "Batches": ["out/000001-*.png", "out/metadata.jsonl", "grid/contact-sheet.png", "shards/00000.tar"],
+    "Batches": ["out/000001-*.png", "out/metadata.jsonl", "grid.png", "shards/00000.tar", "table/000001-*.png"],
     "Your own checkpoint": ["cats.png", "folder/model_index.json"],
     "Training": ["mine/export/model_index.json", "000000-*.png"],
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         assert theirs.config == ours.config
         image = pixels_of(picture(40, 50), 3)
         assert torch.equal(ours.probabilities(image), theirs.probabilities(image))
+
+
+def test_the_folder_of_a_run_is_its_export(tmp_path):
+    segmenter().save(tmp_path / "run/export")
+    (tmp_path / "run/config.json").write_text("{}")  # the run's own
+    assert Segmenter.load(tmp_path / "run").config == segmenter().config
 
 
 def test_half_precision_weights_load(tmp_path):
@@ -164,34 +171,129 @@ def test_overlay_tints_the_foreground_only():
         overlay(image, Image.new("P", (5, 4)))
 
 
-def test_command_line_writes_mask_overlay_and_cutout(tmp_path, capsys):
-    segmenter().save(tmp_path / "model")
-    picture(50, 30).save(tmp_path / "a.png")
-    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(tmp_path / "deep.png")
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """`sdlite segment` in a folder with a model and a picture: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    segmenter().save("model")
+    picture(50, 30).save("a.png")
 
-    def run(*flags, image="a.png"):
+    def command(*arguments):
         with pytest.raises(SystemExit) as ended:
-            main(
-                ["segment", str(tmp_path / image), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "o.png"), *flags]
-            )
-        return ended.value.code
+            main(["segment", "-m", "model", *map(str, arguments)])
+        return ended.value.code or 0, *capfd.readouterr()
 
-    assert run() == 0
-    with Image.open(tmp_path / "o.png") as mask:
+    return command
+
+
+def mask_of(path):
+    return Segmenter.load("model")(Image.open(path)).tobytes()
+
+
+def test_command_line_writes_mask_overlay_and_cutout(run):
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save("deep.png")
+    assert run("a.png") == (0, "mask.png\n", "")
+    with Image.open("mask.png") as mask:
         assert (mask.mode, mask.size) == ("P", (50, 30))
-        assert mask.tobytes() == Segmenter.load(tmp_path / "model")(picture(50, 30)).tobytes()
-    assert run() == 2
-    assert "--force replaces it" in capsys.readouterr().err
-    assert run("--force", "--cutout", image="deep.png") == 0
-    with Image.open(tmp_path / "o.png") as cut:
+        assert mask.tobytes() == mask_of("a.png")
+    code, _, err = run("a.png")
+    assert code == 2 and "--force replaces it" in err
+    assert run("deep.png", "--force", "--cutout")[0] == 0
+    with Image.open("mask.png") as cut:
         assert (cut.mode, cut.size) == ("RGBA", (30, 20))
-    assert run("--force", "--overlay") == 0
-    assert run("--force", "--overlay", "--cutout") == 2
-    assert run("-o", str(tmp_path / "o.jpg")) == 2
-    capsys.readouterr()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
-    assert run("--force") == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert run("a.png", "--force", "--overlay")[0] == 0
+    assert run("a.png", "--force", "--overlay", "--cutout")[0] == 2
+    assert run("a.png", "-o", "o.jpg")[0] == 2
+    Path("model/model.safetensors").write_bytes(b"")
+    code, _, err = run("a.png", "--force")
+    assert code == 2 and len(err.splitlines()) == 1
+
+
+def test_a_folder_of_pictures_whatever_pillow_opens(run):
+    Path("in").mkdir()
+    grey, deep = picture(20, 12, "L"), np.arange(240, dtype=np.uint16).reshape(12, 20) * 200
+    saved = {"b.jpg": grey, "c.tif": grey, "d.TIFF": Image.fromarray(deep), "e.bmp": grey, "f.webp": picture(20, 12)}
+    for name, image in saved.items():
+        image.save(Path("in", name))
+    Path("in/broken.png").write_bytes(b"no picture")
+    Path("in/notes.txt").write_text("not looked at")
+    code, out, err = run("in", "a.png", "-o", "out")
+    assert code == 1 and "in/broken.png is not a PNG, " in err and "1 of 7 failed" in err
+    assert out.split() == [f"out/{name}.png" for name in "bcdefa"]
+    for name in saved:
+        assert Image.open(Path("out", f"{name[0]}.png")).tobytes() == mask_of(Path("in", name)), name
+    Path("out/c.png").unlink()
+    Path("in/broken.png").unlink()
+    assert run("in", "a.png", "-o", "out") == (
+        0,
+        "out/c.png\n",
+        "sdlite: note: 5 of 6 are there already; --force makes them again\n",
+    )
+    assert run("in", "-o", "out", "--force", "-q")[1].split() == [f"out/{name}.png" for name in "bcdef"]
+
+
+def test_a_stack_of_pages_is_labelled_by_its_first_and_said(run):
+    picture(20, 12, "L").save("stack.tif", save_all=True, append_images=[picture(20, 12, "L", seed=i) for i in (1, 2)])
+    code, _, err = run("stack.tif")
+    assert code == 0 and err == "sdlite: note: stack.tif has several pages; the first is labelled\n"
+    assert Image.open("mask.png").tobytes() == mask_of("stack.tif")
+
+
+def test_what_is_refused_before_anything_is_labelled(run):
+    Path("in").mkdir()
+    picture(20, 12).save("in/a.png")
+    Path("empty").mkdir()
+    picture(20, 12).save("in/a.jpg")
+    before = {path: path.read_bytes() for path in Path().rglob("*.png")}
+    for words, fault in {
+        ("in", "-o", "out"): "out/a.png would be made of in/a.png and is also of in/a.jpg",
+        ("in/a.png", "-o", "in", "--force"): "in/a.png would be made of in/a.png and is also of in/a.png",
+        ("a.png", "-o", "a.png", "--force"): "a.png would be made of a.png",
+        ("a.png", "in/a.jpg"): "several pictures need a folder; give one with --output",
+        ("empty", "-o", "out"): "empty holds no picture, of 0 names",
+        ("none.png",): "none.png does not exist",
+    }.items():
+        code, out, err = run(*words)
+        assert (code, out) == (2, "") and fault in err and len(err.splitlines()) == 1
+    assert {path: path.read_bytes() for path in Path().rglob("*.png")} == before
+
+
+def test_force_replaces_a_link_and_not_what_it_leads_to(run):
+    Path("target.png").write_bytes(b"somebody else's")
+    Path("mask.png").symlink_to("target.png")
+    assert run("a.png")[0] == 2
+    assert run("a.png", "--force")[0] == 0
+    assert not Path("mask.png").is_symlink() and Path("target.png").read_bytes() == b"somebody else's"
+
+
+def test_an_error_that_nobody_foresaw_fails_one_picture(run, monkeypatch):
+    whole = Segmenter.__call__
+
+    def breaks(self, image, *rest):
+        if image.width == 21:
+            raise KeyError("layer")
+        return whole(self, image, *rest)
+
+    monkeypatch.setattr(Segmenter, "__call__", breaks)
+    picture(21, 12).save("b.png")
+    picture(20, 12).save("c.png")
+    code, out, err = run("b.png", "c.png", "-o", "out", "-q")
+    assert (code, out, err) == (1, "out/c.png\n", "sdlite: error: KeyError: 'layer'\n")
+
+
+def test_a_shape_that_would_take_hours_is_refused():
+    with pytest.raises(
+        ValueError, match=r"1 x 16777216 pixels is cut into 699,051 tiles of 32 x 32, and more than 524,288"
+    ):
+        segmenter()(Image.new("L", (1, 1 << 24)))
+
+
+def test_a_tile_that_would_fill_the_memory_is_refused(tmp_path):
+    Segmenter(build(PLANS[1]), SegmenterConfig(network=PLANS[1], tile=4096)).save(tmp_path)
+    assert Segmenter.load(tmp_path).tiles.side == 4096  # 4 channels of float32: 256 MiB
+    plan = UNetPlan(depth=1, base_width=64, padding="same")
+    Segmenter(build(plan), SegmenterConfig(network=plan, tile=4096)).save(tmp_path)
+    one_line(tmp_path, "tile=4096 needs 4096 MiB a feature map, and at most 512 are given")
 
 
 def test_cutout_keeps_the_foreground():

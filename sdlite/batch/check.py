@@ -1,14 +1,14 @@
 """Is a batch's folder what was written? Every picture read again, the damaged ones put aside."""
 
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from sdlite.batch.disk import read_file, sha256
 from sdlite.batch.names import checked
-from sdlite.batch.shards import hash_of, members, stats_of
+from sdlite.batch.shards import DAMAGED, hash_of, members, stats_of
+from sdlite.batch.sheet import is_sheet
 from sdlite.batch.store import SHEET, Store, read_settings
 from sdlite.files import write_file
 from sdlite.images import read_metadata
@@ -44,8 +44,10 @@ def verify(root: Path) -> Check:
         elif name in listed:
             (folder / name).replace(folder / f"{name}.corrupt")
             check.corrupt.append(name)
-        else:
-            (check.good if _is_drawn_by(folder / name, settings.get("model_hash")) else check.extra).append(name)
+        elif _is_drawn_by(folder / name, settings.get("model_hash")):
+            check.good.append(name)
+        elif not is_sheet(folder / name):
+            check.extra.append(name)
     for names in check:
         names.sort()
     return check
@@ -76,7 +78,7 @@ def _pictures(path: Path) -> Iterator[tuple[str, bytes | None]]:
         with path.open("rb") as file:
             if hash_of(file) != json.loads(read_file(stats_of(path)))["sha256"]:
                 yield path.name, None
-    except (tarfile.TarError, ValueError, LookupError, TypeError, OSError):
+    except (*DAMAGED, OSError):
         yield path.name, None
 
 

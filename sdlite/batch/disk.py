@@ -5,18 +5,24 @@ the disk takes no more.
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from sdlite.files import FULL, DiskFull as DiskFull
 
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # a named pipe in a file's place would wait for its other end
+MAX_FILE_BYTES = 128 * 1024 * 1024  # of a picture: the largest that can be drawn, uncompressed, has less
+MAX_LIST_BYTES = 1024**3  # of a manifest: a million pictures take 250 MB
+MAX_LINE_BYTES = 64 * 1024
 
 
 def append(path: Path, line: bytes) -> None:
     """One write at the end of a file. Raises OSError if not all of it was taken."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS | NO_WAIT, 0o666)
     try:
         if os.write(handle, line) < len(line):
             raise OSError(errno.ENOSPC, "the disk took half a line")
@@ -24,10 +30,30 @@ def append(path: Path, line: bytes) -> None:
         os.close(handle)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file that is no link. Raises OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | NO_LINKS), "rb") as file:
+def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a file that is no link. Raises OSError, also for a larger file and for what is no file."""
+    with _opened(path, limit) as file:
         return file.read()
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that is no link, but those too long to be ours. Raises OSError."""
+    with _opened(path, MAX_LIST_BYTES) as file:
+        inside = False  # of a long line
+        while line := file.readline(MAX_LINE_BYTES):
+            if not inside and (line.endswith(b"\n") or len(line) < MAX_LINE_BYTES):
+                yield line
+            inside = not line.endswith(b"\n")
+
+
+def _opened(path: Path, limit: int) -> BinaryIO:
+    handle = os.open(path, os.O_RDONLY | NO_LINKS | NO_WAIT)
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
+        os.close(handle)
+        fault = f"is larger than {limit >> 20} MiB" if stat.S_ISREG(facts.st_mode) else "is not a file"
+        raise OSError(errno.EINVAL, fault, str(path))
+    return os.fdopen(handle, "rb")
 
 
 def sha256(data: bytes) -> str:

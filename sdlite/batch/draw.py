@@ -113,20 +113,40 @@ class Engine:
             self._ready.append(self._saving.popleft().result())
 
     def _save(self, item: Item, picture: Image, seconds: float) -> Result:
-        return Result(item.index, self.store.save(item, png_bytes(picture), seconds))
+        try:
+            data = png_bytes(picture)
+        except Exception as error:
+            return Result(item.index, error=reason(error))
+        return Result(item.index, self.store.save(item, data, seconds))
 
     def _drawn(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
-        """Each item with its picture or why there is none: a batch that fails is drawn again one by one."""
+        """Each item with its picture or why there is none: a batch that fails is drawn again one by one.
+
+        Whatever a library raises fails the item that it is raised for, and no other.
+        """
         try:
             return list(zip(items, draw(self.pipe, items, size), strict=True))
-        except (ValueError, FloatingPointError, OSError) as error:
+        except Exception as error:
+            if _is_out_of_memory(error):
+                return self._halved(items, size)
             if len(items) == 1:
-                return [(items[0], " ".join(str(error).split()))]
-            return [pair for item in items for pair in self._drawn([item], size)]
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
+                return [(items[0], reason(error))]
+        return [pair for item in items for pair in self._drawn([item], size)]
+
+    def _halved(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
+        """The items drawn in batches of half the size, once; then, and with `exact`, they fail."""
         half = size // 2
         if self.exact or size < self.size or not half:
             return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
         return [pair for first in range(0, len(items), half) for pair in self._drawn(items[first : first + half], half)]
+
+
+def reason(error: Exception) -> str:
+    """Why an item failed, in one line; an error that nobody foresaw is named by its class."""
+    text = " ".join(str(error).split())
+    foreseen = text and isinstance(error, ValueError | OSError | FloatingPointError)
+    return text if foreseen else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))

@@ -37,7 +37,8 @@ class Options(Record):
 
     model to allow_links: as for Pipeline.load. batch_size: computed together. workers: processes. exact:
     the same bytes whatever batch_size, workers and cores, by a fixed batch on one thread each. seed: base of the seeds
-    of rows without one. keep_going: past failures. shard: "I/N", part I of N. name: template of file names. format:
+    of rows without one; same_seed: their seed itself. defaults: fields of a request, or num_images, of rows that do not
+    have them. keep_going: past failures. shard: "I/N", part I of N. name: template of file names. format:
     a folder of PNGs, or WebDataset shards. ray: workers are actors of a Ray cluster, one of this machine unless
     ray_address names another, where all machines must see the folder, the model and the pictures to start from.
     """
@@ -53,6 +54,8 @@ class Options(Record):
     workers: int = Field(1, ge=1, le=256)
     exact: bool = False
     seed: int = Field(0, ge=0, lt=2**64)
+    same_seed: bool = False
+    defaults: dict[str, Any] = Field(default_factory=dict)
     keep_going: bool = False
     shard: str | None = None
     name: str | None = None
@@ -128,7 +131,15 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
     if pipe is None:
         pipe = _load(chosen, chosen.device)
     engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
-    plan = make_plan(requests, resolve=_checks(pipe), engine=engine, seed=chosen.seed, name=chosen.name)
+    plan = make_plan(
+        requests,
+        resolve=_checks(pipe),
+        engine=engine,
+        seed=chosen.seed,
+        same_seed=chosen.same_seed,
+        defaults=chosen.defaults,
+        name=chosen.name,
+    )
     mine = [item for item in plan.items if shard is None or in_shard(item, shard)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
@@ -145,8 +156,9 @@ class Batch:
     def settings(self) -> dict[str, Any]:
         """What run.json holds: all that decides a picture besides its request, and how files are called.
 
-        Not the number of threads, on which the last bits depend: another machine, or another number of workers, may go
-        on with a folder. Without `exact` a picture is therefore promised to one grey level; with it, to the byte.
+        Not the number of threads or the batch size, on which the last bits depend: another machine, or another number
+        of workers, may go on with a folder. Without `exact` a picture is therefore promised to one grey level; with it,
+        to the byte.
         """
         return {
             "schema": SCHEMA,
@@ -156,7 +168,7 @@ class Batch:
             "device": self.pipe.device.type,
             "dtype": str(next(self.pipe.text.parameters()).dtype).removeprefix("torch."),
             "exact": self.options.exact,
-            "compute_batch": self.size,
+            **({"compute_batch": self.size} if self.options.exact else {}),
             "seed": self.options.seed,
             "name": DEFAULT if self.options.name is None else self.options.name,
             "format": self.options.format,
@@ -294,7 +306,12 @@ def _checks(pipe: Pipeline) -> Callable[[Request, Any], Request]:
             )
         settings = (request.solver, request.steps, request.eta, request.strength, request.image is None)
         if settings not in tried:
-            pipe.num_evaluations(request)
+            try:
+                pipe.num_evaluations(request)
+            except (ValueError, OSError):
+                raise
+            except Exception:  # nobody foresaw it: drawing meets it again, and there it fails one row
+                pass
             tried.add(settings)
         return pipe.resolve(request, picture)
 

@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdlite.batch.names import DEFAULT, fill, parse_template, same_file
-from sdlite.batch.read import MAX_ROWS, Columns, Faults, Row, Source, read_table
+from sdlite.batch.read import MAX_ROWS, Columns, Faults, Row, Source, column_of, read_table
 from sdlite.config import ELSEWHERE, Request
 
 SCHEMA = 1  # of keys and folders; a change of what they mean counts it up
@@ -24,6 +24,9 @@ MAX_IMAGES = 10_000  # of one row
 RESERVED = ("file_name", "sha256", "seconds", "key", "index", "init_image", "init_mask")  # columns of metadata.jsonl
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 FIELDS = set(Request.model_fields)
+ANY_SEED = (-1, "-1", "random")  # Automatic1111's words for a row without a seed
+NOTHING: Mapping[str, Any] = {}
+KNOWN = {*FIELDS, *ELSEWHERE, "num_images"}  # names of columns that may be written with capitals, spaces or hyphens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +47,11 @@ class Item:
 
 
 class Plan(NamedTuple):
-    """Items in the order of the output. axes: of a grid file, the last varying fastest."""
+    """Items in the order of the output. axes: of a grid file, the last varying fastest. notes: for the user."""
 
     items: list[Item]
     axes: dict[str, list[Any]] | None
+    notes: Sequence[str] = ()
 
 
 class Picture(NamedTuple):
@@ -63,14 +67,18 @@ def make_plan(
     resolve: Callable[[Request, Any], Request],
     engine: Mapping[str, Any],
     seed: int = 0,
+    same_seed: bool = False,
+    defaults: Mapping[str, Any] = NOTHING,
     name: str | None = None,
 ) -> Plan:
     """All items of a request file, checked.
 
     resolve: (request, Picture or None) -> request with its size, or ValueError; `Pipeline.resolve` and what else a
     model wants. engine: what decides a picture besides the request: model hash, prediction, numerics; part of the key.
-    seed: base of the seeds of rows without one. Raises ValueError with a line per fault.
+    seed: base of the seeds of rows without one; with same_seed it is their seed. defaults: columns of rows that do not
+    have them. Raises ValueError with a line per fault.
     """
+    _request(Row(0, {}), {"prompt": "", **defaults})  # what is wrong with them is told once, and not for each row
     parts = parse_template(DEFAULT if name is None else name)
     faults = Faults("stdin" if source == "-" else str(source) if isinstance(source, str | Path) else "requests")
     table = read_table(source, faults)
@@ -79,7 +87,8 @@ def make_plan(
     taken: dict[str, int] = {}
     for number, row in enumerate(table.rows):
         try:
-            request, extra, count = _request(row, derived_seed(seed, 0 if table.axes is not None else number))
+            own = seed if same_seed else derived_seed(seed, 0 if table.axes is not None else number)
+            request, extra, count = _request(row, {"seed": own, **defaults})
             if len(items) + count > MAX_ROWS:
                 raise ValueError(f"num_images={count} makes more than {MAX_ROWS:,} pictures; split the file")
             paths = {side: _path(table.folder, getattr(request, side)) for side in ("image", "mask")}
@@ -97,11 +106,13 @@ def make_plan(
                     )
                 items.append(Item(len(items), number, drawn, extra, key, file_name, **paths))
         except (ValueError, OSError) as error:
-            faults.add(row.line, error)
+            faults.add(row.line if table.axes is None else None, error)
     faults.check()
     if not items:
         raise ValueError(f"{faults.name} holds no requests")
-    return Plan(items, table.axes)
+    if "strength" in defaults and not any(item.image for item in items):
+        faults.note("strength", "strength has no effect: no row names an image to start from")
+    return Plan(items, table.axes, faults.notes)
 
 
 def derived_seed(base: int, row: int) -> int:
@@ -132,25 +143,42 @@ def in_shard(item: Item, shard: tuple[int, int]) -> bool:
     return int(item.key, 16) % shard[1] == shard[0] - 1
 
 
-def _request(row: Row, seed: int) -> tuple[Request, Columns, int]:
+def _request(row: Row, defaults: Mapping[str, Any]) -> tuple[Request, Columns, int]:
     """The request of a row, its unknown columns, and how many pictures. None counts as not given."""
-    given = {name: value for name, value in row.columns.items() if value is not None}
+    columns = _named(row.columns)
+    if columns.get("seed") in ANY_SEED:
+        columns = columns | {"seed": None}
+    given = {**defaults, **{name: value for name, value in columns.items() if value is not None}}
     fields = {name: value for name, value in given.items() if name in FIELDS}
-    for name, value in row.columns.items():
+    for name, value in columns.items():
         if name in ELSEWHERE:
             raise ValueError(f"{name}={value!r:.40}: the column is called {ELSEWHERE[name]!r} here")
         if name in RESERVED:
-            raise ValueError(f"{name}={value!r:.40}: metadata.jsonl has a column of that name; call yours otherwise")
+            raise ValueError(f"{name}={value!r:.40}: metadata.jsonl has a column of that name; rename yours")
         if name not in FIELDS and not _is_scalar(value):
             raise ValueError(f"{name}={value!r:.40} must be a text, a finite number, true, false or empty")
     count = _whole("num_images", given.get("num_images", 1))
     if not 1 <= count <= MAX_IMAGES:
         raise ValueError(f"num_images={count} must be 1 to {MAX_IMAGES:,}")
-    request = Request(**{"seed": seed} | fields)
+    request = Request(**fields)
     if request.seed + count > 2**64:
         raise ValueError(f"seed={request.seed} counted up for num_images={count} must stay below 2**64")
-    extra = {name: row.columns[name] for name in row.columns if name not in FIELDS and name != "num_images"}
+    extra = {name: columns[name] for name in columns if name not in FIELDS and name != "num_images"}
     return request, extra, count
+
+
+def _named(columns: Columns) -> Columns:
+    """Columns under the names of fields, however they are capitalized. Raises ValueError for two of one name."""
+    named: Columns = {}
+    for name, value in columns.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r:.40} must be a text, as every column's name")
+        plain = column_of(name)
+        plain = plain if plain in KNOWN else name
+        if plain in named:
+            raise ValueError(f"two columns mean {plain!r}, one of them {name!r:.40}")
+        named[plain] = value
+    return named
 
 
 def _is_scalar(value: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from sdlite.batch.draw import Engine, Result
 from sdlite.batch.plan import Item
-from sdlite.batch.workers import Gone
+from sdlite.batch.workers import Gone, carried
 
 try:
     import ray as library
@@ -39,7 +39,7 @@ class Drawer:
         try:
             self.engine = make_engine(number)
         except Exception as error:
-            return error
+            return carried(error)
         return []
 
     def draw(self, items: Sequence[Item] | None) -> list[Result] | Exception:
@@ -49,7 +49,7 @@ class Drawer:
                 self.engine.submit(items)
             return self.engine.results(wait=items is None)
         except Exception as error:
-            return error
+            return carried(error)
 
 
 class Actor:

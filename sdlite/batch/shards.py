@@ -11,6 +11,7 @@ them in at least one place; those in both are packed again.
 import hashlib
 import json
 import os
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sdlite.batch.disk import NO_LINKS
+from sdlite.batch.disk import MAX_FILE_BYTES, NO_LINKS
 from sdlite.files import atomic_file, write_file
 
 SHARD = 10_000  # pictures; four digits of a key
+MEMBERS = 3 * SHARD  # of a tar file
+DAMAGED = (
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 LOCK = ".lock"
 Row = dict[str, Any]
 
@@ -106,23 +118,43 @@ def hash_of(file: BinaryIO) -> str:
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file in a shard, in order. Raises tarfile.TarError where it is damaged."""
+    """Name and bytes of each file in a shard, in order. Raises one of DAMAGED where it is damaged."""
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if (file := tar.extractfile(member)) is not None:
-                yield member.name, file.read()
+        for member in _files(tar):
+            yield member.name, _bytes(tar, member)
+
+
+def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """What a shard may hold, checked before any of it is read. Raises tarfile.ReadError."""
+    for number, member in enumerate(tar):
+        if number >= MEMBERS:
+            raise tarfile.ReadError(f"more than {MEMBERS:,} files")
+        if not member.isreg() or member.issparse() or member.size > MAX_FILE_BYTES:
+            raise tarfile.ReadError(f"{member.name!r:.80} is no plain file, or too large")
+        yield member
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "checked to be a plain file"
+    return file.read()
 
 
 def _rows(path: Path) -> list[Row]:
     try:
         with tarfile.open(path, "r:") as tar:
-            files = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
-            rows = [json.loads(file.read()) for file in files if file is not None]
-        if not all({"key", "file_name", "sha256", "prompt"} <= row.keys() for row in rows):
+            rows = [json.loads(_bytes(tar, member)) for member in _files(tar) if member.name.endswith(".json")]
+        if not all(isinstance(row[name], str) for row in rows for name in ("key", "file_name", "sha256", "prompt")):
+            raise ValueError
+        if not all(re.fullmatch(r"\d{9}", row["key"], re.ASCII) for row in rows):
             raise ValueError
         return rows
-    except (tarfile.TarError, EOFError, ValueError, AttributeError):
-        raise ValueError(f"{path} is damaged; `sdlite batch --verify {path.parent}` puts it aside") from None
+    except DAMAGED:
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged; `sdlite batch --verify {path.parent}` puts it aside")
 
 
 @contextmanager
@@ -130,11 +162,12 @@ def _pictures(path: Path) -> Iterator[Callable[[str], bytes]]:
     """Reads the PNG of a key out of a shard, which need not exist while nobody asks."""
     with ExitStack() as stack:
         tar = stack.enter_context(tarfile.open(path, "r:")) if path.exists() else None
+        there = {} if tar is None else {member.name: member for member in _files(tar)}
 
         def read(key: str) -> bytes:
-            file = None if tar is None else tar.extractfile(f"{key}.png")
-            assert file is not None, f"{key} is in the shard"
-            return file.read()
+            if tar is None or f"{key}.png" not in there:
+                raise _damaged(path)
+            return _bytes(tar, there[f"{key}.png"])
 
         yield read
 

@@ -2,22 +2,47 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
 from sdlite.files import write_file
-from sdlite.images import MAX_PIXELS, contact_sheet, open_picture, png_bytes
+from sdlite.images import MAX_PIXELS, contact_sheet, decoded, open_picture
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
+MARK = "sdlite contact sheet"  # in a sheet's text "Software": a later run replaces it, and nothing else
 
 
-def write_sheet(plan: Plan, folder: Path) -> Path:
-    """Draws all pictures of a batch that are there into DIR/contact-sheet.png, smaller if they are many."""
+def check_place(place: Path, plan: Plan, folder: Path) -> None:
+    """Raises ValueError or FileExistsError unless a sheet may be written to this file."""
+    if place.suffix.lower() != ".png" or place.is_dir():
+        raise ValueError(f"--contact-sheet={place} must be a .png file, e.g. {folder / SHEET}")
+    if place.absolute() in {(folder / item.file_name).absolute() for item in plan.items}:
+        raise ValueError(f"--contact-sheet={place} is where a picture goes; give it another name")
+    if place.exists() and place != folder / SHEET and not is_sheet(place):
+        raise FileExistsError(f"--contact-sheet={place} exists and is no contact sheet; give it another name")
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a contact sheet that `write_sheet` wrote."""
+    try:
+        return decoded(path).info.get("Software") == MARK
+    except (ValueError, OSError):
+        return False
+
+
+def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
+    """Draws all pictures of a batch that are there into one PNG, smaller if they are many. An older sheet is replaced.
+
+    Raises FileExistsError for another file in its place.
+    """
+    check_place(place, plan, folder)
     pixels = sum((item.request.width or 0) * (item.request.height or 0) for item in plan.items)
     scale = min(1.0, sqrt(MAX_PIXELS / pixels))
     pictures = [_small(folder / item.file_name, scale) for item in plan.items]
@@ -25,8 +50,10 @@ def write_sheet(plan: Plan, folder: Path) -> Path:
         raise ValueError(f"{folder} holds no picture of this batch to put on a contact sheet")
     axes = None if plan.axes is None else _labels(plan.axes, plan.items)
     sheet = contact_sheet(pictures, None if axes else [item.request.prompt for item in plan.items], axes=axes)
-    write_file(folder / SHEET, png_bytes(sheet), force=True)
-    return folder / SHEET
+    text, data = PngInfo(), BytesIO()
+    text.add_text("Software", MARK)
+    sheet.save(data, "PNG", pnginfo=text)
+    write_file(place, data.getvalue(), force=True)
 
 
 def _small(path: Path, scale: float) -> Image | None:
@@ -40,12 +67,19 @@ def _small(path: Path, scale: float) -> Image | None:
 def _labels(axes: Mapping[str, Sequence[Any]], items: Sequence[Item]) -> tuple[str, list[str], list[str]] | None:
     """Corner, row and column labels: the last axis lies across, all combinations of the others go down.
 
-    Several pictures of a cell lie side by side. None if the cells do not hold equally many.
+    Row labels leave out axes of one value. Several pictures of a cell lie side by side. None if the cells do not hold
+    equally many.
     """
     if not axes or "num_images" in axes:
         return None
     *others, (name, values) = axes.items()
-    down = [[str(value) if other == "prompt" else f"{other} {value}" for value in column] for other, column in others]
-    rows = [", ".join(row) for row in itertools.product(*down)]
+    differing = [(other, column) for other, column in others if len(column) > 1] or others
+    prompts_last = sorted(differing, key=lambda axis: axis[0] == "prompt")  # a long one would push out the rest
+    rows = []
+    for chosen in itertools.product(*(column for _, column in others)):
+        value = dict(zip((other for other, _ in others), chosen, strict=True))
+        rows.append(
+            ", ".join(f"{value[axis]}" if axis == "prompt" else f"{axis} {value[axis]}" for axis, _ in prompts_last)
+        )
     each = len(items) // (len(rows) * len(values))
     return f"{name}:", rows, [f"{value} #{k + 1}" if each > 1 else f"{value}" for value in values for k in range(each)]

@@ -10,20 +10,23 @@ without one is read back. No link inside the folder is followed; the folder itse
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from sdlite.batch.disk import append, guarded, read_file, sha256
+from sdlite.batch.disk import append, guarded, read_file, read_lines, sha256
 from sdlite.batch.plan import Item
 from sdlite.batch.shards import Sample, Shards, key_of, shard_of
+from sdlite.config import Record
 from sdlite.files import HOST, sweep, write_file
 from sdlite.images import read_metadata
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
+MAX_RUN_BYTES = 1024 * 1024
 PICTURES = ".pictures"  # where they wait for their shard
 
 
@@ -33,6 +36,23 @@ class Entry(NamedTuple):
     key: str
     sha256: str
     seconds: float
+
+
+class Listed(Record):
+    """A line of a manifest, besides its checksum."""
+
+    file_name: str
+    key: str
+    sha256: str
+    seconds: float
+
+
+class Failed(Record):
+    """A line of errors.jsonl."""
+
+    index: int
+    key: str
+    error: str
 
 
 class Store:
@@ -66,8 +86,10 @@ class Store:
                 with suppress(FileExistsError):  # another process was first; it is compared like any other
                     self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
         found = read_settings(self.root)
+        if not found.get("exact"):
+            found.pop("compute_batch", None)  # folders of earlier versions have it
         told = [
-            f"{name}={found.get(name)!r} there, {settings.get(name)!r} now"
+            f"{name:.40}={found.get(name)!r:.80} there, {settings.get(name)!r} now"
             for name in sorted(found.keys() | settings.keys())
             if found.get(name) != settings.get(name)
         ]
@@ -136,7 +158,8 @@ class Store:
         self._sweep()
         found = self.done(items)
         by_index = {item.index: item for item in items}
-        old = {row["index"]: row["error"] for row in _lines(self.root / ERRORS) if row.get("index") in by_index}
+        lines = (line for row in _lines(self.root / ERRORS) if (line := _record(Failed, row)) is not None)
+        old = {line.index: line.error for line in lines if line.index in by_index}
         left = {index: error for index, error in sorted({**old, **failures}.items()) if index not in found}
         errors = [{"index": i, "key": by_index[i].key, "error": error} for i, error in left.items()]
         with guarded(self.root):
@@ -188,11 +211,9 @@ class Store:
     def listed(self) -> dict[str, Entry]:
         """Every picture that any manifest lists, by file name; lines that a crash tore are left out."""
         rows = (row for path in sorted(self.pictures.glob(".manifest-*.jsonl")) for row in _lines(path))
-        return {
-            row["file_name"]: Entry(*(row[field] for field in Entry._fields))
-            for row in rows
-            if row.pop("crc32", None) == _crc32(json.dumps(row))
-        }
+        whole = (row for row in rows if row.pop("crc32", None) == _crc32(json.dumps(row)))
+        lines = (line for row in whole if (line := _record(Listed, row)) is not None)
+        return {line.file_name: Entry(line.key, line.sha256, line.seconds) for line in lines}
 
     def names(self) -> set[str]:
         if not self.pictures.is_dir():
@@ -224,7 +245,7 @@ def read_settings(root: Path) -> dict[str, Any]:
     if not (root / RUN).is_file():
         raise ValueError(f"{root} holds no batch: there is no {RUN} in it")
     try:
-        settings = json.loads(read_file(root / RUN))
+        settings = json.loads(read_file(root / RUN, MAX_RUN_BYTES))
         if not isinstance(settings, dict):
             raise ValueError
         return settings
@@ -235,11 +256,22 @@ def read_settings(root: Path) -> dict[str, Any]:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSON-lines file, none if there is no file; what is no object is left out."""
     if path.exists():
-        for line in read_file(path).splitlines():
+        for line in read_lines(path):
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):
                     yield row
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _record(kind: type[R], row: Mapping[str, Any]) -> R | None:
+    """The row as a record, None for one that somebody else wrote."""
+    try:
+        return kind(**row)
+    except (ValueError, TypeError):
+        return None
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -271,7 +303,8 @@ def _crc32(text: str) -> str:
 def _shows(path: Path, item: Item) -> bool:
     """Whether a file that is no link holds the item's picture, by the request in it. Raises FileNotFoundError."""
     try:
-        return not path.is_symlink() and read_metadata(path).request.deciding() == item.request.deciding()
+        ours = stat.S_ISREG(path.lstat().st_mode)
+        return ours and read_metadata(path).request.deciding() == item.request.deciding()
     except FileNotFoundError:
         raise
     except (ValueError, OSError):

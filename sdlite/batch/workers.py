@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
-from sdlite.batch.draw import Engine, Result
+from sdlite.batch.draw import Engine, Result, reason
 from sdlite.batch.plan import Item
 
 MAX_TRIES = 3  # of an item on which processes die
@@ -173,4 +173,9 @@ def _work(make_engine: Callable[[int], Engine], number: int, pipe: "Connection[A
     except (EOFError, ConnectionError):
         pass  # the first process is gone; what is saved is saved
     except Exception as error:
-        pipe.send(error)
+        pipe.send(carried(error))
+
+
+def carried(error: Exception) -> Exception:
+    """An error that another process can read: classes of libraries often cannot be unpickled."""
+    return error if isinstance(error, ValueError | OSError) else RuntimeError(reason(error))

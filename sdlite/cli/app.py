@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sdlite import __version__
+from sdlite.cli.hints import usage
 from sdlite.cli.output import Report, shown
 from sdlite.config import Prediction
 from sdlite.files import FULL
@@ -79,6 +80,11 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress bar and no notes, but a word on untrained models.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help, one command a line."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
 
 
 @app.callback(invoke_without_command=True)
@@ -149,7 +155,7 @@ def _stopped_in_order() -> Iterator[None]:
 def _explained(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and message for an error."""
     if hasattr(error, "format_message"):  # a wrong flag: typer brings its own click or takes the installed one
-        return WRONG_INPUT, f"{error.format_message()} (see --help)"
+        return WRONG_INPUT, usage(error)
     if isinstance(error, OSError) and error.strerror is not None:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return DISK_FULL if error.errno in FULL else WRONG_INPUT, message

@@ -21,61 +21,123 @@ from sdlite.cli.app import (
     Vae,
     Variant,
     app,
+    examples,
     limit_threads,
 )
 from sdlite.cli.output import Interrupts, Report, shown
+from sdlite.config import Request, SolverName
 
 if TYPE_CHECKING:
     from sdlite.batch import Batch, BatchReport, Event
 
 SOME_FAILED, DISK_FULL = 1, 3  # exit codes
 Form = Literal["folder", "webdataset"]
+DEFAULT = Request(prompt="")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlite batch prompts.txt -o out --steps 30",
+        "sdlite batch grid.json -o grid --contact-sheet grid.png",
+    )
+)
 def batch(
     requests: Annotated[
-        str | None, typer.Argument(help=".txt, .jsonl, .csv, .parquet, a grid in .json, or - for stdin.")
+        str | None, typer.Argument(help=".txt, .jsonl, .csv, .tsv, .parquet, a grid in .json, or - for stdin.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder; resumed if there.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the images. An existing one is continued."),
     ] = None,
     model: Model = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Drawn at the same time.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images drawn at the same time.")] = 4,
     workers: Annotated[
-        int, typer.Option(help="Processes, or Ray actors, each with its share of the cores or its GPU.")
+        int, typer.Option(help="Number of processes, or of Ray actors; each gets its share of the cores, or a GPU.")
     ] = 1,
     exact: Annotated[
-        bool, typer.Option("--exact", help="The same bytes for every --batch-size, --workers and number of cores.")
+        bool,
+        typer.Option(
+            "--exact", help="Same bytes for every --batch-size, --workers and number of cores, on one kind of CPU."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", "-s", help="Base for the seeds of rows that name none.")] = 0,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Past requests that fail.")] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", "-s", help="Rows without a seed get different seeds, derived from this one.")
+    ] = 0,
+    same_seed: Annotated[bool, typer.Option("--same-seed", help="Rows without a seed all get --seed.")] = False,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "-n", help="What to keep out, for rows without this column.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Denoising steps, for rows without this column; more is slower.", show_default=f"{DEFAULT.steps}"
+        ),
+    ] = None,
+    solver: Annotated[
+        SolverName | None,
+        typer.Option(
+            help="How to step from noise to image, for rows without this column.", show_default=DEFAULT.solver
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance-scale",
+            "--cfg-scale",
+            help="How closely to follow the prompt, for rows without this column; 1 = off.",
+            show_default=f"{DEFAULT.guidance_scale}",
+        ),
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(help="Images of a row, for rows without this column.", show_default="1")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How far to leave the start image, 0 to 1, for rows that have one.", show_default=f"{DEFAULT.strength}"
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option("--width", "-W", help="In pixels, for rows without this column.", show_default="the model's"),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option("--height", "-H", help="In pixels, for rows without this column.", show_default="the model's"),
+    ] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Do not stop at a row that fails.")] = False,
     shards: Annotated[
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Only part I of N, for many machines on one folder. SLURM, --array=1-N: $SLURM_ARRAY_TASK_ID/N; "
-            "in a shell that accelerate launch starts: $((RANK+1))/$WORLD_SIZE.",
+            help="Draw only part I of N, for many machines on one folder. In a SLURM array of 1-N: "
+            "$SLURM_ARRAY_TASK_ID/N. In a shell that accelerate launch starts: $((RANK+1))/$WORLD_SIZE.",
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="TEMPLATE", help="E.g. '{index:06}-{prompt}.png'.", show_default="index and key"),
+        typer.Option(
+            metavar="TEMPLATE", help="File names, e.g. '{index:06}-{prompt}.png'.", show_default="index and key"
+        ),
     ] = None,
     form: Annotated[
-        Form, typer.Option("--format", help="PNGs in a folder, or WebDataset shards: DIR/00000.tar, ...")
+        Form, typer.Option("--format", help="Write PNGs into a folder, or WebDataset shards: DIR/00000.tar, ...")
     ] = "folder",
-    ray: Annotated[bool, typer.Option("--ray", help="Workers are actors of a Ray cluster on this machine.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Make the workers actors of a Ray cluster on this machine.")
+    ] = False,
     ray_address: Annotated[
         str | None,
-        typer.Option(metavar="ADDR", help="Of that cluster, if it runs; all its machines must see DIR and the model."),
+        typer.Option(
+            metavar="ADDR", help="Address of a running Ray cluster; all its machines must see DIR and the model."
+        ),
     ] = None,
-    contact_sheet: Annotated[bool, typer.Option("--contact-sheet", help="Also draw DIR/contact-sheet.png.")] = False,
+    contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be drawn, in what time and space.")
+        bool, typer.Option("--dry-run", help="Draw nothing; estimate the time and the disk space.")
     ] = False,
     verify: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Read a batch's pictures again; draws none.")
+        Path | None, typer.Option(metavar="DIR", help="Draw nothing; check every image of a batch's folder.")
     ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -89,9 +151,10 @@ def batch(
     """Draw all requests of a file into a folder; the same command again draws what is missing.
 
     Prints the path of each PNG, or of each shard. Every field of a request is a column (prompt, seed, steps, ...),
-    num_images repeats a row, other columns go into the metadata. A .json file is a grid: its lists are combined each
-    with each. Ctrl-C or SIGTERM finishes the batch in hand; a second one stops at once. Exit codes: 0 all done, 1 some
-    failed (see DIR/errors.jsonl), 2 wrong input, 3 disk full, 130 interrupted.
+    num_images repeats a row, and other columns go into the metadata. The options of this command hold for the rows that
+    do not have the column. A .json file is a grid: its lists are combined each with each. Ctrl-C or SIGTERM finishes
+    the batch in hand; a second one stops at once. Exit codes: 0 all done, 1 some failed (see DIR/errors.jsonl), 2 wrong
+    input, 3 disk full, 130 interrupted.
 
     --verify renames a damaged picture to NAME.corrupt, and the same batch command then makes it again; it exits with 1
     if anything is damaged or missing.
@@ -107,26 +170,32 @@ def batch(
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
     options |= {"vae": vae, "variant": variant, "allow_links": tuple(map(str, allow_links or ()))}
     options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
+    fields = {"negative_prompt": negative_prompt, "steps": steps, "solver": solver, "guidance_scale": guidance_scale}
+    fields |= {"num_images": num_images, "strength": strength, "width": width, "height": height}
+    options |= {"same_seed": same_seed, "defaults": {k: value for k, value in fields.items() if value is not None}}
     options |= {"shard": shards, "name": name, "format": form, "ray": ray, "ray_address": ray_address}
-    if contact_sheet and form != "folder":
+    if contact_sheet is not None and form != "folder":
         raise ValueError(f"--contact-sheet is drawn from a folder of pictures; leave out --format {form}")
     try:
         prepared = prepare(requests, output, **options)
+        if contact_sheet is not None:
+            from sdlite.batch.sheet import check_place, write_sheet
+
+            check_place(contact_sheet, prepared.plan, output)
     except ValueError as error:
         for line in str(error).splitlines():
             print(f"sdlite: error: {shown(line)}", file=sys.stderr)
         raise typer.Exit(WRONG_INPUT) from None
-    for note in prepared.pipe.notes:
+    for note in (*prepared.pipe.notes, *prepared.plan.notes):
         report.note(note)
     if dry_run:
         _plan(prepared, report)
         return
     try:
         code = _run(prepared, report)
-        if contact_sheet:
-            from sdlite.batch.sheet import write_sheet
-
-            report.path(write_sheet(prepared.plan, output), "contact_sheet")
+        if contact_sheet is not None:
+            write_sheet(prepared.plan, output, contact_sheet)
+            report.path(contact_sheet, "contact_sheet")
     except DiskFull as error:
         report.event("disk_full", message=error.strerror)
         print(f"sdlite: error: {shown(str(error.strerror))}", file=sys.stderr)

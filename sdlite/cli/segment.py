@@ -1,39 +1,159 @@
 """`sdlite segment`: which pixels of a picture are what, as a mask, laid over the picture, or cut out of it."""
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdlite.cli.app import Force, app, limit_threads
-from sdlite.cli.output import check_free
+from sdlite.cli.app import INTERRUPTED, Force, Quiet, app, examples, limit_threads
+from sdlite.cli.output import Interrupts, Report, check_free, shown
+from sdlite.files import DiskFull, sweep, write_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SOME_FAILED = 1  # exit code
+Task = Callable[["Image", Callable[[float], None]], "Image"]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlite segment photo.jpg -m run/export -o mask.png",
+        "sdlite segment photos/ -m run/export --cutout -o cut-out/",
+    )
+)
 def segment(
-    image: Annotated[str, typer.Argument(help="PNG, JPEG or WebP of any size.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them."),
+    ],
     model: Annotated[Path, typer.Option("--model", "-m", help="OUTPUT/export of `sdlite train segmentation`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG; each value is a class number.")] = Path(
-        "mask.png"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="FILE.png, or a folder, which gets NAME.png of each picture. A mask's values are class numbers.",
+            show_default="mask.png for one picture",
+        ),
+    ] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="The picture with the classes coloured instead.")] = False,
     cutout: Annotated[bool, typer.Option("--cutout", help="The picture without its background instead.")] = False,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Label every pixel of a picture with a network that was trained on masks."""
-    from sdlite.images import decoded
-    from sdlite.segmentation.segmenter import Segmenter, cutout as cut, overlay as laid_over
+    """Label every pixel of pictures with a network that was trained on masks.
 
+    Pictures have up to 128 megapixels and are labelled in tiles. Of several pictures, those whose file is in the output
+    folder already are left out unless --force is given, and one that fails stops no other. Ctrl-C finishes the picture
+    in hand. Exit codes: 0 all done, 1 some failed, 2 wrong input, 130 interrupted.
+    """
     if overlay and cutout:
         raise ValueError("--overlay and --cutout are two different pictures; give one of them")
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output} must end in .png: other formats change a mask's values")
-    check_free([output], force)
+    pictures = list(_pictures(images))
+    many = len(pictures) > 1 or images[0].is_dir()
+    places = _places(pictures, output, many)
+    check_free([place for _, place in places], force or many)
+    sweep(places[0][1].parent)
+    report = Report(quiet, as_json=False)
+    todo = [(picture, place) for picture, place in places if force or not (many and place.exists())]
+    if len(todo) < len(places):
+        report.note(f"{len(places) - len(todo)} of {len(places)} are there already; --force makes them again")
+    task = _task(model, overlay, cutout)
+    raise typer.Exit(_label(todo, task, force, report, many))
+
+
+def _pictures(given: Sequence[Path]) -> Iterator[Path]:
+    """The pictures named, and those in the folders named, by their suffix. Raises ValueError for none."""
+    from PIL import Image
+
+    from sdlite.segmentation.segmenter import FORMATS
+
+    Image.init()
+    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
+    for path in given:
+        if not path.is_dir():
+            yield path
+            continue
+        names = sorted(path.iterdir())
+        found = [name for name in names if name.suffix.lower() in suffixes and not name.name.startswith(".")]
+        if not found:
+            raise ValueError(f"{path} holds no picture, of {len(names)} names; pictures end in .png, .jpg, .tif, ...")
+        yield from found
+
+
+def _places(pictures: Sequence[Path], output: Path | None, many: bool) -> list[tuple[Path, Path]]:
+    """Each picture with the file that is made of it. Raises ValueError for two of one name, or one that is given."""
+    if many and output is None:
+        raise ValueError("several pictures need a folder; give one with --output")
+    path = Path("mask.png") if output is None else output
+    if not many and path.suffix and not path.is_dir():
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"{path} must end in .png: other formats change a mask's values")
+        places = [(pictures[0], path)]
+    else:
+        places = [(picture, path / f"{picture.stem}.png") for picture in pictures]
+    taken: dict[Path, Path] = {picture.absolute(): picture for picture in pictures}
+    for picture, place in places:
+        if (
+            other := taken.setdefault(place.absolute(), picture)
+        ) is not picture or place.absolute() == picture.absolute():
+            raise ValueError(f"{place} would be made of {picture} and is also of {other}; give another folder or name")
+    return places
+
+
+def _task(model: Path, overlay: bool, cutout: bool) -> Task:
+    from sdlite.segmentation.segmenter import Segmenter, cutout as cut, overlay as laid_over
+
     limit_threads()
-    picture = decoded(image)
-    result = Segmenter.load(model)(picture)
-    if overlay or cutout:
-        result = cut(picture, result) if cutout else laid_over(picture, result)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    result.save(output)
-    print(output)
+    segmenter = Segmenter.load(model)
+
+    def made(picture: "Image", progress: Callable[[float], None]) -> "Image":
+        mask = segmenter(picture, progress)
+        return cut(picture, mask) if cutout else laid_over(picture, mask) if overlay else mask
+
+    return made
+
+
+def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
+    """Makes each file; of many, one that fails stops no other. Returns the exit code."""
+    from sdlite.batch.draw import reason
+
+    failed = 0
+    with Interrupts() as interrupts:
+        for number, (picture, place) in enumerate(todo, 1):
+            bar = report.bar()
+            progress = _progress(bar, f"{number}/{len(todo)} {shown(picture.name)}")
+            try:
+                with bar:  # gone while a path is printed
+                    _make(picture, place, task, force, report, progress)
+                report.path(place)
+            except Exception as error:
+                if not many or isinstance(error, DiskFull):
+                    raise
+                failed += 1
+                typer.echo(f"sdlite: error: {shown(reason(error))}", err=True)
+            if interrupts.asked:
+                return INTERRUPTED
+    if failed:
+        report.note(f"{failed} of {len(todo)} failed")
+    return SOME_FAILED if failed else 0
+
+
+def _progress(bar: Any, name: str) -> Callable[[float], None]:
+    line = bar.add_task(name, total=1.0)
+    return lambda done: bar.update(line, completed=done)
+
+
+def _make(
+    picture: Path, place: Path, task: Task, force: bool, report: Report, progress: Callable[[float], None]
+) -> None:
+    from sdlite.images import decoded, png_bytes
+    from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS
+
+    image = decoded(picture, FORMATS, MAX_PIXELS)
+    if "pages" in image.info:
+        report.note(f"{picture} has several pages; the first is labelled")
+    result = task(image, progress)
+    write_file(place, png_bytes(result, with_metadata=False), force=force)

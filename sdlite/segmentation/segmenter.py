@@ -1,4 +1,4 @@
-"""A trained network as a file folder and as a function of pictures: picture in, mask out, at any size.
+"""A trained network as a file folder and as a function of pictures: picture in, mask out, in tiles if it is large.
 
     picture --standardized--> (C, H, W) --tiles that overlap--> network --centres put together--> (K, H, W) --> mask
 
@@ -7,6 +7,8 @@ thrown away; around the picture lies its mirror image (Ronneberger et al. 2015, 
 """
 
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,10 +22,16 @@ from torch import Tensor
 from sdlite.config import Record
 from sdlite.segmentation.models import FCN, SegmentationUNet
 
+# Of pictures; not all that Pillow opens: EPS starts another program, TGA takes many a file for a picture.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "PSD")
+MAX_PIXELS = 128 * 1024 * 1024
 Count = Annotated[int, Field(ge=1, le=256)]
 CONTEXT = 8  # part of a tile's side, at each end, that only gives context: an eighth
 COLOURS = (0, 0, 0, 255, 255, 255, 230, 25, 75, 60, 180, 75, 0, 130, 200, 245, 130, 48, 145, 30, 180, 70, 240, 240)
 CYCLES = 42  # of the six colours after black and white, to fill a palette of 256
+MAX_MAP_BYTES = 2**29  # of the largest feature map; a network holds a few of them at once
+MAX_COMPUTED = 2**29  # pixels computed for one picture, in all its tiles: about ten times a photo of 24 megapixels
+BLOCK = 2**22  # pixels that are added up at once
 MIN_DEVIATION = 1e-3  # of a picture's values; below it there is nothing to see, and noise is not blown up
 
 
@@ -93,11 +101,21 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def standardized(pixels: Tensor) -> Tensor:
-    """(C, H, W) float32 with mean 0 and deviation 1 over the picture, so that exposure and bit depth do not matter."""
-    values = pixels.double()
-    deviation = values.std(correction=0).clamp(min=MIN_DEVIATION)
-    return ((values - values.mean()) / deviation).float()
+def statistics(pixels: Tensor) -> tuple[float, float]:
+    """Mean and deviation of all values of a picture, (C, H, W), in float64, some rows at a time to save memory."""
+    blocks = torch.split(pixels, max(1, BLOCK // pixels.shape[-1]), dim=1)
+    mean = sum(float(block.double().sum()) for block in blocks) / pixels.numel()
+    square = sum(float((block.double() - mean).square().sum()) for block in blocks) / pixels.numel()
+    return mean, max(square**0.5, MIN_DEVIATION)
+
+
+def standardized(pixels: Tensor, over: tuple[float, float] | None = None) -> Tensor:
+    """(C, H, W) float32 with mean 0 and deviation 1, so that exposure and bit depth do not matter.
+
+    over: the `statistics` of the whole picture when pixels are a part of it.
+    """
+    mean, deviation = statistics(pixels) if over is None else over
+    return ((pixels.double() - mean) / deviation).float()
 
 
 def mirrored(start: int, stop: int, size: int) -> Tensor:
@@ -105,6 +123,21 @@ def mirrored(start: int, stop: int, size: int) -> Tensor:
     period = max(2 * size - 2, 1)
     position = torch.arange(start, stop) % period
     return torch.minimum(position, period - position) if size > 1 else torch.zeros_like(position)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a picture is cut. side: of what the network is given. margin: of that, at each end, what is thrown away."""
+
+    side: int
+    margin: int
+
+    @property
+    def step(self) -> int:
+        return self.side - 2 * self.margin
+
+    def count(self, height: int, width: int) -> int:
+        return -(-height // self.step) * -(-width // self.step)
 
 
 class Segmenter:
@@ -115,8 +148,12 @@ class Segmenter:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Segmenter":
-        """What `save` wrote. Raises FileNotFoundError or a ValueError of one line that says what is wrong with it."""
+        """What `save` wrote, or the export of a run's folder.
+
+        Raises FileNotFoundError or a ValueError of one line that says what is wrong with it.
+        """
         folder = Path(folder)
+        folder = folder / "export" if (folder / "export" / "model.safetensors").is_file() else folder
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder} holds no {file}; give the folder that a Segmenter was saved into")
@@ -131,7 +168,14 @@ class Segmenter:
         _check(network.state_dict(), tensors, folder)
         floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         network.load_state_dict(floats, assign=True)
-        return cls(network.eval().requires_grad_(False), config)
+        segmenter = cls(network.eval().requires_grad_(False), config)
+        size = segmenter.tiles.side**2 * 4 * max(config.network.base_width, config.network.num_classes)
+        if size > MAX_MAP_BYTES:
+            raise ValueError(
+                f"{folder}: tile={config.tile} needs {size >> 20} MiB a feature map, and at most {MAX_MAP_BYTES >> 20} "
+                "are given; set a smaller tile in config.json"
+            )
+        return segmenter
 
     def save(self, folder: Path | str) -> None:
         """Writes config.json and model.safetensors, each in one step, also over the files that were loaded."""
@@ -144,34 +188,66 @@ class Segmenter:
             temporary.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
             temporary.replace(folder / name)
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Mask of the picture's size, mode "P": the values are class numbers, the palette makes them visible."""
-        classes = self.probabilities(pixels_of(image, self.config.network.in_channels)).argmax(0)
+    def __call__(self, image: Image.Image, progress: Callable[[float], None] | None = None) -> Image.Image:
+        """Mask of the picture's size, mode "P": the values are class numbers, the palette makes them visible.
+
+        progress: called with the part that is done, 0 to 1. Raises ValueError for a shape that would take hours.
+        """
+        pixels = pixels_of(image, self.config.network.in_channels)
+        classes = torch.empty(pixels.shape[1:], dtype=torch.uint8)
+        for done, (rows, columns, part) in self._parts(pixels):
+            classes[rows, columns] = part.argmax(0).to("cpu", torch.uint8)
+            if progress is not None:
+                progress(done)
         return mask_image(classes)
 
-    @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
         """(K, H, W) float32 of `pixels_of` a picture, (C, H, W)."""
-        images = standardized(pixels)[None].to(next(self.network.parameters()).device)  # (1, C, H, W)
-        network, tile = self.network, self.config.tile
-        height, width = images.shape[-2:]
-        valid = isinstance(network, SegmentationUNet) and network.valid
-        if not valid and max(height, width) <= tile:
-            return network(images)[0].softmax(0)
-        margin = network.margin // 2 if isinstance(network, SegmentationUNet) and valid else tile // CONTEXT
-        side = network.input_side(tile + 2 * margin) if isinstance(network, SegmentationUNet) and valid else tile
-        step = side - 2 * margin
-        result = images.new_empty(self.config.network.num_classes, height, width)
-        for top in range(0, height, step):
-            rows = mirrored(top - margin, top - margin + side, height)
-            for left in range(0, width, step):
-                columns = mirrored(left - margin, left - margin + side, width)
-                logits = network(images[:, :, rows][:, :, :, columns])[0]  # (K, side, side), valid (K, step, step)
-                if not valid:
-                    logits = logits[:, margin : margin + step, margin : margin + step]
-                part = result[:, top : top + step, left : left + step]
-                part.copy_(logits.softmax(0)[:, : part.shape[1], : part.shape[2]])
+        result = next(self.network.parameters()).new_empty(self.config.network.num_classes, *pixels.shape[1:])
+        for _, (rows, columns, part) in self._parts(pixels):
+            result[:, rows, columns] = part.softmax(0)
         return result
+
+    @torch.no_grad()
+    def _parts(self, pixels: Tensor) -> Iterator[tuple[float, tuple[slice, slice, Tensor]]]:
+        """The part done, then the rows and columns of a tile with its logits (K, h, w), until all are covered."""
+        height, width = pixels.shape[-2:]
+        whole = not self._is_valid and max(height, width) <= self.config.tile
+        side, margin, step = self.tiles.side, self.tiles.margin, self.tiles.step
+        count = self.tiles.count(height, width)
+        if count * side**2 > MAX_COMPUTED and not whole:
+            raise ValueError(
+                f"a picture of {width} x {height} pixels is cut into {count:,} tiles of {side} x {side}, and more than "
+                f"{MAX_COMPUTED // side**2:,} would take hours; cut or shrink it"
+            )
+        device, over = next(self.network.parameters()).device, statistics(pixels)
+        if whole:
+            logits = self.network(standardized(pixels, over)[None].to(device))[0]  # (K, H, W)
+            yield 1.0, (slice(height), slice(width), logits)
+            return
+        places = [(top, left) for top in range(0, height, step) for left in range(0, width, step)]
+        for number, (top, left) in enumerate(places, 1):
+            rows = mirrored(top - margin, top - margin + side, height)
+            columns = mirrored(left - margin, left - margin + side, width)
+            tile = standardized(pixels[:, rows][:, :, columns], over)[None].to(device)  # (1, C, side, side)
+            logits = self.network(tile)[0]  # (K, side, side), valid (K, step, step)
+            if not self._is_valid:
+                logits = logits[:, margin : margin + step, margin : margin + step]
+            part = logits[:, : height - top, : width - left]
+            yield number / count, (slice(top, top + step), slice(left, left + step), part)
+
+    @property
+    def _is_valid(self) -> bool:
+        return isinstance(self.network, SegmentationUNet) and self.network.valid
+
+    @property
+    def tiles(self) -> Tiles:
+        """What the network labels at once: of a tile the middle, whose surroundings it has seen."""
+        network, tile = self.network, self.config.tile
+        if isinstance(network, SegmentationUNet) and network.valid:
+            margin = network.margin // 2
+            return Tiles(network.input_side(tile + 2 * margin), margin)
+        return Tiles(tile, tile // CONTEXT)
 
 
 def _check(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Path) -> None:
