@@ -179,7 +179,6 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         [p for name, p in named if name not in inner],
         lr=config.lr,
         weight_decay=config.weight_decay,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
     )
 
 

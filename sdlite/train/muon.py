@@ -24,20 +24,26 @@ BETAS = (0.9, 0.99)  # AdamW; the second below PyTorch's .999, since runs are sh
 def orthogonalized(matrix: Tensor) -> Tensor:
     """Nearly the orthogonal factor U V^T of a matrix (m, n): singular values between about 0.7 and 1.2.
 
-    Computes in the matrix's dtype; bfloat16 is enough, since the singular values need not be exact.
+    Every iteration multiplies X by a polynomial of X X^T, so it is enough to iterate over that small square matrix and
+    to multiply the product of the polynomials with X once, at the end.
     """
     a, b, c = COEFFICIENTS
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T  # (s, l), s <= l
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T  # (s, s)
+    product = torch.eye(len(gram), dtype=x.dtype, device=x.device)
     for _ in range(STEPS):
-        gram = x @ x.T  # (s, s)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
     return x if wide else x.T
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for `matrices`, AdamW for `others` at ADAMW_SHARE of the rate. dtype: of the orthogonalization.
+    """Muon for `matrices`, AdamW for `others` at ADAMW_SHARE of the rate.
 
     Every group has a "share": its rate over that of the schedule.
     """
@@ -49,14 +55,12 @@ class Muon(torch.optim.AdamW):
         *,
         lr: float,
         weight_decay: float,
-        dtype: torch.dtype,
     ) -> None:
         groups: list[dict[str, Any]] = [
             {"params": list(matrices), "share": 1.0},
             {"params": list(others), "share": ADAMW_SHARE, "lr": lr * ADAMW_SHARE},
         ]
         super().__init__(groups, lr, betas=BETAS, weight_decay=weight_decay)
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -78,4 +82,4 @@ class Muon(torch.optim.AdamW):
         step = weight.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov; (m, n)
         scale = RMS * max(step.shape) ** 0.5
         weight.mul_(1 - lr * weight_decay)
-        weight.add_(orthogonalized(step.to(self.dtype)).view_as(weight).to(weight.dtype), alpha=-lr * scale)
+        weight.add_(orthogonalized(step).reshape(weight.shape), alpha=-lr * scale)
