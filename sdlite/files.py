@@ -68,6 +68,11 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
+def exported(folder: Path, name: str) -> Path:
+    """The folder that holds the file `name`: this one, or its folder "export", where a training run puts it."""
+    return folder / "export" if not (folder / name).is_file() and (folder / "export" / name).is_file() else folder
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

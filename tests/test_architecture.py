@@ -62,7 +62,7 @@ HOMES = {
     "accelerate": {"train/loop.py"},
     "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
     "typer": {"cli/"},
-    "rich": {"cli/", "bench.py", "train/loop.py"},
+    "rich": {"cli/", "bench.py", "train/keeper.py"},
     "PIL": {
         "images.py",
         "sheet.py",
@@ -79,7 +79,7 @@ HOMES = {
     "ray": {"batch/ray_runner.py"},
     "pickle": set(),
 }
-PRINTS = {"cli/", "bench.py", "train/loop.py"}
+PRINTS = {"cli/", "bench.py", "train/keeper.py"}
 ENVIRONMENT = {"cli/", "bench.py", "batch/ray_runner.py"}  # Ray takes some of its settings from nowhere else
 
 

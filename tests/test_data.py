@@ -16,10 +16,10 @@ from sdlite.train.data import (
     article,
     caption_of,
     composed,
+    fit_notes,
     fitted,
     load_pixels,
     on_white,
-    read_records,
     sample_generator,
 )
 from sdlite.train.emoji import (
@@ -35,6 +35,7 @@ from sdlite.train.emoji import (
     split_of,
     write,
 )
+from sdlite.train.folder import caption_notes, fingerprints, read_records
 
 NAMES = Names(
     {"1f34e": "red apple", "1f1e6": "regional indicator A"},
@@ -125,6 +126,17 @@ def test_wrong_folders_say_what_to_do(tmp_path):
         (tmp_path / "metadata.jsonl").write_bytes(good + bad + b"\n")
         with pytest.raises(ValueError, match=r'jsonl:2 must be a JSON object with text as "file_name" and "text"$'):
             read_records(tmp_path)
+    for field in (
+        '"concept": 5',
+        '"keywords": 5',
+        '"keywords": [5]',
+        '"style": []',
+        '"text": "\\ud83c"',
+        '"x": ["\\ud83c"]',
+    ):
+        (tmp_path / "metadata.jsonl").write_text(f'\n{{"file_name": "a.png", "text": "a disc", {field}}}')
+        with pytest.raises(ValueError, match=r"jsonl:2: .*(must be|half of a surrogate)"):
+            read_records(tmp_path)
     for name in ("../a.png", "a/../../a.png", "/a.png"):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a disc"}))
         with pytest.raises(ValueError, match=r"jsonl:1: file_name='.*a\.png' leads out of the folder"):
@@ -143,6 +155,90 @@ def test_wrong_folders_say_what_to_do(tmp_path):
         make(tmp_path / "new", size=32)
     with pytest.raises(ValueError, match="style 'cubist' is not known; choose from: noto"):
         make(tmp_path / "new", styles=["cubist"])
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path):
+    folder, outside = tmp_path / "data", tmp_path / "outside"
+    for place in (folder, outside):
+        place.mkdir()
+        disc().save(place / "a.png")
+    (folder / "b.png").symlink_to(outside / "a.png")
+    (folder / "c").symlink_to(outside)
+    (folder / "d.png").symlink_to(folder / "a.png")
+    for name in ("b.png", "c/a.png"):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a disc"}))
+        with pytest.raises(ValueError, match=rf"{name} is a link to outside of .*; copy the file itself there"):
+            read_records(folder)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "d.png", "text": "a disc"}))
+    assert read_records(folder)[0]["file_name"] == "d.png"
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"b.png is a link to outside"):
+        read_records(folder)
+
+
+def test_captions_come_from_tables_text_files_or_names(tmp_path):
+    for name in ("a.png", "red_apple-02.png"):
+        disc().save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("\ufeffa disc,\n red \n", encoding="utf-8")
+    found = {record["file_name"]: record["text"] for record in read_records(tmp_path)}
+    assert found == {"a.png": "a disc, red", "red_apple-02.png": "red apple 02"}
+    (note,) = caption_notes(tmp_path)
+    assert note.startswith("1 of 2 pictures have no caption, so their file names are used, such as 'red apple 02'")
+
+    table = 'file_name;text;keywords;n\na.png;"a; ""disc""";round, flat;\nred_apple-02.png;;;2\n'
+    (tmp_path / "metadata.csv").write_text(table)
+    assert read_records(tmp_path) == [
+        {"file_name": "a.png", "text": 'a; "disc"', "keywords": ["round", "flat"]},
+        {"file_name": "red_apple-02.png", "text": "", "n": "2"},
+    ]
+    assert not caption_notes(tmp_path)
+    faults = {"file_name,caption\n": "the header has no column 'text'", "file_name,text\na.png\n": "must have 2 values"}
+    for text, fault in faults.items():
+        (tmp_path / "metadata.csv").write_text(text)
+        with pytest.raises(ValueError, match=rf"metadata.csv:\d.*{fault}"):
+            read_records(tmp_path)
+
+    lines = '\n{"file_name": "a.png", "text": "one", "style": null, "concept": null}\n\n'
+    (tmp_path / "metadata.jsonl").write_text(lines)  # which counts before the other
+    assert read_records(tmp_path) == [{"file_name": "a.png", "text": "one"}]
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "10 discs").mkdir()
+    disc().save(tmp_path / "outer" / "10 discs" / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"outer holds no PNG.*did you mean .*outer/10 discs\?"):
+        read_records(tmp_path / "outer")
+
+
+def test_changed_pictures_and_captions_have_other_fingerprints(tmp_path):
+    disc().save(tmp_path / "a.png")
+    records = [{"file_name": "a.png", "text": "a disc"}]
+    first = fingerprints(tmp_path, records)
+    assert first == fingerprints(tmp_path, records)
+    caption = fingerprints(tmp_path, [records[0] | {"text": "a ball"}])
+    disc("blue").save(tmp_path / "a.png")
+    picture = fingerprints(tmp_path, records)
+    assert (caption["data"] == first["data"], caption["pictures"] == first["pictures"]) == (False, True)
+    assert (picture["data"] == first["data"], picture["pictures"] == first["pictures"]) == (True, False)
+
+
+def test_pictures_that_are_not_square_lose_their_ends_or_get_bars(tmp_path):
+    wide = Image.new("RGB", (80, 40), "red")
+    wide.paste("blue", (20, 0, 60, 40))
+    wide.save(tmp_path / "a.png")
+    disc().crop((0, 0, 32, 64)).save(tmp_path / "b.png")  # half a disc, transparent around it
+    records = [{"file_name": name} for name in ("a.png", "b.png")]
+    crop, pad = (load_pixels(tmp_path, records, 40, fit) for fit in ("crop", "pad"))
+    assert (crop[0] == torch.tensor([0, 0, 255, 255])[:, None, None]).all()
+    assert pad[0, :, 20, 5].tolist() == [255, 0, 0, 255] and pad[0, 3, 2, 20] == 0
+    assert torch.equal(crop[1], pad[1])  # nothing is lost where padding does not show
+    assert "2 of 2 pictures are not square: they get white bars" in fit_notes(tmp_path, records, "pad")[0]
+    assert "lose their ends" in fit_notes(tmp_path, records, "crop")[0]
+    wide.resize((40, 40)).save(tmp_path / "a.png")
+    assert not fit_notes(tmp_path, records[:1], "crop")
+
+
+def test_grey_pictures_of_16_bits_keep_their_greys(tmp_path):
+    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(tmp_path / "a.png")
+    assert load_pixels(tmp_path, [{"file_name": "a.png"}], 8)[0, :, 0, 0].tolist() == [128, 128, 128, 255]
 
 
 def packed(path, files, mode="w:gz"):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sdlite.models.prompt import MAX_WEIGHT, Token, foreign_marks, parse_prompt, split_chunks
+from sdlite.models.prompt import MAX_WEIGHT, Token, escaped, foreign_marks, parse_prompt, split_chunks
 
 COMMA = 267
 
@@ -228,3 +228,10 @@ def test_markup_that_is_read_as_text_is_found(prompt, marks):
     assert [note.startswith(f"{mark!r} is read as plain text: ") for note, mark in zip(notes, marks, strict=True)] == [
         True
     ] * len(marks)
+
+
+@given(st.text(alphabet="ab \\\\()[]:1.BREAK", max_size=40))
+def test_an_escaped_text_is_plain(text):
+    pieces = [piece for section in parse_prompt(escaped(text)) for piece in section]
+    assert "".join(piece.text for piece in pieces).lower() == text.lower()
+    assert all(piece.weight == 1 for piece in pieces) and len(pieces) <= 1

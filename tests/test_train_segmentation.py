@@ -14,7 +14,8 @@ from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
 from sdlite.train import backgrounds, segmentation_table
 from sdlite.train.data import sample_generator
 from sdlite.train.masks import BACKGROUNDS, MORE_BACKGROUNDS, NUCLEI, PHOTOS, make_foreground, make_nuclei
-from sdlite.train.segmentation import Pair, SegmentationTask, parameters, plan_for
+from sdlite.train.pairs import Pair, channels_of, labels_of
+from sdlite.train.segmentation import SegmentationTask, parameters, plan_for
 from sdlite.train.stages import train
 
 
@@ -121,16 +122,117 @@ def test_empty_masks_train_and_measure(tmp_path):
     assert 0 <= task.evaluate()["mean_iou"] <= 1
 
 
-def test_black_and_white_masks_are_not_taken_for_empty_ones(tmp_path):
-    discs(tmp_path, 2)
-    for i in range(2):
-        with Image.open(tmp_path / "masks" / f"{i}.png") as mask:
-            mask.point(lambda value: 255 * (value == 1)).save(tmp_path / "masks" / f"{i}.png")
-    with pytest.raises(ValueError, match="255 does not count: write 1 in its place"):
+def written(folder, masks, suffix="png", split="train", modes=("L",)):
+    """A data folder with these masks, and pictures that are black where the mask is and white elsewhere."""
+    (folder / split).mkdir(parents=True)
+    lines = []
+    for i, mask in enumerate(masks):
+        names = {"file_name": f"{i}.png", "mask_file_name": f"mask-{i}.{suffix}"}
+        Image.fromarray(mask.astype(np.uint8)).save(folder / split / names["mask_file_name"])
+        picture = Image.fromarray(np.where(mask, 0, 255).astype(np.uint8))
+        picture.convert(modes[i % len(modes)]).save(folder / split / names["file_name"])
+        lines.append(json.dumps(names))
+    (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def halves(left, right, size=40):
+    mask = np.full((size, size), left)
+    mask[:, size // 2 :] = right
+    return mask
+
+
+def smooth():
+    """A white disc with grey edges, as drawing programs make it."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    return 255 * np.clip(20.5 - np.hypot(x, y), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("masks", "suffix", "classes", "white"),
+    [
+        ([halves(0, 1)], "png", 2, False),
+        ([halves(0, 0)], "png", 2, False),
+        ([halves(0, 1), halves(255, 5)], "png", 6, False),
+        ([np.arange(1600).reshape(40, 40) % 150], "png", 150, False),  # as many as ADE20K
+        ([halves(0, 255), halves(0, 0)], "png", 2, True),
+        ([smooth()], "png", 2, True),
+        ([smooth()], "jpg", 2, True),
+        ([halves(0, 255)], "jpg", 2, True),
+    ],
+)
+def test_what_masks_mean_is_told_by_the_values_of_all_of_them(tmp_path, masks, suffix, classes, white):
+    written(tmp_path, masks, suffix)
+    labels = labels_of(tmp_path)
+    assert (labels.classes, labels.white, len(labels.notes)) == (classes, white, white)
+    assert plan_for(tmp_path, "unet").network.num_classes == classes
+    task = SegmentationTask(
+        tmp_path, SegmenterConfig(network=UNetPlan(in_channels=1, num_classes=classes, depth=1, base_width=1))
+    )
+    for pair, mask in zip(task.pairs, masks, strict=True):
+        want = mask >= 128 if white else mask
+        assert (pair.mask.numpy() == want).mean() > 0.99
+    assert task.evaluate()["mean_iou"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("masks", "suffix", "fault"),
+    [
+        ([halves(0, 100)], "png", "have the values 0, 100: neither class numbers"),
+        ([halves(0, 128), halves(255, 255)], "png", "have the values 0, 128: neither"),
+        ([np.arange(1600).reshape(40, 40) % 250], "png", r"have the values 0, 1, 2, 3, 4, 5, 6, 7 \.\.\.: neither"),
+        ([halves(0, 2)], "jpg", r"mask-0.jpg is a JPEG, which changes the values of a mask; save class numbers as PNG"),
+        ([np.stack([halves(0, 255), *2 * [halves(0, 0)]], -1)], "png", "mask-0.png is RGB; a mask has 8 bits"),
+    ],
+)
+def test_masks_that_mean_nothing_are_refused_in_a_line(tmp_path, masks, suffix, fault):
+    (tmp_path / "train").mkdir()
+    Image.new("L", (40, 40)).save(tmp_path / "train" / "0.png")
+    lines = []
+    for i, mask in enumerate(masks):
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "train" / f"mask-{i}.{suffix}")
+        lines.append(json.dumps({"file_name": "0.png", "mask_file_name": f"mask-{i}.{suffix}"}))
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=fault):
         plan_for(tmp_path, "unet")
-    for i in range(2):
-        Image.new("L", (40, 40)).save(tmp_path / "masks" / f"{i}.png")
-    assert plan_for(tmp_path, "unet").network.num_classes == 2
+
+
+def test_masks_of_one_bit_or_three_equal_colours_are_black_and_white(tmp_path):
+    written(tmp_path, [halves(0, 255), halves(0, 255)])
+    Image.fromarray(halves(0, 255).astype(np.uint8)).convert("1").save(tmp_path / "train" / "mask-0.png")
+    Image.fromarray(halves(0, 255).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "mask-1.png")
+    assert labels_of(tmp_path).white
+    for pair in SegmentationTask(tmp_path, small()).pairs:
+        assert pair.mask.tolist() == halves(0, 1).tolist()
+
+
+def test_a_class_or_colour_in_one_file_of_any_split_counts(tmp_path):
+    written(tmp_path, [halves(0, 1), halves(0, 1)], modes=("L", "L"))
+    assert channels_of(tmp_path) == 1
+    written(tmp_path, [halves(0, 1), halves(0, 3)], split="validation", modes=("L", "RGB"))
+    plan = plan_for(tmp_path, "unet").network
+    assert (plan.in_channels, plan.num_classes) == (3, 4)
+    options = {"samples": 2, "batch_size": 2, "class_weights": [1, 2, 1, 1]}
+    train("segmentation", tmp_path, tmp_path / "run", options=options)
+    assert Segmenter.load(tmp_path / "run").config.network == plan  # a run is as good as its export
+    with pytest.raises(ValueError, match=r"is a run with class_weights=\[1, 2, 1, 1\], not None"):
+        train("segmentation", tmp_path, tmp_path / "run", options=options | {"class_weights": None})
+    with pytest.raises(ValueError, match="class_weights=1,2 must be 4 numbers from 0 on"):
+        train("segmentation", tmp_path, tmp_path / "run", options=options | {"class_weights": [1, 2]})
+
+
+def test_class_weights_are_those_of_the_loss(data):
+    """Of a weight of 0 for one class, the loss is that of the other alone."""
+    indices, numbers = torch.tensor([0, 1]), torch.tensor([3, 4])
+    task = SegmentationTask(data, small(), terms={"cross_entropy": 1.0}, class_weights=[0, 2])
+    images, target = (
+        torch.stack(part)
+        for part in zip(
+            *(task.pairs[i].sample(32, 0, sample_generator(0, n)) for i, n in ((0, 3), (1, 4))), strict=True
+        )
+    )
+    log_p = task.network(images).log_softmax(1)[:, 1]
+    assert task(indices, numbers).item() == pytest.approx(-log_p[target == 1].mean().item(), rel=1e-5)
 
 
 def wheel(path, folder, pictures):

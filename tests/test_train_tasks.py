@@ -1,6 +1,11 @@
 """The tasks at toy size: every stage from drawings to a picture, and each stage's own promise."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sdlite.checkpoints.load import CheckpointError, load_model
-from sdlite.config import AutoencoderKLConfig
+from sdlite.checkpoints.load import CheckpointError, load_model, random_model
+from sdlite.checkpoints.save import save_folder
+from sdlite.cli import main
+from sdlite.cli.app import app
+from sdlite.config import AutoencoderKLConfig, tiny
 from sdlite.models.codec import LatentCodec
 from sdlite.models.networks import network
+from sdlite.models.prompt import escaped
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline
 from sdlite.train.codec import (
@@ -30,12 +39,14 @@ from sdlite.train.codec import (
     reconstruction_loss,
     sharpness,
 )
-from sdlite.train.data import on_white, sample_generator
-from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, encode_tokens, initialize, tokenize
+from sdlite.train.data import cut_notes, on_white, sample_generator, tokenize
+from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, initialize
 from sdlite.train.emoji import write
-from sdlite.train.loop import TrainConfig, checkpoints, fit
-from sdlite.train.stages import train
-from sdlite.train.text import Teacher, TextTask, emoji_text, load_text, small_vocabulary
+from sdlite.train.latents import encode, encode_tokens, preview_prompt
+from sdlite.train.loop import TrainConfig, fit
+from sdlite.train.run import checkpoints
+from sdlite.train.stages import DEFAULTS, train
+from sdlite.train.text import Teacher, TextTask, emoji_text, load_text, save_text, small_vocabulary
 
 CODEC = AutoencoderKLConfig(
     block_out_channels=(8, 8, 8),
@@ -122,8 +133,6 @@ def test_diffusers_draws_the_same_picture_from_the_export(runs):
 
 
 def test_a_weight_file_that_was_changed_is_noticed(runs, tmp_path):
-    import shutil
-
     copy = shutil.copytree(runs / "denoiser" / "export", tmp_path / "copy")
     file = next((copy / "unet").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
@@ -153,6 +162,101 @@ def test_a_denoiser_resumes_bit_for_bit_from_its_cache(folder, runs, tmp_path):
         cache = tmp_path / "cache.safetensors"
         fit(DenoiserTask(folder, parts, UNET, size=32, views=3, cache=cache), brief(samples=samples), tmp_path / "run")
     assert_same(runs / "denoiser", tmp_path / "run")
+
+
+def settings_of(task):
+    return {name: value for name, value in task.settings.items() if name != "network"}
+
+
+def test_settings_name_what_a_run_is_of_by_content(folder, runs, tmp_path):
+    """Whatever changes the weights that come out changes a setting, and nothing else does."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text")  # of a run: its export
+    other = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    with torch.no_grad():
+        next(other[0].parameters())[0] += 1e-6
+        next(other[1].model.parameters())[0] += 1e-6
+    make = partial(DenoiserTask, parts=parts, config=UNET, size=32, views=1)
+    tasks = {
+        "": make(copy),
+        "codec": make(folder, parts=(other[0], parts[1])),
+        "text": make(folder, parts=(parts[0], other[1])),
+        "size": make(folder, size=64),
+        "fit": make(folder, fit="pad"),
+        "views": make(folder, views=2),
+        "min_snr_gamma": make(folder, objective=Objective(min_snr_gamma=None)),
+    }
+    ours = settings_of(make(folder))
+    for name, task in tasks.items():
+        changed = {key for key, value in settings_of(task).items() if value != ours[key]}
+        assert changed == ({name} if name else set())
+
+    picture = next((copy / "train").glob("*.png"))
+    Image.open(picture).rotate(90).save(picture)
+    for task in (make, codec_task, text_task):
+        before, after = settings_of(task(folder)), settings_of(task(copy))
+        assert {key for key in before if before[key] != after[key]} == {"pictures"}
+
+
+def test_a_cache_is_used_for_what_it_was_made_of_only(folder, runs, tmp_path, monkeypatch):
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    calls = []
+    monkeypatch.setattr("sdlite.train.denoiser.encode", lambda *a, **k: calls.append(k["views"]) or encode(*a, **k))
+    cache = tmp_path / "cache.safetensors"
+
+    def made(views=2, **changes):
+        calls.clear()
+        task = DenoiserTask(folder, parts, UNET, **{"size": 32, "cache": cache, "views": views} | changes)
+        return task.latents.x_0, calls.count(views)
+
+    (first, encoded), (second, again) = made(), made()
+    assert (encoded, again) == (1, 0) and torch.equal(first, second)
+    for change in ({"size": 64}, {"seed": 1}, {"views": 3}):
+        assert made(**change)[1] == 1
+    assert made()[1] == 1 and made()[1] == 0
+    cache.write_bytes(cache.read_bytes()[:-9])
+    x_0, encoded = made()
+    assert encoded == 1 and torch.equal(x_0, first)
+
+
+def test_a_refused_run_keeps_its_cache(folder, runs, tmp_path):
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    cache = tmp_path / "cache.safetensors"
+    make = partial(DenoiserTask, folder, parts, UNET, views=1, cache=cache)
+    fit(make(size=32), brief(samples=2), tmp_path)
+    before = cache.read_bytes()
+    with pytest.raises(ValueError, match="is a run with size=32, not 64"):
+        fit(make(size=64), brief(samples=4), tmp_path)
+    assert cache.read_bytes() == before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def poison(path):
+    tensors = load_file(path)
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(("stage", "load"), [("codec", load_codec), ("text", load_text)])
+@pytest.mark.parametrize(
+    ("suffix", "damage", "fault"),
+    [
+        ("safetensors", cut, "truncated"),
+        ("safetensors", poison, "has NaN or Inf"),
+        ("safetensors", lambda path: save_file({"a": torch.zeros(1)}, path), "is missing"),
+        ("json", lambda path: path.write_text("[]"), "not a JSON object"),
+        ("json", lambda path: path.write_text("[" * 99_999), "nested deeper"),
+        ("json", lambda path: path.write_text('{"layers": "many"}'), "is required"),
+    ],
+)
+def test_a_damaged_export_is_named(runs, tmp_path, stage, load, suffix, damage, fault):
+    copy = shutil.copytree(runs / stage / "export", tmp_path / "copy")
+    damage(copy / f"{stage}.{suffix}")
+    with pytest.raises(ValueError, match=rf"{stage}.{suffix}:? .*{fault}"):
+        load(copy)
 
 
 @torch.no_grad()
@@ -288,6 +392,7 @@ def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
         DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(model)
 
 
+@pytest.mark.usefixtures("few_previews")
 def test_a_whole_model_is_trained_on(folder, runs, tmp_path):
     """Its codec, text encoder, kind of network, picture size and prediction are its own unless told."""
     model, options = runs / "denoiser" / "export", {"samples": 4, "batch_size": 2}
@@ -330,10 +435,25 @@ def test_the_shipped_sizes_fit():
     assert 2 * parameters < 54 * 10**6
 
 
+def encoded(text, captions):
+    return encode_tokens(text, tokenize(text, captions))
+
+
 def test_contexts_are_those_of_the_pipeline(runs):
+    """Of captions with brackets, special tokens and BREAK, too, which are plain text in a caption."""
     text = load_text(runs / "text" / "export")
-    prompts = ["a disc", "", "a very long prompt of words"]
-    torch.testing.assert_close(encode_tokens(text, tokenize(text, prompts)), text.encode(prompts), atol=1e-5, rtol=1e-5)
+    captions = ["a disc", "", "a very long prompt of words", "a (disc:1.5) [flat] \\ ((", "<|endoftext|> BREAK cat"]
+    prompts = [escaped(caption) for caption in captions]
+    torch.testing.assert_close(encoded(text, captions), text.encode(prompts)[:, :16], atol=1e-5, rtol=1e-5)
+    weighted = text.encode([captions[3]])[:, :16]
+    assert (encoded(text, captions[3:4]) - weighted).abs().max() > 0.1
+
+    long = "a disc, " + "very round and warm and cold " * 3  # 14 tokens are learned: up to the comma
+    assert torch.equal(encoded(text, [long]), encoded(text, ["a disc,"]))
+    assert preview_prompt(text, long) == "a disc ," and preview_prompt(text, "(a)") == r"\(a\)"
+    (note,) = cut_notes(text, ["a disc", long])
+    assert note == "1 of 2 captions have more than 14 tokens; what comes after them is not learned"
+    assert not cut_notes(text, captions[:2])
 
 
 def test_a_small_vocabulary_spells_everything():
@@ -350,6 +470,104 @@ def test_stages_ask_for_what_they_need(folder, tmp_path):
         train("denoiser", folder, tmp_path, options={"samples": 1})
     with pytest.raises(FileNotFoundError, match="holds no codec; run `sdlite train codec`"):
         train("denoiser", folder, tmp_path, folders=dict.fromkeys(("codec", "text"), tmp_path), options={"samples": 1})
+    for stage, folders, options, flags in (
+        ("codec", {}, {"class_weights": [1]}, "--class-weights is for segmentation"),
+        ("text", {"start": tmp_path, "teacher": tmp_path}, {"size": 64}, "--size, --from is for codec and denoiser"),
+        ("denoiser", {"teacher": tmp_path}, {}, "--teacher is for codec and text"),
+        ("segmentation", {}, {"fit": "pad"}, "--fit is for codec and text and denoiser"),
+    ):
+        with pytest.raises(ValueError, match=f"{flags}; leave it out"):
+            train(stage, folder, tmp_path, folders=folders, options={"samples": 1, **options})
+
+
+def test_what_cannot_be_trained_on_is_said_in_a_line(folder, runs, tmp_path):
+    save_folder(random_model(tiny(in_channels=9), seed=0), tmp_path / "inpainting")
+    parts = {name: runs / name for name in ("codec", "text")}
+    for folders, fault in (
+        ({"start": tmp_path / "inpainting"}, r"inpainting is an inpainting model, .* \(9 channels\)"),
+        ({"start": Path("tiny"), "text": write_text(tmp_path / "wide")}, "reads text of width 32 and --text gives 16"),
+        ({"start": Path("emoji-128"), "codec": parts["codec"]}, "latents of 8 channels and --codec has 4"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            train("denoiser", folder, tmp_path / "run", folders=folders, options={"samples": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def write_text(folder):
+    """An untrained text encoder of width 16."""
+    save_text(TextEncoder(TEXT.replace(hidden_size=16), small_vocabulary(1024)), folder)
+    return folder
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.fixture
+def few_previews(monkeypatch):
+    monkeypatch.setattr("sdlite.train.denoiser.SHOWN", 2)
+    monkeypatch.setattr("sdlite.train.denoiser.PREVIEW_STEPS", 1)
+
+
+@pytest.mark.usefixtures("few_previews")
+def test_commands_train_on_a_folder_of_pictures_and_draw_with_the_run(tmp_path, capfd):
+    for name, colour in (("red_apple", "red"), ("pear", "green")):
+        Image.new("RGB", (24, 32), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "pear.txt").write_text("a (green) pear")
+    run = ["train", "denoiser", "--data", tmp_path, "-o", tmp_path / "run", "--batch-size", 2, "--samples", 2]
+    assert command(*run, "--from", "tiny") == 0
+    out, err = capfd.readouterr()
+    assert "1 of 2 pictures have no caption" in out and "2 of 2 pictures are not square" in out
+    lines = [line.split(",")[0] for line in out.splitlines()]
+    assert lines.count("drawing 2 previews") == 2 and "encoding 2 pictures and captions" in lines  # before and after
+    assert err.startswith(f"sdlite: reading {tmp_path}\n")
+    assert len(list((tmp_path / "run").glob("preview-*.png"))) == 2
+    assert command("generate", "a pear", "-m", tmp_path / "run", "--steps", 1, "-o", tmp_path / "drawn" / "a.png") == 0
+
+    (tmp_path / "pear.txt").write_text("a pear")
+    assert command(*run[:-1], 4, "--start", "tiny") == 2  # the old name of --from
+    assert "other captions or file names; --new-data goes on with them" in capfd.readouterr().err
+    assert command(*run, "--decay", "cosine", "--data", tmp_path / "none") == 2
+    assert "none is no folder; give one with pictures" in capfd.readouterr().err
+
+
+def test_help_of_training_shows_its_defaults(capsys):
+    assert command("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("batch_size", "lr"):
+        assert ", ".join(f"{stage} {defaults[flag]:g}" for stage, defaults in DEFAULTS.items()) in text
+    fields = TrainConfig(minutes=1)
+    for flag in ("decay", "precision", "seed", "save_minutes", "show_minutes"):
+        value = getattr(fields, flag)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        assert re.search(rf"--{flag.replace('_', '-')} .{{0,120}}?\[default: \({shown}\)\]", text), flag
+
+
+def test_torchrun_leaves_our_flags_alone():
+    """It takes every flag that is the start of one of its own for itself, wherever it stands."""
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    theirs = [option for action in parser._actions for option in action.option_strings]
+    trained = next(entry for entry in app.registered_commands if entry.callback.__name__ == "train").callback
+    flags = {"--from", "--data", "--output"} | {f"--{name.replace('_', '-')}" for name in trained.__annotations__}
+    flags -= {"--stage", "--folder", "--start"}  # arguments, and the old name of --from
+    assert "--size" in flags and not [f for f in flags for t in theirs if t.startswith(f)]
+    given = ["--nproc-per-node", "2", "-m", "sdlite", "train", "denoiser", "--from", "half", "--data", "d"]
+    assert parser.parse_args(given).training_script_args == given[4:]
+
+
+@pytest.mark.slow
+def test_the_command_of_the_card_runs_on_two_processes(folder, runs, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    run = ["-m", "sdlite", "train", "denoiser", "--data", str(folder), "-o", str(tmp_path / "run")]
+    run += ["--from", str(runs / "denoiser"), "--batch-size", "2", "--samples", "8", "--decay", "cosine"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *run], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_model(tmp_path / "run").config == load_model(runs / "denoiser").config
 
 
 def test_a_dit_trains_and_draws(folder, runs, tmp_path):
@@ -437,14 +655,14 @@ def test_objectives(folder, runs, tmp_path, monkeypatch):
         run(options={"samples": 4, "batch_size": 2, **fields, "size": 64})
     with (
         monkeypatch.context() as other,
-        pytest.raises(ValueError, match=r"is a run with data=\w{12}, not \w{12}; resume"),
+        pytest.raises(ValueError, match=r"is a run with data=\w{12}, not \w{12}: other captions"),
     ):
         one = {"file_name": "train/box-warm.png", "text": "another"}
         other.setattr("sdlite.train.denoiser.read_records", lambda *_: [one])
         run(options={"samples": 4, "batch_size": 2, **fields})
     with pytest.raises(ValueError, match="has no answer to pure noise; use v, or"):
         run(options={"samples": 4, "batch_size": 2, "prediction": "epsilon"})
-    with pytest.raises(ValueError, match="--min-snr-gamma, --zero-terminal-snr are the denoiser's"):
+    with pytest.raises(ValueError, match="--min-snr-gamma is for denoiser; leave it out"):
         train("text", folder, tmp_path, options={"samples": 1, "min_snr_gamma": 5.0})
 
 
@@ -458,7 +676,7 @@ def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
     monkeypatch.setattr("sdlite.train.denoiser.emoji_dit", lambda *_, sample_size: DIT.replace(sample_size=sample_size))
     train("denoiser", folder, tmp_path, folders=parts, options={"arch": "dit", "samples": 2, "batch_size": 2})
     assert load_model(tmp_path / "export").config.denoiser == DIT
-    with pytest.raises(ValueError, match="of another model; delete it, or train into another folder"):
+    with pytest.raises(ValueError, match=r"is a run with network.kind=DiT, not UNet"):
         train("denoiser", folder, tmp_path, folders=parts, options={"samples": 4, "batch_size": 2})
 
 

@@ -40,6 +40,7 @@ from sdlite.config import (
     tiny,
     tiny_dit,
 )
+from sdlite.files import exported
 from sdlite.models.codec import LatentCodec
 from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder, load_tokenizer, text_state_dict
@@ -117,7 +118,7 @@ def load_model(
 def _folder_of(path: str | Path, location: Path, variant: str | None) -> Path:
     """The folder of a model on this machine, fetched from the hub if it is none."""
     if location.is_dir():
-        return location
+        return exported(location, "model_index.json")
     if is_hub_id(str(path)):
         return download(str(path), variant=variant)
     raise CheckpointError(f"{path} does not exist; give a model folder, a .safetensors file or a hub id (org/name)")

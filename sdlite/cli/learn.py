@@ -43,56 +43,125 @@ def train(
     stage: Annotated[
         Literal["codec", "text", "denoiser", "segmentation"], typer.Argument(help="The first three in this order.")
     ],
-    folder: Annotated[Path, typer.Option("--data", help="What `sdlite data` made, or pictures with metadata.jsonl.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Of the run; one that is there is resumed.")],
-    minutes: Annotated[float | None, typer.Option(help="Budget of this call.")] = None,
+    folder: Annotated[
+        Path, typer.Option("--data", help="Pictures with captions: .txt files beside them, metadata.jsonl or .csv.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the run; one that is there goes on where it was stopped.")
+    ],
+    minutes: Annotated[float | None, typer.Option(help="Time for this call.")] = None,
     samples: Annotated[int | None, typer.Option(help="Length of the whole run.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", "--start", metavar="MODEL", help="Denoiser: the model to train on, such as emoji-128."),
+    ] = None,
     codec: Annotated[
         Path | None,
-        typer.Option(help="Export folder of that stage: for the denoiser; for codec, to train its decoder on."),
+        typer.Option(help="Denoiser: the codec stage's folder. Codec: the one whose decoder is trained further."),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="For the denoiser: export folder of that stage.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="For text: folder of a sentence encoder.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Denoiser: the text stage's folder.")] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Text: folder of a sentence encoder to learn from. Codec: one of pictures of half the size."),
+    ] = None,
     arch: Annotated[
         Literal["unet", "dit", "fcn"] | None,
-        typer.Option(help="For the denoiser: unet, dit; for segmentation: unet, fcn.", show_default="unet"),
+        typer.Option(help="Denoiser: unet or dit. Segmentation: unet or fcn.", show_default="unet"),
     ] = None,
-    start: Annotated[
-        Path | None, typer.Option(help="For the denoiser: model to train on, emoji-128 or a folder.")
+    size: Annotated[
+        int | None,
+        typer.Option(help="Denoiser and codec: side of the pictures in pixels.", show_default="256, or the model's"),
     ] = None,
-    size: Annotated[int | None, typer.Option(help="For the denoiser: of the pictures.", show_default="256")] = None,
+    fit: Annotated[
+        Literal["crop", "pad"] | None,
+        typer.Option(help="Pictures that are not square: cut off the ends, or add white bars.", show_default="crop"),
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,...", help="Segmentation: how much each class counts.", show_default="all 1"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Per process.", show_default="codec 12, text 32, denoiser 32, segmentation 8"),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Highest learning rate.", show_default="codec 0.002, text 0.0005, denoiser 0.003, segmentation 0.002"
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "muon"] | None,
+        typer.Option(help="Muon learns more per sample.", show_default="denoiser muon, others adamw"),
+    ] = None,
+    decay: Annotated[
+        Literal["constant", "cosine"] | None,
+        typer.Option(help="cosine lets the rate fall to zero at --samples.", show_default="constant"),
+    ] = None,
+    precision: Annotated[
+        Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of autocast on a GPU.", show_default="no")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and noise.", show_default="0")] = None,
+    save_minutes: Annotated[
+        float | None, typer.Option(help="Between checkpoints; 0 is only at the end.", show_default="4")
+    ] = None,
+    show_minutes: Annotated[
+        float | None, typer.Option(help="Between exports with previews; 0 is only at the end.", show_default="20")
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw OUTPUT/curves.png.")] = False,
+    new_data: Annotated[
+        bool, typer.Option("--new-data", help="Go on although the data are not those that the run began with.")
+    ] = False,
     prediction: Annotated[
-        Literal["epsilon", "v"] | None, typer.Option(help="For the denoiser.", show_default="v")
+        Literal["epsilon", "v"] | None, typer.Option(help="Denoiser: what it predicts.", show_default="v")
     ] = None,
     timesteps: Annotated[
-        Literal["uniform", "logit_normal"] | None, typer.Option(help="For the denoiser.", show_default="logit_normal")
+        Literal["uniform", "logit_normal"] | None,
+        typer.Option(help="Denoiser: which noise levels it sees most.", show_default="logit_normal"),
     ] = None,
     min_snr_gamma: Annotated[
-        float | None, typer.Option(help="For the denoiser; 0 weighs all timesteps alike.", show_default="5")
+        float | None,
+        typer.Option(help="Denoiser: limit of the weight of clean levels; 0 weighs all alike.", show_default="5"),
     ] = None,
     zero_terminal_snr: Annotated[
         bool | None,
-        typer.Option("--zero-terminal-snr/--no-zero-terminal-snr", help="For the denoiser.", show_default="on"),
+        typer.Option(
+            "--zero-terminal-snr/--no-zero-terminal-snr",
+            help="Denoiser: the last noise level is pure noise.",
+            show_default="on",
+        ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Per process.")] = None,
     adversarial: Annotated[
-        bool | None, typer.Option("--adversarial", help="For the codec, with --codec: sharpen its decoder's edges.")
+        bool | None, typer.Option("--adversarial", help="Codec, with --codec: sharpen its decoder's edges.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    optimizer: Annotated[Literal["adamw", "muon"] | None, typer.Option(help="Muon learns more per sample.")] = None,
-    decay: Annotated[Literal["constant", "cosine"] | None, typer.Option(help="cosine needs --samples.")] = None,
-    precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of autocast.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and noise.")] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw OUTPUT/curves.png.")] = False,
 ) -> None:
-    """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made."""
+    """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made.
+
+    Ctrl-C stops in order: the run is saved and exported, and the same command goes on with it.
+
+    sdlite train denoiser --data pictures --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10
+
+    sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine
+    """
+    from sdlite.train.folder import MASKED, read_records
+
+    typer.echo(f"sdlite: reading {folder}", err=True)
+    read_records(folder, fields=MASKED if stage == "segmentation" else ("file_name", "text"))  # faults at once
     from sdlite.train.stages import train as run
 
     limit_threads()
-    apart = ("stage", "folder", "output", "codec", "text", "teacher", "start", "run", "apart")
-    options = {name: value for name, value in locals().items() if name not in apart}
-    parts = {"codec": codec, "text": text, "teacher": teacher, "start": start}
+    apart = {"stage", "folder", "output", "codec", "text", "teacher", "start", "run", "read_records", "MASKED"}
+    options = {name: value for name, value in locals().items() if name not in apart | {"apart"}}
+    options["class_weights"] = None if class_weights is None else _numbers(class_weights)
+    parts = {"codec": codec, "text": text, "teacher": teacher, "start": None if start is None else Path(start)}
     run(stage, folder, output, folders=parts, options=options)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--class-weights={text} must be numbers with commas between them, one per class") from None
 
 
 @app.command()

@@ -91,6 +91,14 @@ def parse_prompt(prompt: str) -> list[list[Piece]]:
     return [_merged(section) for section in sections]
 
 
+def escaped(text: str) -> str:
+    """A prompt of which every character is plain text, whatever `text` holds.
+
+    BREAK, which no backslash protects, becomes lower case; CLIP's tokenizer knows no upper case.
+    """
+    return _BREAK.sub("break", re.sub(r"[\\()\[\]]", r"\\\g<0>", text))
+
+
 def _match_brackets(marks: Sequence[re.Match[str]]) -> tuple[dict[int, float | None], set[int]]:
     """Where round brackets open, with the explicit weight of each (None: 1.1), and where one of them closes.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdlite.config import TextConfig
-from sdlite.models.prompt import Piece, Token, parse_prompt, split_chunks
+from sdlite.models.prompt import Piece, Token, escaped, parse_prompt, split_chunks
 from sdlite.models.vocabulary import BOS, EOS, read_pad_token, read_vocabulary, standard_vocabulary
 
 MAX_CHUNKS = 64  # 4,800 tokens for SD: what the longest prompt of English words that a Request takes comes to
@@ -95,10 +95,21 @@ class TextEncoder(nn.Module):
                     ids, rows = [], []
         return words
 
+    def caption_tokens(self, caption: str) -> tuple[list[int], bool]:
+        """Ids of a caption's first chunk, without start and end, and whether that is the whole caption.
+
+        What a model is trained on: brackets in it are plain text. `encode` of the escaped caption has the same tokens.
+        """
+        chunks = self._split(escaped(caption))
+        return [token.id for token in chunks[0]], len(chunks) == 1
+
+    def _split(self, prompt: str) -> list[list[Token]]:
+        sections = [self._tokens(pieces) for pieces in parse_prompt(_checked(prompt))]
+        return split_chunks(sections, self.config.max_position_embeddings - 2, self._comma)
+
     def _chunks(self, prompt: str) -> list[list[Token]]:
         """Weighted tokens of a prompt in chunks of up to L - 2."""
-        sections = [self._tokens(pieces) for pieces in parse_prompt(_checked(prompt))]
-        chunks = split_chunks(sections, self.config.max_position_embeddings - 2, self._comma)
+        chunks = self._split(prompt)
         if len(chunks) > MAX_CHUNKS:
             raise ValueError(f"prompt is too long: {len(chunks)} chunks of tokens, at most {MAX_CHUNKS} are possible")
         return chunks

@@ -20,17 +20,21 @@ how far its features of output and picture are apart (Wang et al. 2018).
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlite.config import AutoencoderKLConfig
-from sdlite.images import contact_sheet, to_pil
+from sdlite.files import exported
+from sdlite.images import contact_sheet, save_picture, to_pil
 from sdlite.models.codec import LatentCodec
-from sdlite.train.data import composed, load_pixels, normal, on_white, read_records, sample_generator
+from sdlite.train.data import Fit, composed, fit_notes, load_pixels, normal, on_white, sample_generator
+from sdlite.train.exports import built, fill, identity, read_config
+from sdlite.train.folder import fingerprints, read_records
 
 KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reach, costs no sharpness
 MIN_DEVIATION = 1e-3  # of a latent channel; below it the channel is dead
@@ -153,10 +157,10 @@ class CodecTask(nn.Module):
     weights and all samples. start: an exported codec to begin with, of which only the decoder is trained, on whole
     pictures: the latents stay what they are, and a denoiser that was trained on them stays right. adversarial: train
     that decoder against a discriminator as well. teacher: an exported codec of pictures of half the size, whose latents
-    this one shall have.
+    this one shall have. fit: of `fitted`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         data: Path,
         config: AutoencoderKLConfig,
@@ -165,6 +169,7 @@ class CodecTask(nn.Module):
         cropped: int = CROPPED,
         seed: int = 0,
         start: Path | None = None,
+        fit: Fit = "crop",
         adversarial: bool = False,
         teacher: Path | None = None,
     ) -> None:
@@ -176,13 +181,23 @@ class CodecTask(nn.Module):
         records = read_records(data)
         held_out = (read_records(data, "validation") or records)[:HELD_OUT]
         self.crop, self.cropped, self.seed = size // 2, cropped, seed
-        self.pixels = load_pixels(data, records, size)
-        self.held_out = load_pixels(data, held_out, size)
+        self.pixels = load_pixels(data, records, size, fit)
+        self.held_out = load_pixels(data, held_out, size, fit)
+        self.notes = fit_notes(data, records, fit)
+        self.settings: dict[str, Any] = {
+            **fingerprints(data, records),
+            **{"size": size, "fit": fit, "cropped": cropped, "adversarial": adversarial, "start": "", "teacher": ""},
+            "network": config.model_dump(mode="json"),
+        }
         self.codec = LatentCodec(config)
         self.codec.train()
         initialize(self.codec, torch.Generator().manual_seed(seed))
         if start is not None:
-            self.codec.load_state_dict(load_codec(start).state_dict())
+            other = load_codec(start)
+            if other.config != config:
+                raise ValueError(f"{start} is a codec of another shape than the one to train; leave --codec out")
+            self.codec.load_state_dict(other.state_dict())
+            self.settings["start"] = codec_identity(other)
             self.codec.model.encoder.requires_grad_(False)
             self.codec.model.quant_conv.requires_grad_(False)
             self.cropped = 0
@@ -190,6 +205,8 @@ class CodecTask(nn.Module):
         if self.teacher and self.teacher[0].config.latent_channels != config.latent_channels:
             theirs = self.teacher[0].config.latent_channels
             raise ValueError(f"{teacher} has latents of {theirs} channels, not {config.latent_channels}")
+        if self.teacher:
+            self.settings["teacher"] = codec_identity(self.teacher[0])
         self.keeps_latents = start is not None or teacher is not None
         self.discriminator = Discriminator(torch.Generator().manual_seed(seed)) if adversarial else None
 
@@ -248,7 +265,7 @@ class CodecTask(nn.Module):
 
     def preview(self, path: Path) -> None:
         images, output = self._held_out(SHOWN)
-        contact_sheet(to_pil(torch.cat([images, output]))).save(path)
+        save_picture(contact_sheet(to_pil(torch.cat([images, output]))), path, force=True)
 
     def export(self, folder: Path) -> None:
         save_codec(self.codec if self.keeps_latents else normalized(self.codec, self.pixels), folder)
@@ -279,12 +296,18 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def load_codec(folder: Path) -> LatentCodec:
-    """What `sdlite train codec` exported, frozen."""
+    """What `sdlite train codec` exported, frozen. folder: the export, or the run that it is in."""
+    folder = exported(folder, "codec.json")
     if not (folder / "codec.json").is_file():
         raise FileNotFoundError(f"{folder} holds no codec; run `sdlite train codec` first and give its export folder")
-    codec = LatentCodec(AutoencoderKLConfig.model_validate_json((folder / "codec.json").read_text()))
-    codec.load_state_dict(load_file(folder / "codec.safetensors"))
+    config = read_config(AutoencoderKLConfig, folder / "codec.json")
+    codec = built(lambda: LatentCodec(config), folder / "codec.json")
+    fill(codec, folder / "codec.safetensors")
     return codec.eval().requires_grad_(False)
+
+
+def codec_identity(codec: LatentCodec) -> str:
+    return identity(codec, codec.config.model_dump(mode="json"))
 
 
 def decoder_gflop(config: AutoencoderKLConfig, size: int) -> float:

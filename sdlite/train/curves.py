@@ -4,7 +4,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-SETTINGS = {"samples", "lr", "samples_per_second", "time"}  # of a line; the rest are figures
+from sdlite.files import atomic_file
+
+SETTINGS = {"samples", "lr", "samples_per_second", "time", "changed"}  # of a line; the rest are figures
 
 
 def read_log(log: Path) -> dict[str, list[tuple[int, float]]]:
@@ -36,4 +38,5 @@ def draw_curves(log: Path, path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "", label=name)
         axis.set(xlabel="samples", title=title)
         axis.legend()
-    figure.savefig(path, dpi=100)
+    with atomic_file(path, force=True) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")

@@ -1,29 +1,31 @@
-"""A folder of pictures and captions, in memory: what `sdlite data emoji` writes, or any "imagefolder" of your own.
+"""The pictures and captions of a data folder (see folder.py) in memory, and the randomness of a sample.
 
-    DIR/train/metadata.jsonl   one line per picture: {"file_name": "a.png", "text": "a red apple", ...}
-    DIR/train/a.png            any size; transparency is kept, so that backgrounds can vary
-
-validation/ and test/ are alike and optional. Without splits, DIR/metadata.jsonl is the training data. Where a line has
-"concept" and "style", captions are made of these, of "names" (what people call it) and of "descriptions".
+Pictures may have any size; their transparency is kept, so that backgrounds can vary. Where a record has "concept" and
+"style", captions are made of these, of "names" (what people call it) and of "descriptions".
 """
 
+import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlite.images import decoded
+from sdlite.files import atomic_file
+from sdlite.images import FORMATS, decoded, open_picture
+from sdlite.models.text import TextEncoder
+from sdlite.train.folder import Records
 
-Records = list[dict[str, Any]]
 Generator = np.random.Generator
+Fit = Literal["crop", "pad"]
 
 
 def sample_generator(seed: int, number: int) -> Generator:
@@ -36,62 +38,71 @@ def normal(generators: Sequence[Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
 
 
-def keep(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a cache in one step: processes that train together may all do so, while others read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+def cached(path: Path | None, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """make(), or what it gave before if the file at path was written under the same key.
 
-
-def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("file_name", "text")) -> Records:
-    """Lines of a split's metadata.jsonl, file names made relative to folder; none for an absent held-out split.
-
-    Raises FileNotFoundError without training data, ValueError for a line that is no record.
+    key: a hash of all that the tensors depend on. A file of another key, or a damaged one, is made again and replaced.
     """
-    inside = folder / split if (folder / "train").is_dir() else folder
-    path = inside / "metadata.jsonl"
-    if split != "train" and (inside == folder or not path.is_file()):
-        return []
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; make the data with `sdlite data emoji -o {folder}`")
-    records = []
-    for i, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in fields):
-            raise ValueError(f"{path}:{i} must be a JSON object with text as " + " and ".join(f'"{n}"' for n in fields))
-        for name in fields:
-            if name.endswith("file_name"):
-                file = Path(os.path.normpath(record[name]))
-                if file.is_absolute() or ".." in file.parts:
-                    raise ValueError(f"{path}:{i}: {name}={record[name]!r} leads out of the folder; copy it there")
-                record[name] = (inside / file).relative_to(folder).as_posix()
-        records.append(record)
-    if split == "train" and not records:
-        raise ValueError(f"{path} lists no picture; give a folder with some")
-    return records
+    if path is None:
+        return make()
+    if path.is_file():
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return load_file(path)
+    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+    with atomic_file(path, force=True) as temporary:
+        save_file(tensors, temporary, {"key": key})
+    return tensors
 
 
-def load_pixels(folder: Path, records: Records, size: int) -> Tensor:
-    """(N, 4, size, size) uint8 RGBA of all records, scaled to fit and centred on transparency."""
+def key_of(**facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def load_pixels(folder: Path, records: Records, size: int, fit: Fit = "crop") -> Tensor:
+    """(N, 4, size, size) uint8 RGBA of all records; see `fitted`."""
     pixels = np.zeros((len(records), size, size, 4), np.uint8)
     for row, record in zip(pixels, records, strict=True):
-        row[:] = np.asarray(fitted(decoded(folder / record["file_name"]).convert("RGBA"), size))
+        row[:] = np.asarray(fitted(_rgba(folder / record["file_name"]), size, fit))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def fitted(image: Image.Image, size: int) -> Image.Image:
-    """The whole picture in a square of size x size pixels."""
+def _rgba(path: Path) -> Image.Image:
+    """A picture as `open_picture` reads it, but with its transparency."""
+    image = decoded(path)
+    return (image if image.has_transparency_data else open_picture(image)).convert("RGBA")
+
+
+def fitted(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
+    """An RGBA picture as a square of size x size pixels.
+
+    fit: "pad" keeps the whole picture, in the middle of a transparent square; "crop" keeps its middle square. A picture
+    with transparent parts is always padded, since more transparency around it does not show.
+    """
     if image.size == (size, size):
         return image
+    if fit == "crop" and np.asarray(image)[..., 3].min() == 255:
+        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     scale = size / max(image.size)
     small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (size, size))
     square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
     return square
+
+
+def fit_notes(folder: Path, records: Records, fit: Fit) -> list[str]:
+    """What to tell the user of pictures that are not square."""
+    shapes = [_shape(folder / record["file_name"]) for record in records]
+    count = sum(width != height for width, height in shapes)
+    if not count:
+        return []
+    what = "get white bars (fit=pad)" if fit == "pad" else "lose their ends (fit=crop), unless they are transparent"
+    return [f"{count} of {len(records)} pictures are not square: they {what}"]
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    with Image.open(path, formats=FORMATS) as image:  # the header alone; `load_pixels` has read the whole file
+        return image.size
 
 
 def composed(pixels: Tensor, colours: Tensor) -> Tensor:
@@ -103,6 +114,21 @@ def composed(pixels: Tensor, colours: Tensor) -> Tensor:
 
 def on_white(pixels: Tensor) -> Tensor:
     return composed(pixels, torch.ones(len(pixels), 3))
+
+
+def tokenize(text: TextEncoder, captions: Sequence[str]) -> Tensor:
+    """(B, L) token ids as the pipeline makes them of each caption's first chunk: start, tokens, end, padding."""
+    config, length = text.config, text.config.max_position_embeddings
+    rows = [[config.bos_token_id, *text.caption_tokens(c)[0], config.eos_token_id] for c in captions]
+    return torch.tensor([row + [config.pad_token_id] * (length - len(row)) for row in rows])
+
+
+def cut_notes(text: TextEncoder, captions: Sequence[str]) -> list[str]:
+    """What to tell the user of captions that are too long to be learned whole."""
+    cut = sum(not text.caption_tokens(caption)[1] for caption in captions)
+    tokens = text.config.max_position_embeddings - 2
+    what = f"{cut} of {len(captions)} captions have more than {tokens} tokens; what comes after them is not learned"
+    return [what] if cut else []
 
 
 TEMPLATES = (

@@ -9,17 +9,14 @@ and Salimans 2022).
 """
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import Field, model_validator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,27 +25,30 @@ from sdlite.checkpoints.save import save_folder
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, Request, ScheduleConfig, UNetConfig
 from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
-from sdlite.images import contact_sheet
+from sdlite.images import contact_sheet, save_picture
 from sdlite.models.codec import LatentCodec
 from sdlite.models.dit import DiT
 from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline
-from sdlite.train.augment import SIDED, Example, augmented
+from sdlite.train.codec import codec_identity
 from sdlite.train.data import (
+    Fit,
     Generator,
-    Records,
+    cached,
     caption_of,
-    keep,
+    cut_notes,
+    fit_notes,
+    key_of,
     load_pixels,
     normal,
-    on_white,
-    read_records,
     sample_generator,
-    subject_of,
+    tokenize,
 )
+from sdlite.train.folder import caption_notes, fingerprints, read_records
+from sdlite.train.latents import PLAIN, Latents, encode, encode_tokens, preview_prompt
+from sdlite.train.text import text_identity
 
-PLAIN = 2  # views of a picture that show it whole, as it is and mirrored
 DROPPED = 0.1  # part of the samples without a caption
 HELD_OUT = 256  # pictures whose loss is measured
 EVEN = 8
@@ -120,73 +120,15 @@ class Objective(Record):
 OBJECTIVE = Objective()
 
 
-class Latents(NamedTuple):
-    """Training data of the denoiser, view by view of all records. x_0: (N, C, h, w); tokens: (N, T), of captions."""
-
-    x_0: Tensor
-    tokens: Tensor
-
-
-def view(
-    mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
-) -> tuple[Tensor, str]:
-    """Image (4, S, S) uint8 and caption: the first view is plain, the second mirrored if right, then composed."""
-    record, pixels = mine
-    caption = caption_of(record, generator)
-    if number == 0 or "concept" not in record:
-        return pixels, caption
-    if number < PLAIN:
-        return (pixels if SIDED.search(str(record["concept"])) else pixels.flip(-1)), caption
-    first, second = (
-        Example(Image.fromarray(p.permute(1, 2, 0).numpy()), subject_of(r, generator), str(r.get("style", "")))
-        for r, p in (mine, other)
-    )
-    made = augmented(first, second, generator)
-    return torch.frombuffer(bytearray(made.image.tobytes()), dtype=torch.uint8).view(*pixels.shape[1:], 4).permute(
-        2, 0, 1
-    ), made.caption
-
-
-@torch.no_grad()
-def encode(
-    codec: LatentCodec, text: TextEncoder, records: Records, pixels: Tensor, *, views: int, seed: int, batch: int = 32
-) -> Latents:
-    """All views of all records as latents in float16 and tokens."""
-    x_0, captions = [], []
-    for number in range(views):
-        for start in range(0, len(records), batch):
-            rows = range(start, min(start + batch, len(records)))
-            made = []
-            for i in rows:
-                generator = sample_generator(seed, number * len(records) + i)
-                j = int(generator.integers(len(records)))
-                made.append(view((records[i], pixels[i]), (records[j], pixels[j]), number, generator))
-            x_0.append(codec.encode(on_white(torch.stack([image for image, _ in made]))).half())
-            captions += [caption for _, caption in made]
-    return Latents(torch.cat(x_0), tokenize(text, captions))
-
-
-def tokenize(text: TextEncoder, captions: list[str]) -> Tensor:
-    """(B, T) int64 as the pipeline has them; a caption beyond T tokens is cut."""
-    length = text.config.max_position_embeddings
-    rows = text.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return rows["input_ids"]
-
-
-@torch.no_grad()
-def encode_tokens(text: TextEncoder, tokens: Tensor) -> Tensor:
-    """(B, T, D) of tokens (B, T)."""
-    return text.model(tokens).last_hidden_state
-
-
 class DenoiserTask(nn.Module):
     """Learns to predict the noise, or the velocity, in the latents of a data folder.
 
     parts: codec and text encoder, frozen. config: of the network, whose prediction the objective sets; a DiT's
-    sample_size must be the pictures'. views: of each picture. cache: file that keeps the latents and contexts.
+    sample_size must be the pictures'. views: of each picture. cache: file that keeps the latents and tokens. fit: of
+    `fitted`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         data: Path,
         parts: tuple[LatentCodec, TextEncoder],
@@ -197,6 +139,7 @@ class DenoiserTask(nn.Module):
         cache: Path | None = None,
         seed: int = 0,
         objective: Objective = OBJECTIVE,
+        fit: Fit = "crop",
     ) -> None:
         super().__init__()
         self.seed, self.objective = seed, objective
@@ -209,13 +152,46 @@ class DenoiserTask(nn.Module):
         self.schedule = Schedule(objective.schedule())
         self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
         self.records, self.held_records = read_records(data), read_records(data, "validation")
-        known = hashlib.sha256(json.dumps(self.records).encode()).hexdigest()[:12]
-        self.settings = {"data": known, "size": size, "start": "", **objective.model_dump()}  # of a run and its resume
-        pixels = load_pixels(data, self.records, size)
-        self.latents = _cached(cache, lambda: encode(*parts, self.records, pixels, views=views, seed=seed))
-        held = (self.held_records or self.records)[:HELD_OUT]
-        self.held_out = encode(*parts, held, load_pixels(data, held, size), views=1, seed=seed)
+        made_of = {
+            **fingerprints(data, self.records),
+            **{"size": size, "fit": fit, "views": views},
+            **{"codec": codec_identity(parts[0]), "text": text_identity(parts[1])},
+        }
+        self.settings = made_of | {"start": "", **objective.model_dump(), "network": _described(self.denoiser.config)}
+        self.notes = caption_notes(data) + fit_notes(data, self.records, fit)
+        self.notes += cut_notes(parts[1], [record["text"] for record in self.records])
         self.empty = tokenize(parts[1], [""])
+        self.begun, self.previews = False, SHOWN
+        self._say: Callable[[str], None] = lambda text: None
+        key = key_of(seed=seed, **made_of)
+        load = partial(load_pixels, data, size=size, fit=fit)
+        encoded = partial(encode, *parts, seed=seed)
+
+        def encode_all() -> dict[str, Tensor]:
+            return encoded(self.records, load(self.records), views=views, say=self._say)._asdict()
+
+        held = (self.held_records or self.records)[:HELD_OUT]
+        self._make: Callable[[], tuple[Latents, Latents]] = lambda: (
+            Latents(**cached(cache, key, encode_all)),
+            encoded(held, load(held), views=1),
+        )
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Encodes the data, or takes them from the cache; what needs them does so by itself."""
+        self._say = say
+        _ = self._encoded
+
+    @cached_property
+    def _encoded(self) -> tuple[Latents, Latents]:
+        return self._make()
+
+    @property
+    def latents(self) -> Latents:
+        return self._encoded[0]
+
+    @property
+    def held_out(self) -> Latents:
+        return self._encoded[1]
 
     def start_from(self, model: ModelParts) -> None:
         """Its weights and noise, of training on other pictures, say, or at half the size: a quarter of the cost."""
@@ -223,7 +199,7 @@ class DenoiserTask(nn.Module):
             raise ValueError("the denoiser to start from has another shape or prediction; take the same config")
         self.denoiser.load_state_dict(model.denoiser.state_dict())
         self.schedule = Schedule(self.objective.schedule(model.config.schedule))
-        self.settings["start"] = model.hash[:12]
+        self.settings["start"], self.begun = model.hash[:12], True
 
     @property
     def size(self) -> int:
@@ -296,14 +272,14 @@ class DenoiserTask(nn.Module):
         held = self.held_records or self.records
         chosen = self.records[:: max(1, len(self.records) // SHOWN * 2)][: SHOWN // 2]
         chosen += held[:: max(1, len(held) // SHOWN * 2)][: SHOWN // 2]
-        prompts = [str(record["text"]) for record in chosen]
+        captions = [str(record["text"]) for record in chosen]
         pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, sample_size=self.sample_size)
         text.to(self.device)
         requests = [
             Request(prompt=p, seed=i, steps=PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE)
-            for i, p in enumerate(prompts)
+            for i, p in enumerate(preview_prompt(text, caption) for caption in captions)
         ]
-        contact_sheet(pipe.generate(requests), prompts, columns=6).save(path)
+        save_picture(contact_sheet(pipe.generate(requests), captions, columns=6), path, force=True)
 
     def export(self, folder: Path) -> None:
         """The whole model in diffusers' folder layout, in float16, with a list of its sums."""
@@ -315,7 +291,6 @@ class DenoiserTask(nn.Module):
             codec=codec.config,
             sample_size=self.sample_size,
         )
-        shutil.rmtree(folder, ignore_errors=True)
         parts = assembled(text, self.denoiser, codec, config, folder.name, [])
         save_folder(parts, folder, dtype=torch.float16, max_shard_size=SHARD_BYTES)
         write_sums(folder)
@@ -355,10 +330,5 @@ def initialize(denoiser: Network, generator: torch.Generator) -> None:
                 table.zero_()
 
 
-def _cached(path: Path | None, make: Callable[[], Latents]) -> Latents:
-    if path is not None and path.is_file():
-        return Latents(**load_file(path))
-    latents = make()
-    if path is not None:
-        keep(latents._asdict(), path)
-    return latents
+def _described(config: DenoiserConfig) -> dict[str, Any]:
+    return {"kind": type(config).__name__.removesuffix("Config"), **config.model_dump(mode="json")}

@@ -19,7 +19,8 @@ from sdlite.images import contact_sheet, to_pil
 from sdlite.pipeline import Pipeline
 from sdlite.train.augment import a
 from sdlite.train.codec import psnr
-from sdlite.train.data import load_pixels, on_white, read_records
+from sdlite.train.data import load_pixels, on_white
+from sdlite.train.folder import read_records
 from sdlite.train.judge import JudgeTask, load_judge
 from sdlite.train.loop import TrainConfig, fit
 from sdlite.train.probes import NOUNS, probes, right_and_chance

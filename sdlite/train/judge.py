@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdlite.train.data import composed, load_pixels, on_white, read_records, sample_generator
+from sdlite.train.data import composed, load_pixels, on_white, sample_generator
+from sdlite.train.folder import read_records
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)

@@ -19,8 +19,9 @@ from PIL import Image
 
 from sdlite.images import decoded
 from sdlite.train.backgrounds import altered, crop, leaves, pattern
-from sdlite.train.data import Generator, read_records, sample_generator
+from sdlite.train.data import Generator, sample_generator
 from sdlite.train.emoji import Source, archive, fetch
+from sdlite.train.folder import read_records
 
 NUCLEI = Source("pip", "stardist", "0.9.2", "BSD-3-Clause", author="Data Science Bowl 2018 (BBBC038), CC0")
 PHOTOS = Source("pip", "scikit-image", "0.26.0", "BSD-3-Clause", author="photos: CC0 or public domain")

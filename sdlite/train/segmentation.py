@@ -1,22 +1,20 @@
-"""The segmentation task: pictures and the class of each of their pixels.
+"""The segmentation task: pictures and the class of each of their pixels; pairs.py says how a folder holds them.
 
-    DIR/train/metadata.jsonl   one line per picture: {"file_name": "a.png", "mask_file_name": "masks/a.png", ...}
-    mask                       8 bits: the class number of each pixel, 255 where it does not count
-
-validation/ or test/ is alike and measured. Hugging Face datasets loads the folder as "imagefolder".
 A sample is a square cut out of a picture at random, in one of its 8 turns and reflections; where the network looks
 further than the square, the picture goes on or is mirrored.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlite.images import contact_sheet, decoded
+from sdlite.images import contact_sheet, save_picture
 from sdlite.segmentation.losses import combined
 from sdlite.segmentation.metrics import boundary_counts, boundary_f1, confusion, iou, mean_iou
 from sdlite.segmentation.models import SegmentationUNet
@@ -28,61 +26,45 @@ from sdlite.segmentation.segmenter import (
     UNetPlan,
     build,
     mask_image,
-    mirrored,
-    pixels_of,
-    standardized,
 )
-from sdlite.train.data import Records, read_records, sample_generator
+from sdlite.train.data import sample_generator
+from sdlite.train.folder import MASKED, fingerprints, read_records
+from sdlite.train.pairs import IGNORED, Pair, channels_of, labels_of, read_pairs
 
-IGNORED = 255  # in masks, as in PASCAL VOC
-FIELDS = ("file_name", "mask_file_name")
 SHOWN = 8  # pictures of the preview
 BOTH = {"cross_entropy": 1.0, "dice": 1.0}
 
 
-class Pair:
-    """A picture, (C, H, W), and its mask, (H, W), both uint8 where they can be."""
-
-    def __init__(self, folder: Path, record: Mapping[str, str], channels: int) -> None:
-        self.pixels = pixels_of(decoded(folder / record["file_name"]), channels)
-        mask = decoded(folder / record["mask_file_name"])
-        if mask.mode not in ("L", "P"):
-            raise ValueError(f"{record['mask_file_name']} is {mask.mode}; a mask has 8 bits: class numbers")
-        classes = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
-        self.mask = classes.view(mask.height, mask.width)
-        if self.mask.shape != self.pixels.shape[1:]:
-            raise ValueError(f"{record['mask_file_name']} and its picture must have one size")
-
-    def sample(self, side: int, margin: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Picture (C, side + 2 margin, the same), standardized over the whole picture, and mask (side, side)."""
-        lines, inner = [], []
-        for size in self.mask.shape:
-            start = int(generator.integers(min(0, size - side), max(0, size - side) + 1))
-            line = mirrored(start - margin, start + side + margin, size)
-            line = line.flip(0) if generator.random() < 0.5 else line
-            lines.append(line)
-            inner.append(line[margin : margin + side])
-        values = standardized(self.pixels)[:, lines[0]][:, :, lines[1]]
-        mask = self.mask[inner[0]][:, inner[1]].long()
-        return (values.mT, mask.mT) if generator.random() < 0.5 else (values, mask)
-
-
-def read_pairs(folder: Path, records: Records, channels: int) -> list[Pair]:
-    return [Pair(folder, record, channels) for record in records]
-
-
 class SegmentationTask(nn.Module):
-    """Classes of the pixels of a data folder. terms: of the loss, see `combined`. seed: of weights and samples."""
+    """Classes of the pixels of a data folder.
+
+    terms: of the loss, see `combined`. class_weights: how much each class counts in it. seed: of weights and samples.
+    """
 
     def __init__(
-        self, data: Path, config: SegmenterConfig, *, terms: Mapping[str, float] | None = None, seed: int = 0
+        self,
+        data: Path,
+        config: SegmenterConfig,
+        *,
+        terms: Mapping[str, float] | None = None,
+        class_weights: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        records = read_records(data, fields=FIELDS)
-        held_out = read_records(data, "validation", FIELDS) or read_records(data, "test", FIELDS) or records
+        records = read_records(data, fields=MASKED)
+        held_out = read_records(data, "validation", MASKED) or read_records(data, "test", MASKED) or records
         self.config, self.seed, self.terms = config, seed, BOTH if terms is None else terms
-        channels = config.network.in_channels
-        self.pairs, self.held_out = read_pairs(data, records, channels), read_pairs(data, held_out, channels)
+        self.settings: dict[str, Any] = fingerprints(data, records, MASKED) | {
+            "network": config.model_dump(mode="json"),
+            "terms": dict(self.terms),
+            "class_weights": None if class_weights is None else list(class_weights),
+        }
+        self.weight = None if class_weights is None else _weights(class_weights, config.network.num_classes)
+        labels = labels_of(data)
+        self.notes = list(labels.notes)
+        self.settings["white_is_class_1"] = labels.white
+        read = partial(read_pairs, data, channels=config.network.in_channels, white=labels.white)
+        self.pairs, self.held_out = read(records), read(held_out)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = build(config.network)
@@ -103,7 +85,8 @@ class SegmentationTask(nn.Module):
         images, target = (torch.stack(part) for part in zip(*samples, strict=True))  # (B, C, h, w), (B, side, side)
         device = next(self.parameters()).device
         logits = self.network(images.to(device))  # (B, K, side, side)
-        return combined(logits, target.to(device), terms=self.terms, ignore_index=IGNORED)
+        weight = None if self.weight is None else self.weight.to(device)
+        return combined(logits, target.to(device), terms=self.terms, weight=weight, ignore_index=IGNORED)
 
     def evaluate(self) -> dict[str, float]:
         return figures(Segmenter(self.network, self.config), self.held_out)
@@ -117,10 +100,17 @@ class SegmentationTask(nn.Module):
             found = segmenter.probabilities(pair.pixels).argmax(0)
             rows += [Image.fromarray(rgb.numpy()), mask_image(pair.mask).convert("RGB")]
             rows.append(mask_image(found).convert("RGB"))
-        contact_sheet(rows, columns=3).save(path)
+        save_picture(contact_sheet(rows, columns=3), path, force=True)
 
     def export(self, folder: Path) -> None:
         Segmenter(self.network, self.config).save(folder)
+
+
+def _weights(weights: Sequence[float], classes: int) -> Tensor:
+    if len(weights) != classes or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        shown = ",".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"class_weights={shown} must be {classes} numbers from 0 on, one for each class from 0 on")
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def figures(segmenter: Segmenter, pairs: list[Pair]) -> dict[str, float]:
@@ -141,19 +131,15 @@ def figures(segmenter: Segmenter, pairs: list[Pair]) -> dict[str, float]:
 
 
 def plan_for(data: Path, arch: str) -> SegmenterConfig:
-    """A network for a data folder that trains on a CPU in minutes; grey or colour and the classes as in its masks.
-
-    Raises ValueError for masks that are black and white, 0 and 255, since white does not count.
-    """
-    records = read_records(data, fields=FIELDS)
-    mode = decoded(data / records[0]["file_name"]).mode
-    channels = 1 if mode in ("L", "I", "F", "1") or mode.startswith("I;") else 3
-    masks = [pair.mask for pair in read_pairs(data, records, channels)]
-    highest = max((int(mask[mask != IGNORED].max()) for mask in masks if (mask != IGNORED).any()), default=0)
-    if highest == 0 and any((mask == IGNORED).any() for mask in masks):
-        raise ValueError(f"the masks of {data} have no class but 0; {IGNORED} does not count: write 1 in its place")
-    classes = max(highest + 1, 2)
-    unet = UNetPlan(in_channels=channels, num_classes=classes, depth=3, base_width=16, padding="same", batch_norm=True)
+    """A network for a data folder that trains on a CPU in minutes; grey or colour and the classes as in its files."""
+    unet = UNetPlan(
+        in_channels=channels_of(data),
+        num_classes=labels_of(data).classes,
+        depth=3,
+        base_width=16,
+        padding="same",
+        batch_norm=True,
+    )
     return SegmenterConfig(network=equal_fcn(unet) if arch == "fcn" else unet, tile=96)
 
 

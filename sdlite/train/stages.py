@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from sdlite.config import DenoiserConfig, DiTConfig
 from sdlite.train.loop import Task, TrainConfig, fit
 
 Stage = Literal["codec", "text", "denoiser", "segmentation"]
@@ -22,6 +23,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
     "denoiser": {"batch_size": 32, "lr": 3e-3, "optimizer": "muon", "warmup": 1_600, "half_life": 20_000},
     "segmentation": {"batch_size": 8, "lr": 2e-3, "warmup": 160, "half_life": 400, "report_every": 400},
+}
+
+
+OWN = ("size", "fit", "class_weights", "adversarial", *OBJECTIVE)  # options of the tasks, not of TrainConfig
+ONLY = {  # options and folders that are not for every stage
+    **dict.fromkeys(("text", "start", *OBJECTIVE), ("denoiser",)),
+    "size": ("codec", "denoiser"),
+    "fit": ("codec", "text", "denoiser"),
+    "codec": ("codec", "denoiser"),
+    "teacher": ("codec", "text"),
+    "adversarial": ("codec",),
+    "class_weights": ("segmentation",),
 }
 
 
@@ -39,63 +52,59 @@ def train(
     decoder further, under the same latents; "teacher", for text a sentence encoder, for the codec one of pictures of
     half the size; "start", a model whose denoiser is trained on, with its own codec and text encoder unless those are
     given. options: fields of TrainConfig; those left out or None are the stage's; arch, "unet" or "dit", size, pixels
-    of the pictures, and the fields of Objective are the denoiser's, and where it has one, the start's. Raises
-    ValueError or FileNotFoundError with what is missing.
+    of the pictures, and the fields of Objective are the denoiser's, and where it has one, the start's; size is the
+    codec's, too; fit, "crop" or "pad", is how pictures that are not square are made so; class_weights are
+    segmentation's; adversarial is the codec's. Raises ValueError or FileNotFoundError with what is missing.
     """
-    folders = folders or {}
+    parts = {name: folder for name, folder in (folders or {}).items() if folder is not None}
     given = {name: value for name, value in options.items() if value is not None}
-    own = {name: given.pop(name) for name in ("size", *OBJECTIVE) if name in given}
-    if (own.keys() - {"size"} or folders.get("start")) and stage != "denoiser":
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("start", *OBJECTIVE))
-        raise ValueError(f"{flags} are the denoiser's; leave them out")
-    if "size" in own and stage not in ("codec", "denoiser"):
-        raise ValueError("--size is the codec's and the denoiser's; leave it out")
-    if given.pop("adversarial", False):
-        if stage != "codec":
-            raise ValueError("--adversarial is the codec's; leave it out")
-        own["adversarial"] = True
+    if misplaced := [name for name in {**given, **parts} if stage not in ONLY.get(name, (stage,))]:
+        flags = ", ".join(_flag(name) for name in misplaced)
+        raise ValueError(f"{flags} is for {' and '.join(ONLY[misplaced[0]])}; leave it out")
+    own = {name: given.pop(name) for name in OWN if name in given}
     arch = given.pop("arch", None)
     if arch and arch not in ARCHITECTURES.get(stage, ()):
         known = ", ".join(ARCHITECTURES.get(stage, ARCHITECTURES["denoiser"]))
         raise ValueError(f"arch={arch!r} must be one of {known}, and is the denoiser's or segmentation's")
     config = TrainConfig(**DEFAULTS[stage] | given)
-    fit(_task(stage, data, out, folders, arch, config.seed, own), config, out)
+    makers = {"codec": _codec, "text": _text, "denoiser": _denoiser, "segmentation": _segmentation}
+    fit(makers[stage](data, out, parts, own | {"seed": config.seed}, arch), config, out)
 
 
-def _task(
-    stage: Stage,
-    data: Path,
-    out: Path,
-    folders: Mapping[str, Path | None],
-    arch: str | None,
-    seed: int,
-    own: dict[str, Any],
-) -> Task:
-    if stage == "codec":
-        from sdlite.config import AutoencoderKLConfig
-        from sdlite.train.codec import CodecTask, emoji_codec, load_codec
-
-        size, start = own.pop("size", SIZE), folders.get("codec")
-        codec = load_codec(start).config if start else emoji_codec(size)
-        assert isinstance(codec, AutoencoderKLConfig), "load_codec reads no other"
-        return CodecTask(data, codec, size=size, seed=seed, start=start, teacher=folders.get("teacher"), **own)
-    if stage == "segmentation":
-        from sdlite.train.segmentation import SegmentationTask, plan_for
-
-        return SegmentationTask(data, plan_for(data, arch or "unet"), seed=seed)
-    if stage == "text":
-        from sdlite.train.text import TextTask, emoji_text, small_vocabulary
-
-        cache = out / "teacher.safetensors"
-        return TextTask(data, emoji_text(), small_vocabulary(), teacher=folders.get("teacher"), cache=cache, seed=seed)
-    return _denoiser(data, out, folders, arch, seed, own)
+def _flag(name: str) -> str:
+    return "--from" if name == "start" else f"--{name.replace('_', '-')}"
 
 
-def _denoiser(
-    data: Path, out: Path, folders: Mapping[str, Path | None], arch: str | None, seed: int, own: dict[str, Any]
-) -> Task:
+Folders = Mapping[str, Path]
+Options = dict[str, Any]
+
+
+def _codec(data: Path, out: Path, folders: Folders, options: Options, arch: str | None) -> Task:
+    from sdlite.config import AutoencoderKLConfig
+    from sdlite.train.codec import CodecTask, emoji_codec, load_codec
+
+    size, start = options.pop("size", SIZE), folders.get("codec")
+    codec = load_codec(start).config if start else emoji_codec(size)
+    assert isinstance(codec, AutoencoderKLConfig), "load_codec reads no other"
+    return CodecTask(data, codec, size=size, start=start, teacher=folders.get("teacher"), **options)
+
+
+def _segmentation(data: Path, out: Path, folders: Folders, options: Options, arch: str | None) -> Task:
+    from sdlite.train.segmentation import SegmentationTask, plan_for
+
+    return SegmentationTask(data, plan_for(data, arch or "unet"), **options)
+
+
+def _text(data: Path, out: Path, folders: Folders, options: Options, arch: str | None) -> Task:
+    from sdlite.train.text import TextTask, emoji_text, small_vocabulary
+
+    cache = out / "teacher.safetensors"
+    teacher = folders.get("teacher")
+    return TextTask(data, emoji_text(), small_vocabulary(), teacher=teacher, cache=cache, **options)
+
+
+def _denoiser(data: Path, out: Path, folders: Folders, options: Options, arch: str | None) -> Task:
     from sdlite.checkpoints.load import load_model
-    from sdlite.config import DenoiserConfig, DiTConfig
     from sdlite.train.codec import load_codec
     from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet
     from sdlite.train.text import load_text
@@ -109,29 +118,42 @@ def _denoiser(
     if codec is None or text is None:
         name = "codec" if codec is None else "text"
         raise ValueError(
-            f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote; or --start: a model "
+            f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote; or --from: a model "
             "that has all"
         )
-    size = own.pop("size", codec.factor * start.config.sample_size if start else SIZE)
+    size = options.pop("size", codec.factor * start.config.sample_size if start else SIZE)
     if size % (4 * codec.factor) or not 0 < size <= 512:
         raise ValueError(f"size={size} must be a multiple of {4 * codec.factor} pixels, up to 512")
-    if own.get("min_snr_gamma") == 0:
-        own["min_snr_gamma"] = None
+    goal = {name: options.pop(name) for name in OBJECTIVE if name in options}
+    if goal.get("min_snr_gamma") == 0:
+        goal["min_snr_gamma"] = None
     widths = codec.config.latent_channels, text.config.hidden_size
     network: DenoiserConfig
     if start:
         network = start.denoiser.config
         if arch and (arch == "dit") != isinstance(network, DiTConfig):
             raise ValueError(f"--arch {arch} is not what {folder} holds; leave it out")
-        own = {"prediction": network.prediction, "zero_terminal_snr": start.config.schedule.zero_terminal_snr} | own
+        _check_start(str(folder), network, *widths)
+        goal = {"prediction": network.prediction, "zero_terminal_snr": start.config.schedule.zero_terminal_snr} | goal
     elif arch == "dit":
         network = emoji_dit(*widths, sample_size=size // codec.factor)
     else:
         network = emoji_unet(*widths)
-    cache = out / "cache.safetensors"
-    task = DenoiserTask(
-        data, (codec, text), network, size=size, views=VIEWS, cache=cache, seed=seed, objective=Objective(**own)
-    )
+    options |= {"size": size, "views": VIEWS, "cache": out / "cache.safetensors", "objective": Objective(**goal)}
+    task = DenoiserTask(data, (codec, text), network, **options)
     if start:
         task.start_from(start)
     return task
+
+
+def _check_start(name: str, network: DenoiserConfig, channels: int, width: int) -> None:
+    """Raises ValueError if the denoiser of a model cannot be trained on with a codec and a text encoder."""
+    if network.in_channels != network.out_channels:
+        raise ValueError(
+            f"{name} is an inpainting model, whose denoiser also reads a mask ({network.in_channels} channels); "
+            "training goes on from models that draw from text alone"
+        )
+    if network.in_channels != channels:
+        raise ValueError(f"{name} has latents of {network.in_channels} channels and --codec has {channels}")
+    if network.context_dim != width:
+        raise ValueError(f"{name} reads text of width {network.context_dim} and --text gives {width}")

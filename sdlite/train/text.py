@@ -9,13 +9,14 @@ there. Projection and image tower are left behind; the denoiser reads the encode
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
@@ -23,10 +24,24 @@ from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 from sdlite.checkpoints.configs import refuse_hooks
 from sdlite.checkpoints.weights import MAX_CONFIG_BYTES, read_json
 from sdlite.config import TextConfig
-from sdlite.images import contact_sheet, to_pil
+from sdlite.files import exported
+from sdlite.images import contact_sheet, save_picture, to_pil
 from sdlite.models.text import TextEncoder, load_tokenizer, save_tokenizer
 from sdlite.models.vocabulary import BOS, EOS, standard_vocabulary
-from sdlite.train.data import Records, caption_of, keep, load_pixels, on_white, read_records, sample_generator
+from sdlite.train.data import (
+    Fit,
+    cached,
+    caption_of,
+    cut_notes,
+    fit_notes,
+    key_of,
+    load_pixels,
+    on_white,
+    sample_generator,
+    tokenize,
+)
+from sdlite.train.exports import built, fill, identity, read_config
+from sdlite.train.folder import Records, caption_notes, fingerprints, read_records
 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
 TEACHERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")  # model_type of config.json
@@ -77,6 +92,10 @@ class Teacher:
         options = {"local_files_only": True, "trust_remote_code": False}  # else transformers may ask to run their code
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         self.model = AutoModel.from_pretrained(folder, use_safetensors=True, **options).eval()
+
+    @property
+    def identity(self) -> str:
+        return identity(self.model, self.tokenizer.get_vocab())
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch: int = 128) -> Tensor:
@@ -143,18 +162,27 @@ class TextTask(nn.Module):
         cache: Path | None = None,
         phrases: int = 20_000,
         seed: int = 0,
+        fit: Fit = "crop",
     ) -> None:
         super().__init__()
         self.seed = seed
         self.records, self.held_out = read_records(data), read_records(data, "validation")[:320]
-        self.images = _small(load_pixels(data, self.records, 2 * TOWER_SIZE))
-        self.held_images = _small(load_pixels(data, self.held_out, 2 * TOWER_SIZE))
+        self.images = _small(load_pixels(data, self.records, 2 * TOWER_SIZE, fit))
+        self.held_images = _small(load_pixels(data, self.held_out, 2 * TOWER_SIZE, fit))
         self.encoder = TextEncoder(config, tokenizer)
         self.project = nn.Linear(config.hidden_size, TEACHER_WIDTH)
         self.tower = ImageTower()
         self.scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
         _initialize(self, seed)
-        self.phrases, self.vectors = [""], torch.zeros(1, TEACHER_WIDTH)
+        self.notes = caption_notes(data) + fit_notes(data, self.records, fit)
+        self.notes += cut_notes(self.encoder, [record["text"] for record in self.records])
+        self.settings: dict[str, Any] = {
+            **fingerprints(data, self.records),
+            **{"fit": fit, "phrases": "", "teacher": ""},
+            "network": config.model_dump(mode="json"),
+        }
+        self.phrases = [""]
+        self._make_vectors: Callable[[], Tensor] = lambda: torch.zeros(1, TEACHER_WIDTH)
         if teacher is not None:
             self._learn_from(Teacher(teacher), phrases_of(data, self.records, phrases), cache)
         self.distils = teacher is not None
@@ -168,12 +196,20 @@ class TextTask(nn.Module):
         with torch.no_grad():
             weight.copy_(words * (weight.std() / words.std()))
         self.phrases = phrases
-        if cache is not None and cache.is_file():
-            self.vectors = load_file(cache)["vectors"]
-        if len(self.vectors) != len(phrases):
-            self.vectors = teacher.encode(phrases)
-            if cache is not None:
-                keep({"vectors": self.vectors}, cache)
+        self.settings |= {"phrases": key_of(phrases=phrases)[:12], "teacher": teacher.identity}
+        key = key_of(phrases=phrases, teacher=teacher.identity)
+        self._make_vectors = lambda: cached(cache, key, lambda: {"vectors": teacher.encode(phrases)})["vectors"]
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Encodes the phrases, or takes them from the cache; what needs them does so by itself."""
+        if self.distils:
+            say(f"encoding {len(self.phrases)} phrases with the teacher, if that was not done before")
+        _ = self.vectors
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """(P, TEACHER_WIDTH) of the phrases."""
+        return self._make_vectors()
 
     @property
     def size(self) -> int:
@@ -185,12 +221,9 @@ class TextTask(nn.Module):
 
     def vectors_of(self, texts: Sequence[str]) -> Tensor:
         """(B, TEACHER_WIDTH) unit vectors: the state at the first EOS, projected. What comes after it has no effect."""
-        config = self.encoder.config
-        rows = self.encoder.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors="pt"
-        )["input_ids"].to(self.device)  # (B, T)
-        states = self.encoder.model(rows).last_hidden_state  # (B, T, D)
-        end = (rows == config.eos_token_id).int().argmax(1)
+        rows = tokenize(self.encoder, texts).to(self.device)  # (B, L)
+        end = (rows == self.encoder.config.eos_token_id).int().argmax(1)
+        states = self.encoder.model(rows[:, : int(end.max()) + 1]).last_hidden_state  # (B, T, D)
         return F.normalize(self.project(states[torch.arange(len(rows)), end]), dim=-1)
 
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
@@ -230,7 +263,11 @@ class TextTask(nn.Module):
         scores = self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(self.device)), dim=-1).T
         found = scores.topk(min(NEAREST, len(images))).indices
         shown = to_pil(F.interpolate(images[found.flatten().cpu()], scale_factor=2))
-        contact_sheet(shown, [query for query in QUERIES for _ in found[0]], columns=len(found[0])).save(path)
+        save_picture(
+            contact_sheet(shown, [query for query in QUERIES for _ in found[0]], columns=len(found[0])),
+            path,
+            force=True,
+        )
 
     def export(self, folder: Path) -> None:
         save_text(self.encoder, folder)
@@ -261,11 +298,17 @@ def save_text(encoder: TextEncoder, folder: Path) -> None:
 
 
 def load_text(folder: Path) -> TextEncoder:
-    """What `sdlite train text` exported, frozen."""
+    """What `sdlite train text` exported, frozen. folder: the export, or the run that it is in."""
+    folder = exported(folder, "text.json")
     if not (folder / "text.json").is_file():
         raise FileNotFoundError(f"{folder} holds no text encoder; run `sdlite train text` and give its export folder")
-    config = TextConfig.model_validate_json((folder / "text.json").read_text())
-    encoder = TextEncoder(config, load_tokenizer(folder / "tokenizer"))
-    weights: dict[str, Any] = load_file(folder / "text.safetensors")
-    encoder.model.load_state_dict(weights)
+    config = read_config(TextConfig, folder / "text.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    encoder = built(lambda: TextEncoder(config, tokenizer), folder / "text.json")
+    fill(encoder.model, folder / "text.safetensors")
     return encoder.eval().requires_grad_(False)
+
+
+def text_identity(encoder: TextEncoder) -> str:
+    vocabulary = sorted(encoder.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return identity(encoder.model, encoder.config.model_dump(mode="json"), vocabulary)

@@ -1,0 +1,52 @@
+"""What a stage exports and a later one reads: a config in JSON and weights, both checked as untrusted files."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sdlite.checkpoints.weights import CheckpointError, check_same, open_safetensors, shapes_of, weights_hash
+from sdlite.config import Record
+from sdlite.files import read_json
+
+Config = TypeVar("Config", bound=Record)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def read_config(kind: type[Config], path: Path) -> Config:
+    """Raises ValueError or FileNotFoundError of one line that begins with the path."""
+    fields = read_json(path)
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def built(make: Callable[[], Module], path: Path) -> Module:
+    """The module of a config without memory for its weights. Raises CheckpointError if none can be built of it."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Gives a module the weights of a file, if names and shapes are its own and all are finite; counters stay."""
+    weights = open_safetensors(path)
+    counters = {name: tensor for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
+    own = {name: shape for name, shape in shapes_of(module).items() if name not in counters}
+    check_same(own, weights.shapes, str(path))
+    module.load_state_dict(counters | weights.read(weights.shapes), assign=True)
+
+
+def identity(module: nn.Module | None, *facts: Any) -> str:
+    """What a part is known by in the settings of a run: a hash of its weights and of what else decides its output."""
+    if module is None:
+        return ""
+    text = json.dumps([weights_hash({"": module}), *facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

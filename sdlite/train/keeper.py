@@ -1,0 +1,132 @@
+"""What the main process of a run does beside learning: checkpoints, exports, the log, and what the screen shows."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from sdlite.files import atomic_folder, sweep
+from sdlite.train import run
+from sdlite.train.curves import draw_curves
+from sdlite.train.stop import Stop
+
+if TYPE_CHECKING:
+    from sdlite.train.loop import State, Task, TrainConfig
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+class Keeper:
+    """Keeps a run: `begin` before the first sample, `step` after every one, `finish` after the last, in any case."""
+
+    def __init__(
+        self,
+        task: "Task",
+        state: "State",
+        config: "TrainConfig",
+        out: Path,
+        settings: dict[str, Any],
+        clock: Callable[[], float],
+    ) -> None:
+        self.task, self.state, self.config = task, state, config
+        self.out, self.settings, self.clock = out, settings, clock
+        self.losses: list[float] = []
+        self.begun = self.time = self.saved = self.shown = clock()
+        self.first = self.samples = state.samples
+        self.kept = state.samples if run.checkpoints(out) else None  # samples of the last checkpoint
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), transient=True)
+        self.row = self.bar.add_task("training", total=1.0)
+
+    def begin(self, notes: list[str], changes: run.Changes, stop: Stop) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        sweep(self.out)
+        run.begin_log(self.out, self.state.samples)
+        for note in notes:
+            say(f"note: {note}")
+        if changes:
+            run.add_to_log(self.out, {"samples": self.state.samples, "changed": changes})
+            changed = ", ".join(f"{name} {before} is now {now}" for name, (before, now) in changes.items())
+            say(f"going on after {self.state.samples} samples with changes: {changed}")
+        if self.state.samples == 0 and getattr(self.task, "begun", False) and not stop.asked:
+            self._show(stop)
+        self.bar.start()
+
+    def step(self, loss: float, stop: Stop) -> None:
+        self.losses.append(loss)
+        self._report()
+        config = self.config
+        show = bool(config.show_minutes) and self.clock() - self.shown > 60 * config.show_minutes
+        if show or (config.save_minutes and self.clock() - self.saved > 60 * config.save_minutes):
+            self._save()
+        if show and not stop.asked:
+            self._export()
+            self._show(stop)
+
+    def finish(self, stop: Stop) -> None:
+        self.bar.stop()
+        if stop.asked and self.state.samples == self.first:
+            return  # nothing was learned
+        self._save()
+        self._export()
+        if not stop.asked:
+            self._show(stop)
+
+    def _save(self) -> None:
+        run.write_settings(self.out, self.settings)
+        if self.state.samples != self.kept:
+            run.write_checkpoint(self.out, self.state.samples, self.state.tensors())
+            self.kept = self.state.samples
+        self.saved = self.clock()
+
+    def _export(self) -> None:
+        """Replaces the export when the new one is whole."""
+        run.check_finite(self.state.average, f"after {self.state.samples} samples")
+        with atomic_folder(self.out / "export", force=True) as temporary:
+            self.state.with_average(lambda: self.task.export(temporary))
+
+    def _show(self, stop: Stop) -> None:
+        """Figures on held-out data into the log, and pictures of what the task can do by now."""
+        with stop.idle():
+            self.state.with_average(self._measure_and_draw)
+        self.shown = self.clock()
+
+    def _measure_and_draw(self) -> None:
+        samples, out = self.state.samples, self.out
+        figures = self.task.evaluate()
+        run.add_to_log(out, {"samples": samples, **figures})
+        say(f"{samples} samples, " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if number := getattr(self.task, "previews", 0):
+            say(f"drawing {number} previews")
+        self.task.preview(out / f"preview-{samples:010}.png")
+        if self.config.plot:
+            draw_curves(out / "log.jsonl", out / "curves.png")
+
+    def _report(self) -> None:
+        """The bar, and every `report_every` samples a line in the log and on the screen."""
+        samples = self.state.samples
+        rate = (samples - self.samples) / max(self.clock() - self.time, 1e-9)
+        loss = sum(self.losses) / len(self.losses)
+        done, left = self._progress(rate)
+        text = f"{samples} samples, loss {loss:.4f}, {left:.0f} min left"
+        self.bar.update(self.row, completed=done, description=text)
+        if samples - self.samples < self.config.report_every:
+            return
+        rates = {"lr": self.state.optimizer.param_groups[0]["lr"], "samples_per_second": rate}
+        run.add_to_log(self.out, {"samples": samples, "loss": loss, **rates, "time": time.time()})
+        self.bar.console.print(f"{text}, {rate:.1f} samples/s")
+        self.losses, self.samples, self.time = [], samples, self.clock()
+
+    def _progress(self, rate: float) -> tuple[float, float]:
+        """Part of this call that is over, 0 to 1, and the minutes left, by whichever budget ends first."""
+        passed, samples = (self.clock() - self.begun) / 60, self.state.samples
+        budgets = []
+        if (minutes := self.config.minutes) is not None:
+            budgets.append((passed / minutes, max(0.0, minutes - passed)))
+        if (goal := self.config.samples) is not None:
+            done = (samples - self.first) / max(1, goal - self.first)
+            budgets.append((done, max(0, goal - samples) / max(rate, 1e-9) / 60))
+        return min(budgets, key=lambda budget: budget[1])

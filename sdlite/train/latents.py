@@ -1,0 +1,87 @@
+"""What a denoiser is trained on: views of pictures as latents, and captions as tokens.
+
+pictures --views--> images --codec--> x_0      captions --tokenizer--> tokens --text encoder--> contexts
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdlite.models.codec import LatentCodec
+from sdlite.models.prompt import escaped
+from sdlite.models.text import TextEncoder
+from sdlite.train.augment import SIDED, Example, augmented
+from sdlite.train.data import Generator, caption_of, on_white, sample_generator, subject_of, tokenize
+from sdlite.train.folder import Records
+
+PLAIN = 2  # views of a picture that show it whole, as it is and mirrored
+ENCODED = 32  # pictures at once
+
+
+class Latents(NamedTuple):
+    """Training data of the denoiser, view by view of all records. x_0: (N, C, h, w); tokens: (N, T), of captions."""
+
+    x_0: Tensor
+    tokens: Tensor
+
+
+def view(
+    mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
+) -> tuple[Tensor, str]:
+    """Image (4, S, S) uint8 and caption: the first view is plain, the second mirrored if right, then composed."""
+    record, pixels = mine
+    caption = caption_of(record, generator)
+    if number == 0 or "concept" not in record:
+        return pixels, caption
+    if number < PLAIN:
+        return (pixels if SIDED.search(str(record["concept"])) else pixels.flip(-1)), caption
+    first, second = (
+        Example(Image.fromarray(p.permute(1, 2, 0).numpy()), subject_of(r, generator), str(r.get("style", "")))
+        for r, p in (mine, other)
+    )
+    made = augmented(first, second, generator)
+    return torch.frombuffer(bytearray(made.image.tobytes()), dtype=torch.uint8).view(*pixels.shape[1:], 4).permute(
+        2, 0, 1
+    ), made.caption
+
+
+@torch.no_grad()
+def encode(
+    codec: LatentCodec,
+    text: TextEncoder,
+    records: Records,
+    pixels: Tensor,
+    *,
+    views: int,
+    seed: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Latents:
+    """All views of all records as latents in float16 and tokens."""
+    x_0, captions = [], []
+    for number in range(views):
+        say(f"encoding {len(records)} pictures and captions, view {number + 1} of {views}")
+        for start in range(0, len(records), ENCODED):
+            rows = range(start, min(start + ENCODED, len(records)))
+            made = []
+            for i in rows:
+                generator = sample_generator(seed, number * len(records) + i)
+                j = int(generator.integers(len(records)))
+                made.append(view((records[i], pixels[i]), (records[j], pixels[j]), number, generator))
+            x_0.append(codec.encode(on_white(torch.stack([image for image, _ in made]))).half())
+            captions += [caption for _, caption in made]
+    return Latents(torch.cat(x_0), tokenize(text, captions))
+
+
+@torch.no_grad()
+def encode_tokens(text: TextEncoder, tokens: Tensor) -> Tensor:
+    """(B, T, D) of tokens (B, T)."""
+    return text.model(tokens).last_hidden_state
+
+
+def preview_prompt(text: TextEncoder, caption: str) -> str:
+    """A prompt with the tokens that were learned of a caption."""
+    tokens, whole = text.caption_tokens(caption)
+    return escaped(caption if whole else text.tokenizer.decode(tokens))

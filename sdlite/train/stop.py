@@ -1,0 +1,57 @@
+"""Stopping a run in order: the first Ctrl-C or SIGTERM ends it after the step in hand, the next one ends it at once."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+MESSAGE = b"\nstopping: what is learned so far is saved and exported; Ctrl-C again stops at once\n"
+
+
+class Stop:
+    """While active, remembers in `asked` that the process was told to stop; told again it raises KeyboardInterrupt.
+
+    once: seconds in which a repeated signal counts as the first: torchrun passes on what a terminal sends to all.
+    Outside the main thread, which alone gets signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.once = False, 0.0
+        self._first, self._idle = 0.0, False
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """A block that nothing is lost by breaking off: the first signal ends it, and what follows goes on."""
+        self._idle = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self._idle:
+                raise
+        finally:
+            self._idle = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self._first < self.once:
+            return
+        if self.asked:
+            self._idle = False
+            raise KeyboardInterrupt
+        self.asked, self._first = True, time.monotonic()
+        os.write(2, MESSAGE)  # safe in a handler
+        if self._idle:
+            raise KeyboardInterrupt
