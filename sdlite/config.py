@@ -17,6 +17,8 @@ UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are it
 MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
 MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
 
+MAX_SHOWN = 80  # characters of a name or value in an error
+
 Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Cells = Annotated[int, Field(ge=1, le=1024)]  # of a latent, along one side
 Sides = Cells | tuple[Cells, Cells]  # of a square, or (height, width)
@@ -40,9 +42,9 @@ ELSEWHERE = {  # names of fields in diffusers and Automatic1111
 def _one_line(error: ValidationError, fields: list[str]) -> str:
     """First fault of a validation error as `field=value: rule`, with the nearest known field for an unknown one."""
     fault = error.errors()[0]
-    name = ".".join(str(part) for part in fault["loc"])
+    name = ".".join(str(part) for part in fault["loc"])[:MAX_SHOWN]
     if fault["type"] == "extra_forbidden":
-        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name[:80], fields, 1)
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, fields, 1)
         return f"unknown field {name!r:.80}; " + (
             f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
         )

@@ -2,10 +2,10 @@
 
 Reading: limits on bytes, brackets and depth hold before and after parsing, and a key that is there twice is refused.
 
-Writing: a file or a folder is made under a temporary name beside its place, brought to the disk, and only then renamed.
+Writing: a file or a folder is made in a temporary folder beside its place, brought to the disk, and only then renamed.
 The rule about what is there already is the same everywhere: a name that is taken is refused without `force`; with it a
 file or link is replaced, the link itself and never its target; folders take the place of folders only, and nothing
-takes the place of a device. Whatever ends the making, an error or Ctrl-C, also removes the temporary file. Only a
+takes the place of a device. Whatever ends the making, an error or Ctrl-C, also removes the temporary folder. Only a
 process that is killed leaves one, under a name that `sweep` knows.
 """
 
@@ -104,15 +104,17 @@ def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
 def atomic_file(
     path: Path, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
 ) -> Iterator[Path]:
-    """Gives the name of an empty temporary file; when the block ends well, what it holds is on disk under `path`.
+    """Gives an empty temporary file of that name; when the block ends well, what it holds is on disk under `path`.
 
     Folders on the way are made. reached: told of "written", "synced" and "linked", for tests that end the process
     there. Raises FileExistsError, DiskFull, or OSError as the system says; then `path` is as it was.
     """
     path = path if path.name else path.absolute()
     check_file(path, force)
-    with _making(path) as temporary:
-        temporary.touch(exist_ok=False)
+    with _making(path) as folder:
+        folder.mkdir()  # some writers make temporary files of their own beside the one that they are given
+        temporary = folder / path.name
+        temporary.touch()
         mode = temporary.stat().st_mode  # what the umask leaves; some writers take 0600
         yield temporary
         temporary.chmod(stat.S_IMODE(mode))
@@ -193,6 +195,7 @@ def _making(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _remove(temporary)
     except BaseException as error:
         _remove(temporary)
         for folder in missing:
@@ -201,7 +204,6 @@ def _making(path: Path) -> Iterator[Path]:
         if isinstance(error, Exception) and (number := _system_error(error)) is not None:
             raise _clear_error(number, path) from None
         raise
-    _remove(temporary)
 
 
 def _system_error(error: Exception) -> int | None:
@@ -282,7 +284,15 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all in it, if it is there."""
+    """Removes a file, a link or a folder with all in it, if it is there; a signal does not stop it half way."""
+    try:
+        _remove_once(path)
+    except KeyboardInterrupt:
+        _remove_once(path)
+        raise
+
+
+def _remove_once(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

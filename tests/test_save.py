@@ -1,8 +1,12 @@
 """What is written: read back by diffusers and transformers, by ourselves, and whole or not at all."""
 
 import json
+import multiprocessing
 import os
+import random
+import signal
 import stat
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,11 +15,13 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from sdlite import cli
 from sdlite.checkpoints import load, save
 from sdlite.checkpoints.load import ModelParts, load_model, random_model
 from sdlite.checkpoints.save import convert, save_folder, save_single_file
 from sdlite.checkpoints.weights import CheckpointError
 from sdlite.config import AutoencoderTinyConfig, ModelConfig, tiny, tiny_dit
+from sdlite.files import sweep
 
 SD2_LIKE = tiny(9, "v").replace(  # and inpainting
     denoiser=tiny(9, "v").denoiser.replace(use_linear_projection=True, layers_per_block=2),
@@ -195,6 +201,53 @@ def test_whole_or_not_at_all(sd1: ModelParts, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(OSError, match="No space left"):
             write(sd1, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def convert_in_child(parts: ModelParts, target: Path) -> None:
+    """The command, with a model that is loaded already: all its time goes into writing."""
+    save.load_model = lambda *_, **__: parts  # type: ignore[assignment]
+    cli.main(["convert", "tiny", str(target), "-q"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_ended_at_any_time_convert_leaves_all_or_nothing(sd1: ModelParts, tmp_path: Path, number: int, times: int):
+    """And nothing beside it, but for a process that was killed: one name, which the next command sweeps away."""
+    chance = random.Random(number)
+    save_folder(sd1, tmp_path / "whole" / "model")
+    save_single_file(sd1, tmp_path / "whole" / "model.safetensors")
+    whole = contents(tmp_path / "whole")
+    for name in ("model", "model.safetensors"):
+        expected = {path: content for path, content in whole.items() if path.parts[0] == name}
+        seconds = 0.2
+        for i in range(times):
+            folder = tmp_path / name / str(i)
+            folder.mkdir(parents=True)
+            start = time.monotonic()
+            child = multiprocessing.get_context("fork").Process(target=convert_in_child, args=(sd1, folder / name))
+            child.start()
+            if i:  # the first tells how long it takes
+                time.sleep(chance.random() * seconds)
+                os.kill(child.pid or 0, number)
+            child.join()
+            seconds = seconds if i else time.monotonic() - start
+            assert child.exitcode in (0, 130, -number), child.exitcode
+            if number == signal.SIGKILL:
+                assert len(list(folder.iterdir())) <= 2
+                sweep(folder)
+            found = contents(folder)
+            assert found in ({}, expected) and (i or found), sorted(found)
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Sizes and contents of all files; of safetensors without the header, whose metadata come in any order."""
+    found = {}
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else 0
+        found[path.relative_to(folder)] = len(content), content[start:]
+    return found
 
 
 def test_steps_offset_cannot_be_lost(sd1: ModelParts, tmp_path: Path):

@@ -77,7 +77,7 @@ class Faults:
 
     def add(self, line: int | None, fault: object) -> None:
         """line: None for a file without lines, in which the same fault is told once."""
-        text = f"{self.name}{'' if line is None else f':{line}'}: {' '.join(str(fault).split())}"
+        text = f"{self.name}{'' if line is None else f':{line}'}: {' '.join(str(fault).split()):.500}"
         if line is None and text in self._seen:
             return
         self._seen |= {text} if line is None else set()

@@ -6,7 +6,6 @@ The folder holds config.json and model.safetensors. A tile's outer part, whose s
 thrown away; around the picture lies its mirror image (Ronneberger et al. 2015, figure 2).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
 from sdlite.config import Record
+from sdlite.files import read_json, write_file
 from sdlite.segmentation.models import FCN, SegmentationUNet
 
 # Of pictures; not all that Pillow opens: EPS starts another program, TGA takes many a file for a picture.
@@ -158,10 +158,10 @@ class Segmenter:
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder} holds no {file}; give the folder that a Segmenter was saved into")
         try:
-            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            fields = read_json(folder / "config.json")
             config = SegmenterConfig(**fields)
             tensors = load_bytes((folder / "model.safetensors").read_bytes())  # no map: the file may be rewritten
-        except (TypeError, ValueError, RecursionError, SafetensorError) as error:
+        except (TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} is no segmentation model: {str(error).splitlines()[0]:.200}") from None
         with torch.device("meta"):  # no memory is asked for before the file turns out to hold that much
             network = build(config.network)
@@ -180,13 +180,10 @@ class Segmenter:
     def save(self, folder: Path | str) -> None:
         """Writes config.json and model.safetensors, each in one step, also over the files that were loaded."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         contents = {"model.safetensors": save_bytes(tensors), "config.json": self.config.model_dump_json(indent=1)}
         for name, content in contents.items():
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
-            temporary.replace(folder / name)
+            write_file(folder / name, content if isinstance(content, bytes) else f"{content}\n".encode(), force=True)
 
     def __call__(self, image: Image.Image, progress: Callable[[float], None] | None = None) -> Image.Image:
         """Mask of the picture's size, mode "P": the values are class numbers, the palette makes them visible.
