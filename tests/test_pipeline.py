@@ -14,11 +14,11 @@ from PIL import Image
 import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
-from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, Request, sd21, tiny, tiny_dit
+from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, Request, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import Pipeline
 from sdlite.schedulers import SCHEDULERS
-from tests.references.diffusers_pipeline import generators, reference_pipeline
+from tests.references.diffusers_pipeline import generators, reference_pipeline, reference_scheduler
 
 GREY_LEVEL = 1  # pixels may differ by the rounding of one level
 THEIRS = 7.5  # the guidance scale that diffusers takes when it is not told
@@ -162,6 +162,79 @@ def test_inpainting_equals_diffusers(pipe, solver, strength):
     fields = {"steps": 10, "solver": solver, "strength": strength, "width": 80, "height": 64, "guidance_scale": THEIRS}
     found = pipe("a dog", seed=8, image=picture(1, (90, 70)), mask=mask((90, 70)), paste=False, **fields)[0]
     assert difference(found, expected) <= GREY_LEVEL
+
+
+GRID = {  # schedule and prediction of a model
+    "Stable Diffusion": (ScheduleConfig(), "epsilon"),
+    "zero terminal SNR": (ScheduleConfig(spacing="trailing", zero_terminal_snr=True, final_abar_one=True), "v"),
+    "cosine": (ScheduleConfig(beta_schedule="cosine", spacing="trailing"), "v"),
+}
+MODES = {
+    "txt2img": {},
+    "img2img": {"image": "start", "strength": 0.7},
+    "inpaint": {"image": "start", "mask": "mask", "strength": 0.7},
+}
+DIFFERENT = {  # by design: see zero_snr_karras, and test_sdlite_is_right_where_diffusers_previous_timestep_is_not
+    ("dpmpp_2m_karras", "zero terminal SNR"): lambda steps: True,
+    ("ddim", "zero terminal SNR"): lambda steps: 1000 % steps > 0,
+    ("ddim", "cosine"): lambda steps: 1000 % steps > 0,
+}
+
+
+@pytest.fixture(scope="module", params=GRID)
+def compared(request):
+    """A schedule's name, our pipeline with it, and diffusers' for every mode."""
+    schedule, prediction = GRID[request.param]
+    pipe = make(tiny(prediction=prediction).replace(schedule=schedule))
+    return request.param, pipe, {mode: reference_pipeline(pipe, mode) for mode in MODES}
+
+
+def check_run(compared, solver: str, mode: str, steps: int) -> None:
+    """A picture or one line beforehand, and diffusers' picture where it draws one."""
+    name, pipe, references = compared
+    pictures = {"start": picture(1, (32, 32)), "mask": mask((32, 32))}
+    given = {key: pictures.get(value, value) for key, value in MODES[mode].items()}
+    asked = {"seed": 8, "steps": steps, "solver": solver, "width": 32, "height": 32, "guidance_scale": 1}
+    try:
+        pipe.num_evaluations(Request(prompt="a", **asked | MODES[mode]))
+    except ValueError as refusal:
+        assert "\n" not in str(refusal)
+        return
+    found = pipe("a", paste=False, **asked, **given)[0]
+    default = "DDPMScheduler" if solver == "ddpm" else "DDIMScheduler"
+    scheduler, options = SCHEDULERS.get(solver, (default, {}))
+    references[mode].scheduler = reference_scheduler(pipe, scheduler, **options)
+    sources = {"mask_image" if key == "mask" else key: value for key, value in given.items()}
+    size = {} if mode == "img2img" else {"width": 32, "height": 32}
+    expected = drawn_or_none(references[mode], num_inference_steps=steps, guidance_scale=1, **sources, **size)
+    if expected is not None and not DIFFERENT.get((solver, name), lambda steps: False)(steps):
+        decoded = pipe.decode(expected, Request(prompt="a"))[0]
+        assert difference(found, decoded) <= GREY_LEVEL, (mode, steps)
+
+
+def drawn_or_none(theirs, **options) -> torch.Tensor | None:
+    """Final latents of diffusers, None where it ends in an error or in numbers that are none."""
+    try:
+        latents = theirs("a", generator=generators(8), output_type="latent", **options).images
+    except (IndexError, ValueError, NotImplementedError):
+        return None
+    return latents if latents.isfinite().all() else None
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_every_solver_draws_what_diffusers_draws(compared, turn):
+    """A sample of the grid below."""
+    for i, solver in enumerate(("ddim", "ddpm", *SCHEDULERS)):
+        if i % 3 == turn:
+            check_run(compared, solver, [*MODES][(i // 3 + turn) % 3], (2, 5, 10)[turn])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", *SCHEDULERS])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_number_of_steps_draws_what_diffusers_draws(compared, solver, mode):
+    for steps in range(1, 151):
+        check_run(compared, solver, mode, steps)
 
 
 @pytest.mark.parametrize("family", ["sd1", "dit"])
