@@ -106,6 +106,9 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         "device": "cpu",
         "dtype": "float32",
         "prediction": None,
+        "vae": None,
+        "variant": None,
+        "allow_links": (),
     }
 
 
@@ -238,6 +241,8 @@ def test_settings_of_rows_that_do_not_say_otherwise(run: Run):
     drawn = [images.read_metadata(path).request for path in sorted(Path("out").glob("*.png"))]
     assert code == 0 and [(r.steps, r.solver, r.seed) for r in drawn] == [(2, "euler", 4), (1, "euler", 4)]
     assert "sdlite: note: strength has no effect: no row names an image to start from" in err
+    Path("marks.txt").write_text("a fox <lora:x:1>\nan owl <lora:x:1>\n")
+    assert run("marks.txt", "-o", "marks", "--steps", 1)[2].count("<lora:") == 1
 
 
 def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from sdlite import cli, images
 from sdlite.checkpoints.load import random_model
 from sdlite.checkpoints.save import save_folder
-from sdlite.cli.app import limit_threads
+from sdlite.cli.app import app, limit_threads
 from sdlite.config import UNTRAINED_NOTE, Request, tiny
 from sdlite.files import sweep
 from sdlite.pipeline import Pipeline
@@ -253,6 +255,23 @@ HINTS = {
 def test_what_to_type_instead(run: Run, typed: str):
     code, out, err = run(*typed.split())
     assert (code, out) == (2, "") and err.startswith(f"sdlite: error: {HINTS[typed]}") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)
+def test_help_ends_in_two_examples_that_parse(run: Run, name: str):
+    command = typer.main.get_command(app).commands[name]
+    code, out, _ = run(name, "--help")
+    shown = [line.strip() for line in out.split("Examples:")[-1].splitlines() if line.strip()]
+    assert code == 0 and len(shown) == 2
+    for line in shown:
+        sdlite, first, *words = shlex.split(line)
+        assert (sdlite, first) == ("sdlite", name)
+        assert command.make_context(name, words).params
+
+
+def test_strength_without_a_picture_is_said(run: Run, model: StandIn):
+    note = "sdlite: note: --strength has no effect without --image\n"
+    assert note in run("generate", "x", "--strength", 0.5)[2] and note not in run("generate", "x")[2]
 
 
 def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from pydantic import Field
 from sdlite.batch.draw import EXACT_BATCH, Engine, Result, chunks, draw
 from sdlite.batch.names import DEFAULT
 from sdlite.batch.plan import SCHEMA, Item, Plan, in_shard, make_plan, parse_shard
-from sdlite.batch.read import Source
+from sdlite.batch.read import SHOWN_FAULTS, Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, spread
@@ -151,6 +152,12 @@ class Batch:
         self.pipe, self.plan, self.items, self.store, self.options = pipe, plan, items, store, options
         self.size = EXACT_BATCH if options.exact else options.batch_size
         self.threads = 1 if options.exact else max(1, torch.get_num_threads() // options.workers)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before it runs, each once: of the model, of the file, of prompts (ten of these)."""
+        remarks = dict.fromkeys(remark for item in self.items for remark in self.pipe.remarks(item.request))
+        return [*self.pipe.notes, *self.plan.notes, *islice(remarks, SHOWN_FAULTS)]
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def batch(
     strength: Annotated[
         float | None,
         typer.Option(
-            help="How far to leave the start image, 0 to 1, for rows that have one.", show_default=f"{DEFAULT.strength}"
+            help="How much to change the start image, 0 to 1, for rows that have one.",
+            show_default=f"{DEFAULT.strength}",
         ),
     ] = None,
     width: Annotated[
@@ -186,7 +187,7 @@ def batch(
         for line in str(error).splitlines():
             print(f"sdlite: error: {shown(line)}", file=sys.stderr)
         raise typer.Exit(WRONG_INPUT) from None
-    for note in (*prepared.pipe.notes, *prepared.plan.notes):
+    for note in prepared.notes:
         report.note(note)
     if dry_run:
         _plan(prepared, report)

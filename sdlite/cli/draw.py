@@ -22,6 +22,7 @@ from sdlite.cli.app import (
     Vae,
     Variant,
     app,
+    examples,
     load,
 )
 from sdlite.cli.output import Interrupts, Names, Report, shown
@@ -37,36 +38,49 @@ MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better re
 DEFAULT = Request(prompt="")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'sdlite generate "a red apple" -s 7 --num-images 4 -o apples/',
+        'sdlite generate "a dog face" --image sketch.png --strength 0.6 -o dog.png',
+    )
+)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw. (word:1.3) and [word] weigh, BREAK splits.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to draw. (word:1.3) and [word] change a word's weight, BREAK starts a new part.")
+    ],
     output: Output = None,
     model: Model = None,
-    negative_prompt: Annotated[str, typer.Option("--negative-prompt", "-n", help="What to keep out.")] = "",
+    negative_prompt: Annotated[
+        str, typer.Option("--negative-prompt", "-n", help="What to keep out of the image.")
+    ] = "",
     seed: Annotated[
-        str, typer.Option("--seed", "-s", help="Of the first picture; the others count up. random or -1: drawn.")
+        str, typer.Option("--seed", "-s", help="Seed of the first image; the others count up. random or -1: any.")
     ] = str(DEFAULT.seed),
-    num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="How many pictures.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, max=64, help="Drawn at the same time.")] = 1,
-    steps: Annotated[int, typer.Option(help="Of the solver.")] = DEFAULT.steps,
+    num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Number of images.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, max=64, help="Images drawn at the same time.")
+    ] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps; more is slower.")] = DEFAULT.steps,
     guidance_scale: Annotated[
-        float, typer.Option("--guidance-scale", "--cfg-scale", help="Up to 1: none.")
+        float, typer.Option("--guidance-scale", "--cfg-scale", help="How closely to follow the prompt; 1 = off.")
     ] = DEFAULT.guidance_scale,
-    guidance_rescale: Annotated[float, typer.Option(help="0 to 1, against washed-out colours.")] = 0.0,
+    guidance_rescale: Annotated[float, typer.Option(help="Against too strong colours, 0 to 1.")] = 0.0,
     solver: Annotated[SolverName, typer.Option(help="How to step from noise to image.")] = DEFAULT.solver,
-    eta: Annotated[float, typer.Option(help="Noise added per step by ddim, 0 to 1.")] = DEFAULT.eta,
-    width: Annotated[int | None, typer.Option("--width", "-W", show_default="the model's")] = None,
-    height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
+    eta: Annotated[float, typer.Option(help="Noise that ddim adds at each step, 0 to 1.")] = DEFAULT.eta,
+    width: Annotated[int | None, typer.Option("--width", "-W", help="In pixels.", show_default="the model's")] = None,
+    height: Annotated[int | None, typer.Option("--height", "-H", help="In pixels.", show_default="the model's")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to start from.")] = None,
     mask: Annotated[
         Path | None, typer.Option(help="Black-and-white picture; white parts of --image are redrawn.")
     ] = None,
-    mask_blur: Annotated[float, typer.Option(help="Pixels of soft edge around them, 0 to 64.")] = DEFAULT.mask_blur,
+    mask_blur: Annotated[
+        float, typer.Option(help="Width of the soft edge around them in pixels, 0 to 64.")
+    ] = DEFAULT.mask_blur,
     no_paste: Annotated[
-        bool, typer.Option("--no-paste", help="Leave the rest as the model draws it, not as it was.")
+        bool, typer.Option("--no-paste", help="Let the model change the rest of --image as well, as diffusers does.")
     ] = False,
-    strength: Annotated[float, typer.Option(help="How far to leave --image, 0 to 1.")] = DEFAULT.strength,
-    clip_skip: Annotated[int, typer.Option(help="Text layers left out at the end.")] = DEFAULT.clip_skip,
+    strength: Annotated[float, typer.Option(help="How much to change --image, 0 to 1.")] = DEFAULT.strength,
+    clip_skip: Annotated[int, typer.Option(help="Number of last text layers to skip.")] = DEFAULT.clip_skip,
     device: Device = "auto",
     dtype: DType = "auto",
     prediction: Override = None,
@@ -75,7 +89,7 @@ def generate(
     allow_links: AllowLinks = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
     attention: Annotated[
-        Path | None, typer.Option(help="Also write the first picture under a heat map for each word, as a PNG.")
+        Path | None, typer.Option(help="Also write a PNG that shows where the model looked for each word.")
     ] = None,
     no_metadata: NoMetadata = False,
     force: Force = False,
@@ -103,6 +117,8 @@ def generate(
     report = Report(quiet, as_json)
     if str(request.seed) != seed.strip():
         report.note(f"seed {request.seed}")
+    if image is None and strength != DEFAULT.strength:
+        report.note("--strength has no effect without --image")
     pipe = load(model, device, dtype, prediction, report, vae=vae, variant=variant, allow_links=allow_links)
     pictures, interrupted = _draw(pipe, requests, opened, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
@@ -123,7 +139,9 @@ def generate(
     raise typer.Exit(INTERRUPTED if interrupted else 0)
 
 
-@app.command()
+@app.command(
+    epilog=examples("sdlite regen star.png", "sdlite regen star.png --set steps=50 --set solver=euler -o better.png")
+)
 def regen(
     picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture that sdlite or Automatic1111 drew.")],
     changes: Annotated[

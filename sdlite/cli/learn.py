@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from sdlite.cli.app import app, limit_threads
+from sdlite.cli.app import app, examples, limit_threads
 
 
-@app.command()
+@app.command(
+    epilog=examples("sdlite data emoji -o emoji", "sdlite data foreground --emoji emoji --varied 2 -o foreground")
+)
 def data(
     kind: Annotated[Literal["emoji", "nuclei", "foreground"], typer.Argument(help="The latter two: with masks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
@@ -38,7 +40,12 @@ def data(
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlite train denoiser --data pictures --start emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
+        "sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine",
+    )
+)
 def train(
     stage: Annotated[
         Literal["codec", "text", "denoiser", "segmentation"], typer.Argument(help="The first three in this order.")
@@ -164,7 +171,12 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f"--class-weights={text} must be numbers with commas between them, one per class") from None
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlite evaluate run/export --data emoji -o report",
+        "sdlite evaluate emoji-128 --data emoji -o report --pictures 20 --minutes 1",
+    )
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="What --model takes elsewhere.")],
     folder: Annotated[Path, typer.Option("--data", help="Data folder that the model was trained on.")],

@@ -19,6 +19,7 @@ from sdlite.cli.app import (
     Vae,
     Variant,
     app,
+    examples,
     load,
 )
 from sdlite.cli.output import Report, check_free, check_writable, shown
@@ -29,7 +30,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 
 
-@app.command()
+@app.command(epilog=examples("sdlite info star.png", "sdlite info v1-5.safetensors --json"))
 def info(
     subject: Annotated[str, typer.Argument(metavar="IMAGE|MODEL", help="A picture, or what --model takes.")],
     vae: Vae = None,
@@ -51,7 +52,9 @@ def info(
         print(f"{shown(key):{margin}}" + shown(str(value)).replace("\n", "\n" + " " * margin))
 
 
-@app.command()
+@app.command(
+    epilog=examples("sdlite convert v1-5.safetensors folder/", "sdlite convert --trust-pickle old.ckpt old.safetensors")
+)
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="What --model takes, an old .ckpt, or a folder of .bin files.")
@@ -92,7 +95,9 @@ def convert(
     print(target)
 
 
-@app.command()
+@app.command(
+    epilog=examples("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny --json timings.json")
+)
 def bench(
     prompt: Annotated[str, typer.Argument(help="What to draw; a running number is added.")] = "a red apple",
     model: Model = None,
