@@ -109,7 +109,7 @@ def load_model(
         preset = PRESETS[str(path)]
         return random_model(preset() if prediction is None else preset(prediction=prediction), seed=0, codec=codec)
     folder = _folder_of(path, location, variant)
-    name = None if is_there else str(path)
+    name = location.resolve().name if is_there else str(path)
     return load_folder(
         folder, prediction=prediction, name=name, variant=variant, codec=codec, allow_links=links, reader=reader
     )

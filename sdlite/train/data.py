@@ -25,6 +25,7 @@ from sdlite.models.text import TextEncoder
 from sdlite.train.folder import Records
 
 Generator = np.random.Generator
+MAX_HELD = 64 * 2**30  # bytes of all pictures of a data folder
 Fit = Literal["crop", "pad"]
 
 
@@ -60,7 +61,13 @@ def key_of(**facts: Any) -> str:
 
 
 def load_pixels(folder: Path, records: Records, size: int, fit: Fit = "crop") -> Tensor:
-    """(N, 4, size, size) uint8 RGBA of all records; see `fitted`."""
+    """(N, 4, size, size) uint8 RGBA of all records; see `fitted`. Raises ValueError if no memory can hold them."""
+    needed = len(records) * 4 * size**2
+    if needed > MAX_HELD:
+        raise ValueError(
+            f"{len(records)} pictures of {size} pixels take {needed >> 30} GiB of memory, and at most {MAX_HELD >> 30} "
+            "are given; take fewer pictures, or a smaller size"
+        )
     pixels = np.zeros((len(records), size, size, 4), np.uint8)
     for row, record in zip(pixels, records, strict=True):
         row[:] = np.asarray(fitted(_rgba(folder / record["file_name"]), size, fit))

@@ -36,9 +36,10 @@ def built(make: Callable[[], Module], path: Path) -> Module:
 
 
 def fill(module: nn.Module, path: Path) -> None:
-    """Gives a module the weights of a file, if names and shapes are its own and all are finite; counters stay."""
+    """Gives a module the weights of a file, if names and shapes are its own and all are finite; counters are 0."""
     weights = open_safetensors(path)
-    counters = {name: tensor for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
+    integers = {name: tensor for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
+    counters = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in integers.items()}
     own = {name: shape for name, shape in shapes_of(module).items() if name not in counters}
     check_same(own, weights.shapes, str(path))
     module.load_state_dict(counters | weights.read(weights.shapes), assign=True)

@@ -26,6 +26,7 @@ MAX_METADATA_BYTES = 64 * 2**20  # of a table: about 600,000 pictures
 MAX_CAPTION_BYTES = 2**20  # of a text file beside a picture
 MAX_TEXT = 20_000  # characters, as in a Request
 MASKED = ("file_name", "mask_file_name")  # columns of data for segmentation
+MAX_NAME = 255  # bytes, on every common disk
 TABLES = ("metadata.jsonl", "metadata.csv")
 
 
@@ -214,6 +215,8 @@ def _file(name: str, inside: Path, folder: Path, place: str) -> str:
     file = Path(os.path.normpath(name))
     if not name or "\0" in name or file.is_absolute() or ".." in file.parts:
         raise ValueError(f"{place}={name!r:.80} leads out of the folder; copy it there")
+    if any(len(part.encode()) > MAX_NAME for part in file.parts):
+        raise ValueError(f"{place}={name!r:.80} is longer than the {MAX_NAME} bytes that a file's name may have")
     check_contained(inside / file, folder)
     return (inside / file).relative_to(folder).as_posix()
 

@@ -11,16 +11,25 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdlite.config import Record
 from sdlite.train.data import composed, load_pixels, on_white, sample_generator
-from sdlite.train.folder import read_records
+from sdlite.train.exports import built, fill, read_config
+from sdlite.train.folder import fingerprints, read_records
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)
 SMOOTHING = 0.1  # of labels
+
+
+class Names(Record):
+    """judge.json: what the outputs of the judge stand for."""
+
+    concepts: list[str]
+    styles: list[str]
 
 
 class Judge(nn.Module):
@@ -51,6 +60,7 @@ class JudgeTask(nn.Module):
         records = [record for record in read_records(data) if "concept" in record and "style" in record]
         if not records:
             raise ValueError(f"{data} has no concepts and styles to judge by; make it with `sdlite data emoji`")
+        self.settings = fingerprints(data, records)
         self.names = sorted({record["concept"] for record in records})
         self.style_names = sorted({record["style"] for record in records})
         self.labels = torch.tensor(
@@ -105,8 +115,8 @@ class JudgeTask(nn.Module):
 
 def load_judge(folder: Path) -> tuple[Judge, list[str], list[str], str]:
     """The frozen judge, its concepts, its styles, and the sha256 of its weights."""
-    names = json.loads((folder / "judge.json").read_text())
-    judge = Judge(len(names["concepts"]), len(names["styles"]))
-    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    names = read_config(Names, folder / "judge.json")
+    judge = built(lambda: Judge(len(names.concepts), len(names.styles)), folder / "judge.json")
+    fill(judge, folder / "judge.safetensors")
     digest = hashlib.sha256((folder / "judge.safetensors").read_bytes()).hexdigest()
-    return judge.eval().requires_grad_(False), names["concepts"], names["styles"], digest
+    return judge.eval().requires_grad_(False), names.concepts, names.styles, digest

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sdlite.train.loop import State, Task, TrainConfig
 
 
+SAID_SECONDS = 60.0  # between lines where no bar can be drawn
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -35,7 +38,7 @@ class Keeper:
         self.task, self.state, self.config = task, state, config
         self.out, self.settings, self.clock = out, settings, clock
         self.losses: list[float] = []
-        self.begun = self.time = self.saved = self.shown = clock()
+        self.begun = self.time = self.saved = self.shown = self.said = clock()
         self.first = self.samples = state.samples
         self.kept = state.samples if run.checkpoints(out) else None  # samples of the last checkpoint
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), transient=True)
@@ -113,6 +116,9 @@ class Keeper:
         done, left = self._progress(rate)
         text = f"{samples} samples, loss {loss:.4f}, {left:.0f} min left"
         self.bar.update(self.row, completed=done, description=text)
+        if not self.bar.console.is_terminal and self.clock() - self.said > SAID_SECONDS:
+            say(text)
+            self.said = self.clock()
         if samples - self.samples < self.config.report_every:
             return
         rates = {"lr": self.state.optimizer.param_groups[0]["lr"], "samples_per_second": rate}

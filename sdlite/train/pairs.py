@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdlite.images import FORMATS, decoded
-from sdlite.segmentation.segmenter import mirrored, pixels_of, standardized
+from sdlite.images import decoded
+from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS, mirrored, pixels_of, standardized
 from sdlite.train.folder import MASKED, Records, read_records
 
 IGNORED = 255  # in masks, as in PASCAL VOC
@@ -41,7 +41,7 @@ class Pair:
     """A picture, (C, H, W), and its mask, (H, W), both uint8 where they can be. white: of `Labels`."""
 
     def __init__(self, folder: Path, record: Mapping[str, str], channels: int, white: bool = False) -> None:
-        self.pixels = pixels_of(decoded(folder / record["file_name"]), channels)
+        self.pixels = pixels_of(decoded(folder / record["file_name"], FORMATS, MAX_PIXELS), channels)
         mask = read_mask(folder / record["mask_file_name"])
         values = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
         self.mask = (values >= 128).byte() if white else values
@@ -68,7 +68,7 @@ def read_pairs(folder: Path, records: Records, channels: int, white: bool) -> li
 
 def read_mask(path: Path) -> Image.Image:
     """A mask as a picture of mode "L" or "P", whose values are as in the file. Raises ValueError for other kinds."""
-    mask = decoded(path)
+    mask = decoded(path, FORMATS, MAX_PIXELS)
     if mask.mode == "1":
         return mask.convert("L")
     if mask.mode in ("RGB", "RGBA", "LA") and _is_grey(mask):
@@ -123,7 +123,7 @@ def _all_records(data: Path) -> Records:
 
 
 def _mode(path: Path) -> str:
-    decoded(path)  # whatever is wrong with the file is said in one line
+    decoded(path, FORMATS, MAX_PIXELS)  # whatever is wrong with the file is said in one line
     with Image.open(path, formats=FORMATS) as image:
         return image.mode
 

@@ -114,7 +114,7 @@ def changes(out: Path, ours: Settings, *, new_data: bool) -> Changes:
     for name, (before, now) in changed.items():
         if name in FORGOTTEN | LOGGED or (name in DATA and new_data):
             continue
-        what = f"{out} is a run with {name}={before}, not {now}"
+        what = f"{out} is a run with {name}={' '.join(str(before).split()):.60}, not {now}"
         if name in DATA:
             raise ValueError(f"{what}: {DATA[name]}; --new-data goes on with them, or give another folder")
         kind = f": {OTHERS[name]}" if name in OTHERS else ""
