@@ -424,7 +424,9 @@ class Slow(Line):
 def test_lines_say_samples_loss_and_time_left(tmp_path, capsys, budget, left):
     task = Slow()
     fit(task, config(report_every=48, batch_size=8, **budget), tmp_path, clock=lambda: 60.0 * task.minutes)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "loss" in line)
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if "samples/s" in line)
+    assert re.fullmatch(rf"16 samples, loss \d\.\d{{4}}, {left + 4} min left", lines[0])  # where no bar is drawn
     assert re.fullmatch(rf"48 samples, loss \d\.\d{{4}}, {left} min left, 0\.1 samples/s", line.strip())
 
 

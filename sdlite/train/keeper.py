@@ -125,6 +125,7 @@ class Keeper:
         run.add_to_log(self.out, {"samples": samples, "loss": loss, **rates, "time": time.time()})
         self.bar.console.print(f"{text}, {rate:.1f} samples/s")
         self.losses, self.samples, self.time = [], samples, self.clock()
+        self.said = self.time
 
     def _progress(self, rate: float) -> tuple[float, float]:
         """Part of this call that is over, 0 to 1, and the minutes left, by whichever budget ends first."""
