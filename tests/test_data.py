@@ -14,10 +14,12 @@ from sdlite.train.augment import Example
 from sdlite.train.copies import near_copies
 from sdlite.train.data import (
     article,
+    bucket_of,
     caption_of,
     composed,
     fit_notes,
     fitted,
+    load_buckets,
     load_pixels,
     on_white,
     sample_generator,
@@ -234,6 +236,31 @@ def test_pictures_that_are_not_square_lose_their_ends_or_get_bars(tmp_path):
     assert "lose their ends" in fit_notes(tmp_path, records, "crop")[0]
     wide.resize((40, 40)).save(tmp_path / "a.png")
     assert not fit_notes(tmp_path, records[:1], "crop")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "shape"),
+    [(100, 100, (128, 128)), (300, 200, (96, 160)), (200, 300, (160, 96)), (2000, 100, (96, 160)), (1, 999, (160, 96))],
+)
+def test_a_bucket_has_the_nearest_proportions(width, height, shape):
+    """Of (128, 128), (96, 160) and (160, 96): steps of 32, at most 128 * 128 pixels, sides of at most 1 to 2.5."""
+    assert bucket_of(width, height, 128, 32) == shape
+
+
+def test_pictures_are_cut_to_their_buckets(tmp_path):
+    wide = Image.new("RGB", (300, 200), "red")
+    wide.paste("blue", (0, 0, 300, 100))
+    wide.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[274] = 6  # stored on its side
+    wide.save(tmp_path / "b.jpg", exif=exif)
+    disc(size=50).save(tmp_path / "c.png")
+    pixels, shapes = load_buckets(tmp_path, [{"file_name": name} for name in ("a.png", "b.jpg", "c.png")], 128, 32)
+    assert shapes.tolist() == [[96, 160], [160, 96], [128, 128]] and pixels.shape == (3, 4, 160, 160)
+    assert pixels[0, :, 10, 80].tolist() == [0, 0, 255, 255] and pixels[0, :, 90, 80].tolist() == [255, 0, 0, 255]
+    assert pixels[1, 0, 80, 10] > 200 and pixels[1, 2, 80, 90] > 200  # upright, the blue half is on the right
+    with pytest.raises(ValueError, match="fit=bucket is for the denoiser"):
+        load_pixels(tmp_path, [], 128, "bucket")
 
 
 def test_grey_pictures_of_16_bits_keep_their_greys(tmp_path):

@@ -39,7 +39,7 @@ from sdlite.train.codec import (
     reconstruction_loss,
     sharpness,
 )
-from sdlite.train.data import cut_notes, on_white, sample_generator, tokenize
+from sdlite.train.data import cut_notes, load_buckets, on_white, sample_generator, tokenize
 from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, initialize
 from sdlite.train.emoji import write
 from sdlite.train.latents import encode, encode_tokens, preview_prompt
@@ -228,6 +228,25 @@ def test_a_refused_run_keeps_its_cache(folder, runs, tmp_path):
     with pytest.raises(ValueError, match="is a run with size=32, not 64"):
         fit(make(size=64), brief(samples=4), tmp_path)
     assert cache.read_bytes() == before
+
+
+def test_pictures_train_in_their_own_shapes(runs, tmp_path):
+    """The loss of a batch of shapes is the mean of the losses of each alone."""
+    for name, size in (("a", (48, 32)), ("b", (32, 32)), ("c", (32, 60))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
+    task = DenoiserTask(tmp_path, parts, UNET, size=64, views=2, fit="bucket", objective=Objective(timesteps="uniform"))
+    assert task.latents.shapes.tolist() == [[12, 20], [16, 16], [20, 12]] * 2
+    x_0 = task.latents.x_0[0, :, :12, :20].float()
+    image = on_white(load_buckets(tmp_path, task.records[:1], 64, 16)[0][:, :, :48, :80])
+    torch.testing.assert_close(x_0, parts[0].encode(image)[0], atol=2e-3, rtol=2e-3)
+    with torch.no_grad():
+        next(p for name, p in task.denoiser.named_parameters() if name == "conv_out.bias").fill_(0.1)
+    indices, numbers = torch.tensor([0, 4, 2, 1]), torch.arange(4)
+    each = [task(indices[i : i + 1], numbers[i : i + 1]).item() for i in range(4)]
+    assert task(indices, numbers).item() == pytest.approx(sum(each) / 4, rel=1e-5)
+    fit(task, brief(samples=4, lr=1e-4), tmp_path / "run")
+    assert (tmp_path / "run" / "export" / "model_index.json").is_file()
 
 
 def cut(path):

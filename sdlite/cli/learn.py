@@ -80,8 +80,12 @@ def train(
         typer.Option(help="Denoiser and codec: side of the pictures in pixels.", show_default="256, or the model's"),
     ] = None,
     fit: Annotated[
-        Literal["crop", "pad"] | None,
-        typer.Option(help="Pictures that are not square: cut off the ends, or add white bars.", show_default="crop"),
+        Literal["crop", "pad", "bucket"] | None,
+        typer.Option(
+            help="Pictures that are not square: cut off the ends, add white bars, or (denoiser) train each in the "
+            "nearest of a few shapes.",
+            show_default="crop",
+        ),
     ] = None,
     class_weights: Annotated[
         str | None,

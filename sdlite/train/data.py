@@ -6,6 +6,7 @@ Pictures may have any size; their transparency is kept, so that backgrounds can 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +27,8 @@ from sdlite.train.folder import Records
 
 Generator = np.random.Generator
 MAX_HELD = 64 * 2**30  # bytes of all pictures of a data folder
-Fit = Literal["crop", "pad"]
+Fit = Literal["crop", "pad", "bucket"]
+WIDEST = 2.5  # longer side over the shorter one, of a bucket
 
 
 def sample_generator(seed: int, number: int) -> Generator:
@@ -62,16 +64,53 @@ def key_of(**facts: Any) -> str:
 
 def load_pixels(folder: Path, records: Records, size: int, fit: Fit = "crop") -> Tensor:
     """(N, 4, size, size) uint8 RGBA of all records; see `fitted`. Raises ValueError if no memory can hold them."""
-    needed = len(records) * 4 * size**2
-    if needed > MAX_HELD:
-        raise ValueError(
-            f"{len(records)} pictures of {size} pixels take {needed >> 30} GiB of memory, and at most {MAX_HELD >> 30} "
-            "are given; take fewer pictures, or a smaller size"
-        )
-    pixels = np.zeros((len(records), size, size, 4), np.uint8)
+    if fit == "bucket":
+        raise ValueError("fit=bucket is for the denoiser; use crop or pad")
+    pixels = _held(len(records), size)
     for row, record in zip(pixels, records, strict=True):
         row[:] = np.asarray(fitted(_rgba(folder / record["file_name"]), size, fit))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def load_shaped(folder: Path, records: Records, size: int, fit: Fit, step: int) -> tuple[Tensor, Tensor | None]:
+    """`load_buckets`, or `load_pixels` and None for the shapes."""
+    if fit == "bucket":
+        return load_buckets(folder, records, size, step)
+    return load_pixels(folder, records, size, fit), None
+
+
+def load_buckets(folder: Path, records: Records, size: int, step: int) -> tuple[Tensor, Tensor]:
+    """Pictures cut to the bucket that is nearest to their shape, and these shapes.
+
+    A bucket has sides that are multiples of step, and at most size * size pixels. Returns (N, 4, M, M) uint8 RGBA, each
+    picture at the top left, where M is the longest side, and (N, 2) int64, height and width of each in pixels.
+    """
+    shapes = [bucket_of(*_shape(folder / record["file_name"]), size, step) for record in records]
+    longest = max((max(shape) for shape in shapes), default=size)
+    pixels = _held(len(records), longest)
+    for row, record, (height, width) in zip(pixels, records, shapes, strict=True):
+        picture = _rgba(folder / record["file_name"])
+        row[:height, :width] = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(shapes).view(-1, 2)
+
+
+def bucket_of(width: int, height: int, size: int, step: int) -> tuple[int, int]:
+    """Height and width of the bucket whose proportions are nearest to a picture's."""
+    heights = range(step, int(size * WIDEST) + 1, step)
+    fullest = [(h, size**2 // h // step * step) for h in heights]  # the widest of each height
+    buckets = [(h, w) for h, w in fullest if max(h, w) <= WIDEST * min(h, w)]
+    return min(buckets, key=lambda bucket: abs(math.log(bucket[1] / bucket[0] * height / width)))
+
+
+def _held(count: int, size: int) -> np.ndarray:
+    """Room for that many RGBA pictures."""
+    needed = count * 4 * size**2
+    if needed > MAX_HELD:
+        raise ValueError(
+            f"{count} pictures of {size} pixels take {needed >> 30} GiB of memory, and at most {MAX_HELD >> 30} are "
+            "given; take fewer pictures, or a smaller size"
+        )
+    return np.zeros((count, size, size, 4), np.uint8)
 
 
 def _rgba(path: Path) -> Image.Image:
@@ -103,13 +142,20 @@ def fit_notes(folder: Path, records: Records, fit: Fit) -> list[str]:
     count = sum(width != height for width, height in shapes)
     if not count:
         return []
+    if fit == "bucket":
+        return [f"{count} of {len(records)} pictures are not square: each is cut to the nearest of a few shapes"]
     what = "get white bars (fit=pad)" if fit == "pad" else "lose their ends (fit=crop), unless they are transparent"
     return [f"{count} of {len(records)} pictures are not square: they {what}"]
 
 
 def _shape(path: Path) -> tuple[int, int]:
-    with Image.open(path, formats=FORMATS) as image:  # the header alone; `load_pixels` has read the whole file
-        return image.size
+    """Width and height of a picture that stands upright, by its header."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # whatever it is, reading the whole picture says it in one line
+        return _rgba(path).size
 
 
 def composed(pixels: Tensor, colours: Tensor) -> Tensor:

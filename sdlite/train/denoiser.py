@@ -11,7 +11,7 @@ and Salimans 2022).
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,15 +40,16 @@ from sdlite.train.data import (
     cut_notes,
     fit_notes,
     key_of,
-    load_pixels,
+    load_shaped,
     normal,
     sample_generator,
     tokenize,
 )
-from sdlite.train.folder import caption_notes, fingerprints, read_records
+from sdlite.train.folder import Records, caption_notes, fingerprints, read_records
 from sdlite.train.latents import PLAIN, Latents, encode, encode_tokens, preview_prompt
 from sdlite.train.text import text_identity
 
+HALVINGS = 4  # how much smaller the coarsest level of a UNet is: latents must have sides that are multiples
 DROPPED = 0.1  # part of the samples without a caption
 HELD_OUT = 256  # pictures whose loss is measured
 EVEN = 8
@@ -164,16 +165,16 @@ class DenoiserTask(nn.Module):
         self.begun, self.previews = False, SHOWN
         self._say: Callable[[str], None] = lambda text: None
         key = key_of(seed=seed, **made_of)
-        load = partial(load_pixels, data, size=size, fit=fit)
-        encoded = partial(encode, *parts, seed=seed)
-
-        def encode_all() -> dict[str, Tensor]:
-            return encoded(self.records, load(self.records), views=views, say=self._say)._asdict()
-
         held = (self.held_records or self.records)[:HELD_OUT]
+
+        def encoded(records: Records, views: int) -> Latents:
+            step = HALVINGS * parts[0].factor
+            pixels, shapes = load_shaped(data, records, size, fit, step)
+            return encode(*parts, records, pixels, views=views, seed=seed, shapes=shapes, say=self._say)
+
         self._make: Callable[[], tuple[Latents, Latents]] = lambda: (
-            Latents(**cached(cache, key, encode_all)),
-            encoded(held, load(held), views=1),
+            Latents(**cached(cache, key, lambda: encoded(self.records, views)._asdict())),
+            encoded(held, 1),
         )
 
     def prepare(self, say: Callable[[str], None]) -> None:
@@ -219,7 +220,17 @@ class DenoiserTask(nn.Module):
         # on a CPU the gradient of plain attention takes a sixth of that of the fused kernel
         kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
         with kernel:
-            return self._loss(self.latents.x_0[indices], self._contexts(tokens), t, noise)
+            shapes = self.latents.shapes[indices]
+            return self._mean_loss(self.latents.x_0[indices], self._contexts(tokens), t, noise, shapes)
+
+    def _mean_loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor, shapes: Tensor) -> Tensor:
+        """Loss of latents that have different shapes, (B, 2): one call of the network for each shape."""
+        loss = torch.zeros((), device=self.device)
+        for h, w in sorted({tuple(shape) for shape in shapes.tolist()}):
+            rows = ((shapes[:, 0] == h) & (shapes[:, 1] == w)).nonzero()[:, 0]
+            part = self._loss(x_0[rows, :, :h, :w], contexts[rows.to(contexts.device)], t[rows], noise[rows, :, :h, :w])
+            loss = loss + part * (len(rows) / len(shapes))
+        return loss
 
     def _contexts(self, tokens: Tensor) -> Tensor:
         """(B, T) to (B, T, D)"""
@@ -263,7 +274,8 @@ class DenoiserTask(nn.Module):
         levels = torch.linspace(0, self.schedule.config.num_train_steps - 1, LEVELS).long()
         noise = normal([sample_generator(self.seed, i) for i in range(count)], tuple(latents.x_0.shape[1:]))
         contexts = self._contexts(latents.tokens[:count])
-        losses = [self._loss(latents.x_0[:count], contexts, t.expand(count), noise).item() for t in levels]
+        x_0, shapes = latents.x_0[:count], latents.shapes[:count]
+        losses = [self._mean_loss(x_0, contexts, t.expand(count), noise, shapes).item() for t in levels]
         return sum(losses) / LEVELS
 
     def preview(self, path: Path) -> None:

@@ -22,21 +22,30 @@ ENCODED = 32  # pictures at once
 
 
 class Latents(NamedTuple):
-    """Training data of the denoiser, view by view of all records. x_0: (N, C, h, w); tokens: (N, T), of captions."""
+    """Training data of the denoiser, view by view of all records.
+
+    x_0: (N, C, h, w). tokens: (N, T), of captions. shapes: (N, 2), height and width of each in latent cells; what lies
+    beyond is nothing.
+    """
 
     x_0: Tensor
     tokens: Tensor
+    shapes: Tensor
 
 
 def view(
     mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
 ) -> tuple[Tensor, str]:
-    """Image (4, S, S) uint8 and caption: the first view is plain, the second mirrored if right, then composed."""
+    """Image (4, H, W) uint8 and caption: the first view is plain, the second mirrored if right, then composed.
+
+    Pictures that are not square are not composed; their views are plain and mirrored in turn.
+    """
     record, pixels = mine
     caption = caption_of(record, generator)
-    if number == 0 or "concept" not in record:
+    square = pixels.shape[1] == pixels.shape[2]
+    if "concept" not in record or (number == 0 if square else number % PLAIN == 0):
         return pixels, caption
-    if number < PLAIN:
+    if number < PLAIN or not square:
         return (pixels if SIDED.search(str(record["concept"])) else pixels.flip(-1)), caption
     first, second = (
         Example(Image.fromarray(p.permute(1, 2, 0).numpy()), subject_of(r, generator), str(r.get("style", "")))
@@ -57,9 +66,11 @@ def encode(
     *,
     views: int,
     seed: int,
+    shapes: Tensor | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Latents:
-    """All views of all records as latents in float16 and tokens."""
+    """All views of all records as latents in float16 and tokens. shapes: of `load_buckets`; None is all of pixels."""
+    shapes = torch.tensor(pixels.shape[-2:]).expand(len(records), 2) if shapes is None else shapes
     x_0, captions = [], []
     for number in range(views):
         say(f"encoding {len(records)} pictures and captions, view {number + 1} of {views}")
@@ -69,10 +80,24 @@ def encode(
             for i in rows:
                 generator = sample_generator(seed, number * len(records) + i)
                 j = int(generator.integers(len(records)))
-                made.append(view((records[i], pixels[i]), (records[j], pixels[j]), number, generator))
-            x_0.append(codec.encode(on_white(torch.stack([image for image, _ in made]))).half())
+                j = j if torch.equal(shapes[i], shapes[j]) else i
+                h, w = shapes[i].tolist()
+                mine, other = ((records[k], pixels[k, :, :h, :w]) for k in (i, j))
+                made.append(view(mine, other, number, generator))
+            x_0.append(_encoded(codec, [image for image, _ in made], pixels.shape[-1]))
             captions += [caption for _, caption in made]
-    return Latents(torch.cat(x_0), tokenize(text, captions))
+    return Latents(torch.cat(x_0), tokenize(text, captions), (shapes // codec.factor).repeat(views, 1))
+
+
+def _encoded(codec: LatentCodec, images: list[Tensor], longest: int) -> Tensor:
+    """(B, C, M, M) float16 of images (4, H, W) uint8; each at the top left, where M is of `longest` pixels."""
+    side = longest // codec.factor
+    x_0 = torch.zeros(len(images), codec.config.latent_channels, side, side, dtype=torch.float16)
+    for shape in {image.shape for image in images}:
+        rows = [i for i, image in enumerate(images) if image.shape == shape]
+        encoded = codec.encode(on_white(torch.stack([images[i] for i in rows])))  # (b, C, h, w)
+        x_0[rows, :, : encoded.shape[2], : encoded.shape[3]] = encoded.half()
+    return x_0
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ def train(
     half the size; "start", a model whose denoiser is trained on, with its own codec and text encoder unless those are
     given. options: fields of TrainConfig; those left out or None are the stage's; arch, "unet" or "dit", size, pixels
     of the pictures, and the fields of Objective are the denoiser's, and where it has one, the start's; size is the
-    codec's, too; fit, "crop" or "pad", is how pictures that are not square are made so; class_weights are
+    codec's, too; fit, "crop", "pad" or "bucket", is what is done with pictures that are
+    not square; class_weights are
     segmentation's; adversarial is the codec's. Raises ValueError or FileNotFoundError with what is missing.
     """
     parts = {name: folder for name, folder in (folders or {}).items() if folder is not None}
