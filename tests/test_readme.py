@@ -52,7 +52,7 @@ BEFORE = {
 }
 AFTER = {
     "sdlite": ["sheet.png"],
-    "Python": ["folder/model_index.json"],
+    "Python": ["folder/model_index.json", "cats/000003-4.png"],
     "Command line": ["four.png", "strawberries/000003-10.png", "dog.png", "words.png", "star.png"],
     "Batches": ["out/000001-*.png", "out/metadata.jsonl", "grid.png", "shards/00000.tar", "table/000001-*.png"],
     "Your own checkpoint": ["cats.png", "folder/model_index.json"],

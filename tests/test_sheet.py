@@ -33,3 +33,15 @@ def test_long_labels_wrap():
         [picture] * 2, axes=("", ["a row with a label of many words, longer than its room"], ["b", "c d " * 9])
     )
     assert grid.width <= 4 + 240 + 2 * 64 + 4 and grid.height > 3 + 2 * 13
+
+
+def test_labels_of_small_pictures_do_not_run_into_each_other():
+    """Four lines of text beside a picture of 8 pixels: each row is as high as its label."""
+    pictures = [Image.new("RGB", (8, 8), "red")] * 6
+    label = "guidance_scale 7.5, solver dpmpp_2m_karras, strength 0.75, clip_skip 2, eta 0.5, a prompt of several words"
+    sheet = contact_sheet(pictures, axes=("steps:", [label] * 3, ["1", "2"]))
+    grey, width = sheet.convert("L"), sheet.width
+    inked = [min(grey.crop((0, y, 200, y + 1)).tobytes()) < 128 for y in range(sheet.height)]
+    blocks = "".join("x" if ink else " " for ink in inked).split("    ")  # between rows, more than between lines
+    assert len([block for block in blocks if block.strip()]) == 4, blocks  # the corner and three labels
+    assert width < 300

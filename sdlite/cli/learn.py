@@ -42,7 +42,7 @@ def data(
 
 @app.command(
     epilog=examples(
-        "sdlite train denoiser --data pictures --start emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
+        "sdlite train denoiser --data pictures --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
         "sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine",
     )
 )
@@ -149,10 +149,6 @@ def train(
     """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made.
 
     Ctrl-C stops in order: the run is saved and exported, and the same command goes on with it.
-
-    sdlite train denoiser --data pictures --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10
-
-    sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine
     """
     from sdlite.train.folder import MASKED, read_records
 
