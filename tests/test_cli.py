@@ -429,6 +429,12 @@ def test_version_and_bare_command(run: Run):
     assert (code, err) == (0, "") and "generate" in out
 
 
+def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("_SDLITE_COMPLETE", "complete_bash"), ("COMP_WORDS", "sdlite gen"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    assert run()[:2] == (0, "generate\n")
+
+
 def test_help_is_immediate():
     code = (
         "import sys, time; start = time.perf_counter()\n"

@@ -789,3 +789,19 @@ def test_the_tiny_vae_is_taesd_from_the_hub(saved: Path, tmp_path: Path, monkeyp
     assert torch.equal(loaded.codec.model.encoder.layers[0].weight, codec.model.encoder.layers[0].weight)
     file = tmp_path / "taesd" / "diffusion_pytorch_model.safetensors"
     assert load_model(saved, vae=file).hash == loaded.hash
+
+
+@pytest.mark.usefixtures("one_tokenizer")
+def test_a_model_of_two_sides(folder: Path, tmp_path: Path):
+    """diffusers reads sample_size as [height, width]: of 8 pixels a cell, width 192 and height 128."""
+    from sdlite.pipeline import Pipeline
+
+    edited(folder / "unet" / "config.json", sample_size=[16, 24])
+    pipe = Pipeline.load(folder)
+    assert pipe.default_size == (192, 128)
+    pipe.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "unet" / "config.json").read_text())["sample_size"] == [16, 24]
+    save_single_file(load_model(folder), tmp_path / "one.safetensors")
+    assert load_model(tmp_path / "one.safetensors").config.sample_size == (16, 24)
+    edited(folder / "unet" / "config.json", sample_size=[24, 24])
+    assert load_model(folder).config.sample_size == 24
