@@ -499,7 +499,7 @@ def test_large_images_are_decoded_in_one_piece(codec, size):
 
 
 def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
-    monkeypatch.setattr("sdlite.pipeline._memory", lambda _: 2**20)
+    monkeypatch.setattr("sdlite.pipeline.total_memory", lambda _: 2**20)
     with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
         sd1.resolve(Request(prompt="a", width=512, height=256))
     assert sd1.resolve(Request(prompt="a")).width == 64
