@@ -174,10 +174,14 @@ MODES = {
     "img2img": {"image": "start", "strength": 0.7},
     "inpaint": {"image": "start", "mask": "mask", "strength": 0.7},
 }
+ONE_TOO_MANY = (61, 103, 121, 122)  # steps for which diffusers' trailing grid ends in -1, which it takes for the last
 DIFFERENT = {  # by design: see zero_snr_karras, and test_sdlite_is_right_where_diffusers_previous_timestep_is_not
     ("dpmpp_2m_karras", "zero terminal SNR"): lambda steps: True,
     ("ddim", "zero terminal SNR"): lambda steps: 1000 % steps > 0,
     ("ddim", "cosine"): lambda steps: 1000 % steps > 0,
+    ("ddpm", "zero terminal SNR"): ONE_TOO_MANY.__contains__,
+    ("ddpm", "cosine"): ONE_TOO_MANY.__contains__,
+    ("pndm", "cosine"): ONE_TOO_MANY.__contains__,
 }
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -158,8 +157,7 @@ class Batch:
     @property
     def notes(self) -> list[str]:
         """What a user should know before it runs, each once: of the model, of the file, of prompts (ten of these)."""
-        remarks = dict.fromkeys(remark for item in self.items for remark in self.pipe.remarks(item.request))
-        return [*self.pipe.notes, *self.plan.notes, *islice(remarks, SHOWN_FAULTS)]
+        return [*self.pipe.notes, *self.plan.notes]
 
     @property
     def settings(self) -> dict[str, Any]:
