@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdlite.config import Request
+from sdlite.config import MAX_SIDE, Request
 from sdlite.diffusion.inpainting import WithChannels, keep_known
 from sdlite.diffusion.sampling import Constrain
 from sdlite.diffusion.solvers import Solver
@@ -45,6 +45,36 @@ def first_step(request: Request) -> int:
             f"strength={request.strength:g} of {request.steps} steps runs none; use strength {least:g} or more steps"
         )
     return request.steps - run
+
+
+def fitted_size(request: Request, given: tuple[int, int] | None, own: tuple[int, int], unit: int) -> tuple[int, int]:
+    """(width, height) as asked for; what is left open has the picture's shape, or is the model's own.
+
+    given: size of the picture to start from. One larger than the model's area is fitted into it, and a smaller one is
+    cut. own: the model's. unit: that sides are multiples of.
+    """
+    asked = (request.width, request.height)
+    if given is None or None not in asked:
+        width, height = (there if side is None else side for side, there in zip(asked, own, strict=True))
+        return width, height
+    scales = [side / there for side, there in zip(asked, given, strict=True) if side is not None]
+    scale = scales[0] if scales else min(1, math.sqrt(math.prod(own) / math.prod(given)))
+    cells = [side * scale / unit for side in given]
+    sides = (min(max(int(n) if scale == 1 else round(n), 1) * unit, MAX_SIDE // unit * unit) for n in cells)
+    width, height = (fitted if side is None else side for side, fitted in zip(asked, sides, strict=True))
+    return width, height
+
+
+def check_size(width: int, height: int, unit: int, factor: int) -> None:
+    """Raises ValueError unless both sides are multiples of unit. factor: pixels to a latent cell."""
+    for name, side in (("width", width), ("height", height)):
+        if side % unit:
+            lower, patch = side // unit * unit, unit // factor
+            cells = f" and the DiT's patches have {patch} cells a side" if patch > 1 else ""
+            raise ValueError(
+                f"{name}={side} must be a multiple of {unit}, as the codec shrinks images by {factor}{cells}; "
+                f"use {f'{lower} or ' if lower else ''}{lower + unit}"
+            )
 
 
 def begin(

@@ -8,10 +8,8 @@ batch.
 import copy
 import html
 import math
-import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +19,14 @@ from torch import Tensor, nn
 
 from sdlite.checkpoints.load import SHIPPED, ModelParts, load_model
 from sdlite.checkpoints.save import save_folder
-from sdlite.config import MAX_SIDE, ModelConfig, Prediction, Request
+from sdlite.config import ModelConfig, Prediction, Request
+from sdlite.device import find_device, find_dtype, total_memory
 from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import Solver
 from sdlite.images import Images, digest, mask_notes, metadata, open_picture, pasted, to_pil
-from sdlite.initial import Job, begin, first_step
+from sdlite.initial import Job, begin, check_size, first_step, fitted_size
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
 from sdlite.models.networks import Network
@@ -96,7 +95,7 @@ class Pipeline:
         if path == "":
             raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = find_device(device)
-        kind = _dtype(dtype, place)
+        kind = find_dtype(dtype, place)
         parts = load_model(
             SHIPPED if path is None else path, prediction=prediction, variant=variant, vae=vae, allow_links=allow_links
         )
@@ -192,8 +191,7 @@ class Pipeline:
         for text, row in zip(prompts, rows, strict=True):
             values = dict(zip(columns, row, strict=True))
             first, picture, repaint = _whole("seed", values.pop("seed")), values.pop("image"), values.pop("mask")
-            picture = None if picture is None else open_picture(picture)
-            repaint = None if repaint is None else open_picture(repaint, for_mask=True)
+            picture, repaint = _opened(picture), _opened(repaint, for_mask=True)
             values |= {"image": _named(picture), "mask": _named(repaint)}
             requests += [Request(prompt=text, seed=first + i, **values) for i in range(count)]
             images += [picture] * count
@@ -262,7 +260,7 @@ class Pipeline:
             picture = to_pil(decoded)[0]
             paste = request.paste and image is not None and mask is not None
             if paste:
-                picture = pasted(picture, open_picture(image), open_picture(mask, for_mask=True), request.mask_blur)
+                picture = pasted(picture, _opened(image), _opened(mask, for_mask=True), request.mask_blur)
             width, height = picture.size
             texts = metadata(
                 request.replace(paste=paste),
@@ -301,8 +299,7 @@ class Pipeline:
             for name, named, given in (("image", request.image, image), ("mask", request.mask, mask)):
                 if named is not None and given is None:
                     raise ValueError(f"{name}={named!r}: open the picture and give it as well")
-            image = None if image is None else open_picture(image)
-            mask = None if mask is None else open_picture(mask, for_mask=True)
+            image, mask = _opened(image), _opened(mask, for_mask=True)
             request = request.replace(image=image and digest(image), mask=mask and digest(mask))
             jobs.append(Job(self.resolve(request, image), image, mask))
         return jobs
@@ -315,28 +312,15 @@ class Pipeline:
         remarks = [*foreign_marks(request.prompt), *foreign_marks(request.negative_prompt)]
         open_size = request.width is None and request.height is None
         if image is not None and open_size and math.prod(image.size) > math.prod(self.default_size):
-            width, height = self._size(request, image)
+            sizes = ["{}x{}".format(*size) for size in (image.size, self._size(request, image))]
             remarks.append(
-                f"the picture to start from has {image.width}x{image.height} pixels and is made {width}x{height}, "
-                "the area that this model draws; width or height sets another size"
+                "the picture to start from has {} pixels and is made {}, the area that this model draws; "
+                "width or height sets another size".format(*sizes)
             )
         return remarks if image is None or mask is None else [*remarks, *mask_notes(mask, image)]
 
     def _size(self, request: Request, image: Image | None) -> tuple[int, int]:
-        """(width, height) as asked for; what is left open has the picture's shape, or is the model's own.
-
-        A picture larger than the model's area is fitted into it, and a smaller one is cut to what the codec can.
-        """
-        asked, own, unit = (request.width, request.height), self.default_size, self.size_unit
-        if image is None or None not in asked:
-            width, height = (there if side is None else side for side, there in zip(asked, own, strict=True))
-            return width, height
-        given = [side / there for side, there in zip(asked, image.size, strict=True) if side is not None]
-        scale = given[0] if given else min(1, math.sqrt(math.prod(own) / math.prod(image.size)))
-        cells = [side * scale / unit for side in image.size]
-        sides = (min(max(int(n) if scale == 1 else round(n), 1) * unit, MAX_SIDE // unit * unit) for n in cells)
-        width, height = (fitted if side is None else side for side, fitted in zip(asked, sides, strict=True))
-        return width, height
+        return fitted_size(request, None if image is None else image.size, self.default_size, self.size_unit)
 
     def resolve(self, request: Request, image: Image | None = None) -> Request:
         """The request with its size filled in: the picture's, fitted into the model's own area, or that area.
@@ -345,17 +329,9 @@ class Pipeline:
         """
         if self.inpainting and request.mask is None:
             raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
-        unit = self.size_unit
         width, height = self._size(request, image)
-        for name, side in (("width", width), ("height", height)):
-            if side % unit:
-                lower, patch = side // unit * unit, unit // self.codec.factor
-                cells = f" and the DiT's patches have {patch} cells a side" if patch > 1 else ""
-                raise ValueError(
-                    f"{name}={side} must be a multiple of {unit}, as the codec shrinks images by {self.codec.factor}"
-                    f"{cells}; use {f'{lower} or ' if lower else ''}{lower + unit}"
-                )
-        needed, there = self.codec.decode_bytes(width, height), _memory(self.device)
+        check_size(width, height, self.size_unit, self.codec.factor)
+        needed, there = self.codec.decode_bytes(width, height), total_memory(self.device)
         if needed > there:
             raise ValueError(
                 f"width={width}, height={height}: to decode it takes {needed / 2**30:.1f} GiB of memory or more, and "
@@ -405,34 +381,8 @@ class Pipeline:
         return solver_for(request, self.schedule, self.denoiser.prediction, generators, first_step(request))
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name: "auto", "cpu", "cuda", "cuda:1", "mps". Raises ValueError if it is not there."""
-    kind, colon, number = name.partition(":")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if counts[kind]))
-    if kind not in counts:
-        raise ValueError(f"device={name!r} must be one of auto, {', '.join(counts)}")
-    if (colon and not (number.isdecimal() and number.isascii())) or int(number or "0") >= counts[kind]:
-        raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
-    return torch.device(name)
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes of memory in all, infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    known["auto"] = torch.float32 if device.type == "cpu" else torch.float16
-    if name not in known:
-        raise ValueError(f"dtype={name!r} must be one of {', '.join(known)}")
-    return known[name]
+def _opened(picture: Any, *, for_mask: bool = False) -> Any:
+    return None if picture is None else open_picture(picture, for_mask=for_mask)
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

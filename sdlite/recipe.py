@@ -80,7 +80,7 @@ def versions() -> dict[Any, str]:
 def parse_recipe(text: str) -> Recipe:
     """What `metadata` wrote under "sdlite". Raises ValueError, TypeError or RecursionError."""
     if len(text) > MAX_CHARS:
-        raise ValueError("too long")
+        raise ValueError(f"larger than {MAX_CHARS >> 20} MiB")
     fields = parse_json(text)
     if not isinstance(fields, dict) or not isinstance(fields.get("request"), dict):
         raise ValueError("not an object with a request")
@@ -92,7 +92,9 @@ def parse_recipe(text: str) -> Recipe:
 
 def parse_a1111(text: str) -> Foreign:
     """Automatic1111's text as a recipe. Raises ValueError, in one line, for what is not such a text."""
-    *lines, last = text[:MAX_CHARS].strip().split("\n")
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"its parameters are larger than {MAX_CHARS >> 20} MiB")
+    *lines, last = text.strip().split("\n")
     found = A1111_SETTING.findall(last)
     if len(found) < A1111_FEWEST:
         raise ValueError("its parameters have no line of settings, such as Steps: 20, Sampler: Euler a, Seed: 7")

@@ -19,6 +19,7 @@ GROUPS = {
     "models": ["config", "files"],
     "segmentation": ["config", "files"],
     "noise": [],
+    "device": [],
     "sheet": [],
     "recipe": ["config", "files"],
     "images": ["config", "files", "recipe", "sheet"],
@@ -28,6 +29,7 @@ GROUPS = {
     "checkpoints": ["config", "files", "models"],
     "pipeline": [
         "config",
+        "device",
         "files",
         "diffusion",
         "models",

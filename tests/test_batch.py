@@ -508,3 +508,10 @@ def test_a_disk_of_64_kib(tmp_path: Path, reference: Content):
 def test_the_names_of_the_manifests_tell_machines_apart(tmp_path: Path):
     run(tmp_path, ROWS[:1])
     assert [path.name for path in tmp_path.glob(".manifest*")] == [f".manifest-{HOST}-0.jsonl"]
+
+
+def test_what_rows_are_read_otherwise_is_noted_once(tmp_path: Path):
+    Image.new("RGB", (320, 240)).save(tmp_path / "large.png")
+    rows = [{"prompt": f"<lora:a:1> {i}", "image": str(tmp_path / "large.png"), "steps": 2} for i in range(3)]
+    notes = batch.prepare(rows, tmp_path / "out", pipe=tiny()).notes[-2:]
+    assert [note.split(" ", 1)[0] for note in notes] == ["'<lora:a:1>'", "the"] and "is made 72x56" in notes[1]

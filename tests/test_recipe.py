@@ -157,6 +157,7 @@ def test_our_own_text_is_read_as_automatic1111s(solver: str):
     [
         ("a fox", "no line of settings"),
         ("", "no line of settings"),
+        ("x" * (recipe.MAX_CHARS + 1), "larger than 1 MiB"),
         ("x\nSteps: 0, Sampler: DDIM, Seed: 1", "steps='0'"),
         ("x\nSteps: 9, Sampler: DDIM, Seed: -1", "seed='-1'"),
         ("x\nSteps: 9, Sampler: DDIM, Size: 1e9x64", "width='1e9'"),

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -132,15 +131,17 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
     if pipe is None:
         pipe = _load(chosen, chosen.device)
     engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
+    remarks: dict[str, None] = {}  # a set in order
     plan = make_plan(
         requests,
-        resolve=_checks(pipe),
+        resolve=_checks(pipe, remarks),
         engine=engine,
         seed=chosen.seed,
         same_seed=chosen.same_seed,
         defaults=chosen.defaults,
         name=chosen.name,
     )
+    plan = plan._replace(notes=[*plan.notes, *list(remarks)[:SHOWN_FAULTS]])
     mine = [item for item in plan.items if shard is None or in_shard(item, shard)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
@@ -156,8 +157,7 @@ class Batch:
     @property
     def notes(self) -> list[str]:
         """What a user should know before it runs, each once: of the model, of the file, of prompts (ten of these)."""
-        remarks = dict.fromkeys(remark for item in self.items for remark in self.pipe.remarks(item.request))
-        return [*self.pipe.notes, *self.plan.notes, *islice(remarks, SHOWN_FAULTS)]
+        return [*self.pipe.notes, *self.plan.notes]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -298,8 +298,11 @@ def _load(options: Options, device: str) -> Pipeline:
     return Pipeline.load(options.model, device=device, **chosen)
 
 
-def _checks(pipe: Pipeline) -> Callable[[Request, Any], Request]:
-    """`Pipeline.resolve` and all else that a model wants of a request; settings that many rows share are tried once."""
+def _checks(pipe: Pipeline, remarks: dict[str, None]) -> Callable[[Request, Any], Request]:
+    """`Pipeline.resolve` and all else that a model wants of a request; settings that many rows share are tried once.
+
+    remarks: takes what `Pipeline.remarks` says of them.
+    """
     tried: set[tuple[object, ...]] = set()
 
     def resolve(request: Request, picture: Any) -> Request:
@@ -320,6 +323,7 @@ def _checks(pipe: Pipeline) -> Callable[[Request, Any], Request]:
             except Exception:  # nobody foresaw it: drawing meets it again, and there it fails one row
                 pass
             tried.add(settings)
+        remarks.update(dict.fromkeys(pipe.remarks(request, picture)))
         return pipe.resolve(request, picture)
 
     return resolve

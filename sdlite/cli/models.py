@@ -156,7 +156,7 @@ def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
     recipe = read_metadata(path)
     return {
         "model": {"model": recipe.model, "model_hash": recipe.model_hash, "prediction": recipe.prediction},
-        "request": recipe.request.model_dump(),
+        "request": recipe.request.deciding(),
         "versions": {str(name): found for name, found in recipe.versions.items()},
     }
 
