@@ -48,7 +48,7 @@ class Line(nn.Module):
         return {"weight": self.layer.weight[0, 0].item()}
 
     def preview(self, path):
-        path.write_bytes(b"")
+        Image.new("RGB", (8, 8)).save(path)
 
     def export(self, folder):
         folder.mkdir(exist_ok=True)
@@ -86,8 +86,20 @@ def test_figures_previews_and_curves_are_drawn_on_the_way(tmp_path):
     assert points[96] == pytest.approx(state(tmp_path)["ema.layer.weight"][0, 0].item())
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.size == (400 * 2, 300)  # loss, weight
+    page = (tmp_path / "progress.html").read_text()
+    frames = json.loads(page.partition("const frames = ")[2].partition("\n")[0])
+    assert [samples for samples, _ in frames] == [int(p.stem[8:]) for p in sorted(tmp_path.glob("preview-*.png"))]
+    assert all(picture.startswith("data:image/jpeg;base64,") for _, picture in frames)
+    assert "http" not in page  # one file, nothing from elsewhere
     fit(Line(), config(), tmp_path / "straight")
     assert_same(state(tmp_path / "straight"), state(tmp_path))  # looking changes nothing
+
+
+def test_previews_come_by_samples(tmp_path):
+    fit(Line(), config(show_minutes=0, show_samples=40), tmp_path)
+    shown = [int(path.stem[8:]) for path in sorted(tmp_path.glob("preview-*.png"))]
+    batch = config().batch_size
+    assert shown == [-(-40 // batch) * batch, -(-80 // batch) * batch, 96]
 
 
 def test_a_budget_of_minutes_stops_and_is_resumed_exactly(tmp_path):

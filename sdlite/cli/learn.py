@@ -119,7 +119,12 @@ def train(
     show_minutes: Annotated[
         float | None, typer.Option(help="Between exports with previews; 0 is only at the end.", show_default="20")
     ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw OUTPUT/curves.png.")] = False,
+    show_samples: Annotated[
+        int | None, typer.Option(help="The same by samples; 0 is never.", show_default="denoiser 50000, others 0")
+    ] = None,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw OUTPUT/curves.png, and OUTPUT/progress.html, a film of the previews.")
+    ] = False,
     new_data: Annotated[
         bool, typer.Option("--new-data", help="Go on although the data are not those that the run began with.")
     ] = False,

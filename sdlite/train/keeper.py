@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sdlite.files import atomic_folder, sweep
 from sdlite.train import run
-from sdlite.train.curves import draw_curves
+from sdlite.train.curves import draw_progress
 from sdlite.train.stop import Stop
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Keeper:
         self.out, self.settings, self.clock = out, settings, clock
         self.losses: list[float] = []
         self.begun = self.time = self.saved = self.shown = self.said = clock()
-        self.first = self.samples = state.samples
+        self.first = self.samples = self.shown_samples = state.samples
         self.kept = state.samples if run.checkpoints(out) else None  # samples of the last checkpoint
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), transient=True)
         self.row = self.bar.add_task("training", total=1.0)
@@ -63,6 +63,11 @@ class Keeper:
         self._report()
         config = self.config
         show = bool(config.show_minutes) and self.clock() - self.shown > 60 * config.show_minutes
+        if (
+            config.show_samples
+            and self.state.samples // config.show_samples > self.shown_samples // config.show_samples
+        ):
+            show = True
         if show or (config.save_minutes and self.clock() - self.saved > 60 * config.save_minutes):
             self._save()
         if show and not stop.asked:
@@ -95,7 +100,7 @@ class Keeper:
         """Figures on held-out data into the log, and pictures of what the task can do by now."""
         with stop.idle():
             self.state.with_average(self._measure_and_draw)
-        self.shown = self.clock()
+        self.shown, self.shown_samples = self.clock(), self.state.samples
 
     def _measure_and_draw(self) -> None:
         samples, out = self.state.samples, self.out
@@ -106,7 +111,7 @@ class Keeper:
             say(f"drawing {number} previews")
         self.task.preview(out / f"preview-{samples:010}.png")
         if self.config.plot:
-            draw_curves(out / "log.jsonl", out / "curves.png")
+            draw_progress(out)
 
     def _report(self) -> None:
         """The bar, and every `report_every` samples a line in the log and on the screen."""

@@ -38,8 +38,8 @@ class TrainConfig(Record):
     optimizer: "muon" is for all matrices and kernels but the task's `edges`, whose rate is then lr; AdamW for the rest.
     decay: "cosine" lets the rate fall to zero at `samples`. precision: of autocast. half_life: of the EMA.
     save_minutes, show_minutes: between checkpoints, and between exports with figures on held-out data and a preview;
-    0 is only at the end. plot: draw curves.png whenever figures are taken. new_data: go on with a run that was of
-    other data.
+    0 is only at the end. show_samples: the same by samples. plot: draw curves.png and progress.html whenever figures
+    are taken. new_data: go on with a run that was of other data.
     """
 
     batch_size: int = Field(32, ge=1, le=65_536)
@@ -57,6 +57,7 @@ class TrainConfig(Record):
     report_every: int = Field(2_000, ge=1)
     save_minutes: float = Field(4.0, ge=0)
     show_minutes: float = Field(20.0, ge=0)
+    show_samples: int = Field(0, ge=0)
     plot: bool = False
     new_data: bool = False
 

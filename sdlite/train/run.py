@@ -26,7 +26,15 @@ from sdlite.files import atomic_folder, read_json, write_file
 
 SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 KEPT = 2  # checkpoints: the last, and the one before it should the last be damaged
-FORGOTTEN = {"minutes", "report_every", "save_minutes", "show_minutes", "plot", "new_data"}  # mean one call only
+FORGOTTEN = {
+    "minutes",
+    "report_every",
+    "save_minutes",
+    "show_minutes",
+    "show_samples",
+    "plot",
+    "new_data",
+}  # mean one call only
 LOGGED = {"batch_size", "lr", "warmup", "decay", "samples", "weight_decay", "half_life", "clip", "precision"}
 DATA = {"data": "other captions or file names", "pictures": "other pictures", "phrases": "another phrases.txt"}
 OTHERS = {"codec": "another codec", "text": "another text encoder", "teacher": "another teacher"} | {

@@ -21,7 +21,14 @@ VIEWS = 4  # of each picture that the denoiser is trained on, encoded once: half
 DEFAULTS: dict[str, dict[str, Any]] = {
     "codec": {"batch_size": 12, "lr": 2e-3, "warmup": 1_200, "half_life": 6_000},
     "text": {"batch_size": 32, "lr": 5e-4, "warmup": 3_200, "half_life": 10_000},
-    "denoiser": {"batch_size": 32, "lr": 3e-3, "optimizer": "muon", "warmup": 1_600, "half_life": 20_000},
+    "denoiser": {
+        "batch_size": 32,
+        "lr": 3e-3,
+        "optimizer": "muon",
+        "warmup": 1_600,
+        "half_life": 20_000,
+        "show_samples": 50_000,
+    },
     "segmentation": {"batch_size": 8, "lr": 2e-3, "warmup": 160, "half_life": 400, "report_every": 400},
 }
 
