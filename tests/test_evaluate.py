@@ -1,13 +1,14 @@
 """Evaluation: figures by hand, and the whole report on a toy model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sdlite.train.evaluate import interval, mmd, named, named_nouns, nearest, ranks, table
+from sdlite.train.evaluate import _check_judge, interval, mmd, named, named_nouns, nearest, ranks, table
 from sdlite.train.judge import JudgeTask, load_judge
 from sdlite.train.loop import TrainConfig, fit
 from sdlite.train.probes import (
@@ -107,6 +108,19 @@ def test_the_judge_learns_and_is_frozen(folder, tmp_path):  # noqa: F811
     assert not any(p.requires_grad for p in judge.parameters())
     figures = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert figures["trained_concepts"] >= 0.8 and figures["trained_styles"] >= 0.8
+
+    _check_judge(tmp_path, folder)
+    other = shutil.copytree(folder, tmp_path / "other")
+    Image.new("RGB", (32, 32)).save(next((other / "train").glob("*.png")))
+    with pytest.raises(ValueError, match="holds a judge that was trained on other pictures; give another --output"):
+        _check_judge(tmp_path, other)
+    weights = tmp_path / "export" / "judge.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"judge.safetensors is truncated"):
+        load_judge(tmp_path / "export")
+    (tmp_path / "export" / "judge.json").write_text('{"concepts": 5, "styles": []}')
+    with pytest.raises(ValueError, match=r"judge.json: concepts=5 must be"):
+        load_judge(tmp_path / "export")
 
 
 def test_the_table_shows_means_and_intervals():

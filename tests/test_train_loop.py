@@ -22,7 +22,7 @@ from sdlite.files import DiskFull
 from sdlite.train.curves import read_log
 from sdlite.train.ema import ema_decay, update_ema
 from sdlite.train.loop import State, TrainConfig, fit, learning_rate, load_average, order
-from sdlite.train.run import checkpoints
+from sdlite.train.run import checkpoints, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -440,6 +440,18 @@ def test_lines_say_samples_loss_and_time_left(tmp_path, capsys, budget, left):
     line = next(line for line in lines if "samples/s" in line)
     assert re.fullmatch(rf"16 samples, loss \d\.\d{{4}}, {left + 4} min left", lines[0])  # where no bar is drawn
     assert re.fullmatch(rf"48 samples, loss \d\.\d{{4}}, {left} min left, 0\.1 samples/s", line.strip())
+
+
+def test_the_scale_of_the_loss_is_kept(tmp_path):
+    """Of fp16, which needs a GPU; here the scaler alone."""
+    states = [State(Line(), config()) for _ in range(3)]
+    for kept, scale in zip(states[:2], (2.0**9, 2.0**16), strict=True):
+        kept.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        kept.scaler.scale(torch.ones(1))
+    states[0].scaler.update(2.0**8)
+    write_checkpoint(tmp_path, 0, states[0].tensors())
+    assert states[1].resume(tmp_path) == states[2].resume(tmp_path) == []
+    assert states[1].scaler.state_dict() == states[0].scaler.state_dict() and states[1].scaler.get_scale() == 2.0**8
 
 
 def test_only_the_last_checkpoints_are_kept_and_the_average_loads(tmp_path):

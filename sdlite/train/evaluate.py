@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from sdlite.config import Request
+from sdlite.files import read_json
 from sdlite.images import contact_sheet, to_pil
+from sdlite.models.prompt import escaped
 from sdlite.pipeline import Pipeline
 from sdlite.train.augment import a
 from sdlite.train.codec import psnr
 from sdlite.train.data import load_pixels, on_white
-from sdlite.train.folder import read_records
-from sdlite.train.judge import JudgeTask, load_judge
+from sdlite.train.folder import fingerprints, read_records
+from sdlite.train.judge import JudgeTask, judged, load_judge
 from sdlite.train.loop import TrainConfig, fit
 from sdlite.train.probes import NOUNS, probes, right_and_chance
 
@@ -112,6 +114,7 @@ def draw(pipe: Pipeline, prompts: Sequence[str], fields: Mapping[str, Any]) -> T
 @torch.no_grad()
 def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float, fields: Mapping[str, Any]) -> str:
     """Writes report.json, report.md and sheets into `out`, which keeps the judge; returns the table in Markdown."""
+    _check_judge(out / "judge", data)
     if not (out / "judge" / "export").is_dir():
         with torch.enable_grad():
             fit(JudgeTask(data), TrainConfig(minutes=minutes, **JUDGE_SETTINGS), out / "judge")
@@ -126,7 +129,7 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
     side = pipe.default_size[0]
     real = on_white(load_pixels(data, held, side))
     known = on_white(load_pixels(data, trained[:: max(1, len(trained) // 2000)], side))
-    drawn = draw(pipe, [r["text"] for r in held], fields)
+    drawn = draw(pipe, [escaped(r["text"]) for r in held], fields)
     decoded = torch.cat([pipe.codec.decode(pipe.codec.encode(part)) for part in torch.split(real, BATCH)])
     shuffled = wanted.roll(1, 0)
     rows = {
@@ -161,6 +164,16 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
     contact_sheet(to_pil(drawn), [r["text"] for r in held]).save(out / "drawn.png")
     contact_sheet(to_pil(free), [a(noun) for noun in nouns] + [probe.prompt for probe in asked]).save(out / "free.png")
     return text
+
+
+def _check_judge(run: Path, data: Path) -> None:
+    """Raises ValueError if a run that trained a judge was of other data; older runs do not say."""
+    if not (run / "export").is_dir() or not (run / "config.json").is_file():
+        return
+    stated = read_json(run / "config.json")
+    for name, value in fingerprints(data, judged(data)).items():
+        if stated.get(name, value) != value:
+            raise ValueError(f"{run} holds a judge that was trained on other {name}; give another --output")
 
 
 def table(report: Mapping[str, Any]) -> str:

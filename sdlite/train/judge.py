@@ -18,11 +18,19 @@ from torch.nn import functional as F
 from sdlite.config import Record
 from sdlite.train.data import composed, load_pixels, on_white, sample_generator
 from sdlite.train.exports import built, fill, read_config
-from sdlite.train.folder import fingerprints, read_records
+from sdlite.train.folder import Records, fingerprints, read_records
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)
 SMOOTHING = 0.1  # of labels
+
+
+def judged(data: Path) -> Records:
+    """The records that a judge can learn from. Raises ValueError if there are none."""
+    records = [record for record in read_records(data) if "concept" in record and "style" in record]
+    if not records:
+        raise ValueError(f"{data} has no concepts and styles to judge by; make it with `sdlite data emoji`")
+    return records
 
 
 class Names(Record):
@@ -57,9 +65,7 @@ class JudgeTask(nn.Module):
 
     def __init__(self, data: Path, seed: int = 1_000_003) -> None:
         super().__init__()
-        records = [record for record in read_records(data) if "concept" in record and "style" in record]
-        if not records:
-            raise ValueError(f"{data} has no concepts and styles to judge by; make it with `sdlite data emoji`")
+        records = judged(data)
         self.settings = fingerprints(data, records)
         self.names = sorted({record["concept"] for record in records})
         self.style_names = sorted({record["style"] for record in records})

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -120,6 +120,7 @@ class State:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.average = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         self.optimizer = _optimizer(module, config)
+        self.scaler: Any = None  # of the loss, in fp16
         self.samples = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -127,13 +128,14 @@ class State:
         tensors |= {f"ema.{name}": tensor for name, tensor in self.average.items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        return tensors
+        scales = {} if self.scaler is None else self.scaler.state_dict()
+        return tensors | {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scales.items()}
 
     def load(self, folder: Path) -> None:
         """Takes over a checkpoint. Raises ValueError if it is damaged or of another model; then nothing is changed."""
         own = {f"{part}.{name}": tuple(t.shape) for part in ("model", "ema") for name, t in self.average.items()}
         samples, tensors = run.read_checkpoint(folder, own)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "scaler": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
@@ -150,6 +152,9 @@ class State:
         for name, tensor in parts["ema"].items():
             self.average[name].copy_(tensor)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        if self.scaler is not None and parts["scaler"]:
+            now = self.scaler.state_dict()
+            self.scaler.load_state_dict({name: type(now[name])(x.item()) for name, x in parts["scaler"].items()})
         self.samples = samples
 
     def resume(self, out: Path) -> list[str]:
@@ -229,6 +234,7 @@ def _run(task: Task, config: TrainConfig, out: Path, stop: Stop, clock: Callable
     stop.once = TORCHRUN_SECONDS if accelerator.num_processes > 1 else 0
     task.to(accelerator.device)
     state = State(task, config)
+    state.scaler = accelerator.scaler
     settings = config.model_dump(mode="json") | getattr(task, "settings", {})
     changes = run.changes(out, settings, new_data=config.new_data)
     notes = [*getattr(task, "notes", ()), *state.resume(out)]

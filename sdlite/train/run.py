@@ -40,6 +40,7 @@ DATA = {"data": "other captions or file names", "pictures": "other pictures", "p
 OTHERS = {"codec": "another codec", "text": "another text encoder", "teacher": "another teacher"} | {
     "start": "another model to start from"
 }
+OTHER = ("optimizer.", "scaler.")  # what begins the names of tensors whose shapes a checkpoint decides
 Count = Annotated[int, Field(strict=True, ge=0)]
 Settings = Mapping[str, Any]
 Changes = dict[str, list[Any]]  # name -> [before, now]
@@ -78,7 +79,7 @@ def write_checkpoint(out: Path, samples: int, tensors: Mapping[str, Tensor]) -> 
 def read_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Tensor]]:
     """The number of samples and the tensors of a checkpoint, all finite.
 
-    shapes: of those that it must have; all others must be of the optimizer. Raises ValueError of one line.
+    shapes: of those that it must have; all others must be of OTHER. Raises ValueError of one line.
     """
     try:
         stated = Stated(**read_json(folder / "state.json"))
@@ -91,7 +92,7 @@ def read_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tupl
         check_finite(tensors, "in the checkpoint")
     except (OSError, ValueError, TypeError, SafetensorError, FloatingPointError) as error:
         raise ValueError(f"{folder} is damaged: {' '.join(str(error).split()):.200}") from None
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(OTHER)}
     if found != shapes:
         name = next(name for name in [*shapes, *found] if found.get(name) != shapes.get(name))
         raise ValueError(
