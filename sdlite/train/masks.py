@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sdlite.images import decoded
+from sdlite.train.archives import damaged
 from sdlite.train.backgrounds import altered, crop, leaves, pattern
 from sdlite.train.data import Generator, sample_generator
 from sdlite.train.emoji import Source, archive, fetch
@@ -39,8 +40,13 @@ TURN = 25.0  # degrees, at most, either way
 
 
 def _member(package: Path, name: str) -> Image.Image:
-    with zipfile.ZipFile(package) as wheel:
-        return Image.open(io.BytesIO(wheel.read(name)))
+    try:
+        with zipfile.ZipFile(package) as wheel:
+            image = Image.open(io.BytesIO(wheel.read(name)))
+            image.load()
+            return image
+    except Exception as error:  # zip, zlib and the picture's decoder each raise their own
+        raise ValueError(f"{package} {damaged(error)} the package that holds {name}") from None
 
 
 def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
