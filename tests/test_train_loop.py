@@ -306,7 +306,8 @@ def test_a_first_signal_saves_and_exports_and_the_run_goes_on_exactly(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         fit(Interrupted(40, [number]), config(), tmp_path / "run")
     assert signal.getsignal(number) is before
-    assert "is saved and exported" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "is saved and exported" in err and "stopped after 44 samples" in out
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["state-0000000044"]  # the step in hand counts
     weights = state(tmp_path / "run")["ema.layer.weight"].tolist()
     assert (tmp_path / "run" / "export" / "weights").read_text() == str(weights)

@@ -144,7 +144,7 @@ def fit_notes(folder: Path, records: Records, fit: Fit) -> list[str]:
         return []
     if fit == "bucket":
         return [f"{count} of {len(records)} pictures are not square: each is cut to the nearest of a few shapes"]
-    what = "get white bars (fit=pad)" if fit == "pad" else "lose their ends (fit=crop), unless they are transparent"
+    what = "get white bars" if fit == "pad" else "lose their ends, unless they are transparent; --fit pad keeps all"
     return [f"{count} of {len(records)} pictures are not square: they {what}"]
 
 

@@ -80,7 +80,9 @@ class Keeper:
             return  # nothing was learned
         self._save()
         self._export()
-        if not stop.asked:
+        if stop.asked:
+            say(f"stopped after {self.state.samples} samples; {self.out / 'export'} is written, and the run can go on")
+        else:
             self._show(stop)
 
     def _save(self) -> None:
