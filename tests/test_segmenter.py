@@ -278,7 +278,7 @@ def test_an_error_that_nobody_foresaw_fails_one_picture(run, monkeypatch):
     picture(21, 12).save("b.png")
     picture(20, 12).save("c.png")
     code, out, err = run("b.png", "c.png", "-o", "out", "-q")
-    assert (code, out, err) == (1, "out/c.png\n", "sdlite: error: KeyError: 'layer'\n")
+    assert (code, out, err) == (1, "out/c.png\n", "sdlite: error: b.png: KeyError: 'layer'\n")
 
 
 def test_a_shape_that_would_take_hours_is_refused():
