@@ -23,6 +23,7 @@ from sdlite.segmentation.segmenter import (
     overlay,
     pixels_of,
     standardized,
+    statistics,
 )
 
 PLANS = [
@@ -149,6 +150,16 @@ def test_bit_depth_and_exposure_do_not_matter():
     for a, b in ((grey, deep), (dim, half)):
         assert torch.allclose(*(standardized(pixels_of(x, 3)) for x in (a, b)), atol=1e-5)
     assert (standardized(pixels_of(Image.new("L", (4, 4), 200), 1)) == 0).all()
+
+
+def test_statistics_of_a_whole_picture_hold_for_its_parts(monkeypatch):
+    monkeypatch.setattr("sdlite.segmentation.segmenter.BLOCK", 100)  # two rows at a time
+    for image in (picture(50, 31), Image.fromarray(np.arange(1550, dtype=np.uint16).reshape(31, 50) * 40)):
+        pixels = pixels_of(image, 3)
+        values = pixels.numpy().astype(np.float64)
+        assert np.allclose(statistics(pixels), (values.mean(), values.std()), rtol=1e-12)
+        part = standardized(pixels[:, 5:9, 7:20], statistics(pixels))
+        assert torch.equal(part, standardized(pixels)[:, 5:9, 7:20])
 
 
 def test_transparency_is_white():
@@ -278,7 +289,7 @@ def test_an_error_that_nobody_foresaw_fails_one_picture(run, monkeypatch):
     picture(21, 12).save("b.png")
     picture(20, 12).save("c.png")
     code, out, err = run("b.png", "c.png", "-o", "out", "-q")
-    assert (code, out, err) == (1, "out/c.png\n", "sdlite: error: KeyError: 'layer'\n")
+    assert (code, out, err) == (1, "out/c.png\n", "sdlite: error: b.png: KeyError: 'layer'\n")
 
 
 def test_a_shape_that_would_take_hours_is_refused():

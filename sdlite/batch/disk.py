@@ -1,5 +1,5 @@
-"""What a batch does to a disk beside writing whole files: reads and appends without following links, one error when
-the disk takes no more.
+"""What a batch does to a disk beside writing whole files: reads and appends without following links, and one
+error for a full disk.
 """
 
 import errno
@@ -62,7 +62,7 @@ def sha256(data: bytes) -> str:
 
 @contextmanager
 def guarded(root: Path) -> Iterator[None]:
-    """Turns the system's errors for a disk that takes no more into DiskFull."""
+    """Turns the system's errors for a full or read-only disk into DiskFull."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Items to saved pictures, on one model in one process; the same whoever hands out the items.
+"""Draws items and saves their pictures, with one model in one process.
 
     items --chunks--> items that may share a batch --padded--> latents --decode--> pictures --thread--> Store
 
@@ -6,6 +6,7 @@ A chunk is padded to the full batch with copies of its last request, whose pictu
 order of summation by the size of a batch, so only batches of equal size give equal bits wherever an item stands.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from sdlite.batch.store import Entry, Store
 from sdlite.images import digest, open_picture, png_bytes
 from sdlite.pipeline import Pipeline
 
-EXACT_BATCH = 4  # computed together with `exact`, whatever the batch size: a change of it changes every exact picture
+EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact picture
 WINDOW = 256  # items looked at together for what may share a batch
 WAITING = 2  # batches drawn and not yet saved, at most
 
@@ -149,4 +150,5 @@ def reason(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    said = isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(said)

@@ -2,7 +2,7 @@
 
     prepare: options -> model -> plan          Batch.run: what is there -> chunks -> engine or processes -> index
 
-The same call again draws what is missing and nothing else, in whatever way the last one ended.
+The same call again draws only what is missing, however the last one ended.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ from sdlite.config import Prediction, Record, Request
 from sdlite.images import png_bytes, versions
 from sdlite.pipeline import Pipeline
 
-SHORT_PROMPT = 300  # bytes: no text of that length comes to more chunks than the text encoder takes
+SHORT_PROMPT = 300  # bytes: a shorter text never has more chunks than the text encoder takes
 
 
 class Options(Record):
@@ -111,9 +111,10 @@ def run(
 ) -> BatchReport:
     """Draws all requests into a folder, or what is missing there; see `Options` for the rest.
 
-    requests: a file (.txt, .jsonl, .csv, .parquet, a grid in .json), "-", or Requests, dicts and prompts. progress:
-    told of each picture. stop: asked between batches. pipe: a loaded model instead of `model`, for one worker. Raises
-    ValueError with a line per fault before anything is drawn, DiskFull when the disk takes no more.
+    requests: a file (.txt, .jsonl, .csv, .tsv, .parquet, a grid in .json), "-", or Requests, dicts and prompts.
+    progress: called for each picture. stop: called between batches; True ends the run in order. pipe: a loaded model
+    instead of `model`, for one worker. Raises ValueError with a line per fault before anything is drawn, DiskFull when
+    the disk is full.
     """
     return prepare(requests, output, pipe=pipe, **options).run(progress, stop)
 

@@ -78,7 +78,7 @@ def make_plan(
     seed: base of the seeds of rows without one; with same_seed it is their seed. defaults: columns of rows that do not
     have them. Raises ValueError with a line per fault.
     """
-    _request(Row(0, {}), {"prompt": "", **defaults})  # what is wrong with them is told once, and not for each row
+    _request(Row(0, {}), {"prompt": "", **defaults})  # so that a fault in them is shown once, not for each row
     parts = parse_template(DEFAULT if name is None else name)
     faults = Faults("stdin" if source == "-" else str(source) if isinstance(source, str | Path) else "requests")
     table = read_table(source, faults)

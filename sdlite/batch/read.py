@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 class Faults:
-    """What is wrong with a request file, a line each; the first ten are told and all are counted.
+    """What is wrong with a request file, a line each; shows the first ten and counts all.
 
     notes: how a file was read where that is not certain, for the caller to say.
     """
@@ -76,7 +76,7 @@ class Faults:
         self._seen: set[str] = set()
 
     def add(self, line: int | None, fault: object) -> None:
-        """line: None for a file without lines, in which the same fault is told once."""
+        """line: None for a file without lines, where equal faults are shown once."""
         text = f"{self.name}{'' if line is None else f':{line}'}: {' '.join(str(fault).split()):.500}"
         if line is None and text in self._seen:
             return

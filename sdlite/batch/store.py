@@ -58,9 +58,9 @@ class Failed(Record):
 class Store:
     """Writes into one output folder, and is all that does.
 
-    worker: tells apart the manifests of processes on one machine. exact: whoever draws a picture gets the same bytes,
+    worker: tells apart the manifests of processes on one machine. exact: every process draws the same bytes,
     so that others in its place are a fault. packs: pictures lie in a hidden folder inside until their shard is whole.
-    reached: told of each point of a commit, for tests that end the process there.
+    reached: called at each point of a commit, for tests that end the process there.
     """
 
     def __init__(
@@ -88,13 +88,15 @@ class Store:
         found = read_settings(self.root)
         if not found.get("exact"):
             found.pop("compute_batch", None)  # folders of earlier versions have it
-        told = [
+        differing = [
             f"{name:.40}={found.get(name)!r:.80} there, {settings.get(name)!r} now"
             for name in sorted(found.keys() | settings.keys())
             if found.get(name) != settings.get(name)
         ]
-        if told:
-            raise ValueError(f"{self.root} holds a batch of other settings: {'; '.join(told)}; give another folder")
+        if differing:
+            raise ValueError(
+                f"{self.root} holds a batch of other settings: {'; '.join(differing)}; give another folder"
+            )
         self._sweep()
 
     def done(self, items: Iterable[Item]) -> dict[int, Entry]:
@@ -150,7 +152,7 @@ class Store:
         return entry
 
     def finish(self, items: Sequence[Item], failures: Mapping[int, str]) -> dict[int, Entry]:
-        """Writes metadata.jsonl, or shards, of the items there, whoever drew them, and errors.jsonl; returns the items.
+        """Writes metadata.jsonl, or shards, of all items that are there, and errors.jsonl; returns the items.
 
         Also removes what workers that were killed left half-written.
         failures: index -> why, of this run; what earlier runs listed stays listed while it is not done.

@@ -133,7 +133,8 @@ def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: R
                 if not many or isinstance(error, DiskFull):
                     raise
                 failed += 1
-                typer.echo(f"sdlite: error: {shown(reason(error))}", err=True)
+                why = reason(error)
+                typer.echo(f"sdlite: error: {shown(why if str(picture) in why else f'{picture}: {why}')}", err=True)
             if interrupts.asked:
                 return INTERRUPTED
     if failed:

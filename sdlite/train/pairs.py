@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdlite.images import decoded
-from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS, mirrored, pixels_of, standardized
+from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS, mirrored, pixels_of, standardized, statistics
 from sdlite.train.folder import MASKED, Records, read_records
 
 IGNORED = 255  # in masks, as in PASCAL VOC
@@ -42,6 +42,7 @@ class Pair:
 
     def __init__(self, folder: Path, record: Mapping[str, str], channels: int, white: bool = False) -> None:
         self.pixels = pixels_of(decoded(folder / record["file_name"], FORMATS, MAX_PIXELS), channels)
+        self.over = statistics(self.pixels)  # once: a sample is a small part of a large photo
         mask = read_mask(folder / record["mask_file_name"])
         values = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
         self.mask = (values >= 128).byte() if white else values
@@ -57,7 +58,7 @@ class Pair:
             line = line.flip(0) if generator.random() < 0.5 else line
             lines.append(line)
             inner.append(line[margin : margin + side])
-        values = standardized(self.pixels)[:, lines[0]][:, :, lines[1]]
+        values = standardized(self.pixels[:, lines[0]][:, :, lines[1]], self.over)
         mask = self.mask[inner[0]][:, inner[1]].long()
         return (values.mT, mask.mT) if generator.random() < 0.5 else (values, mask)
 
