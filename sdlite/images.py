@@ -219,8 +219,9 @@ def read_any_metadata(path: str | Path) -> Foreign:
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
     """Texts of a JPEG or WebP: Automatic1111's in the user comment, ours in the description beside it."""
-    exif = image.getexif()
-    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of each damaged field, which holds no text then
+        exif = image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
     texts = {"parameters": _comment(comment) if isinstance(comment, bytes) else str(comment)}
     description = exif.get(ExifTags.Base.ImageDescription)
     texts["sdlite"] = description if isinstance(description, str) and description.startswith('{"request"') else ""

@@ -81,6 +81,7 @@ HOMES = {
     "ray": {"batch/ray_runner.py"},
     "pickle": set(),
 }
+FROM_PRETRAINED = {"bench.py", "train/text.py"}  # with safetensors only and no code of the folder's own
 PRINTS = {"cli/", "bench.py", "train/keeper.py"}
 ENVIRONMENT = {"cli/", "bench.py", "batch/ray_runner.py"}  # Ray takes some of its settings from nowhere else
 
@@ -137,6 +138,8 @@ def test_side_effects_stay_in_their_corners(path):
     assert not used & {"os.environ", "os.getenv"} or any(name(path).startswith(home) for home in ENVIRONMENT)
     assert "torch.manual_seed" not in called or name(path).startswith("train/")
     assert not called & {"torch.randn_like", "torch.rand_like"}, "noise is an argument: draw it from a generator"
+    assert not any(call.endswith("from_pretrained") for call in called) or name(path) in FROM_PRETRAINED
+    assert "json.loads" not in called or group(path) not in ("checkpoints", "segmentation"), "use files.read_json"
     assert "torch.load" not in called or name(path) == "checkpoints/save.py" or name(path) == "checkpoints/convert.py"
 
 

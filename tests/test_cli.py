@@ -26,7 +26,7 @@ from sdlite.checkpoints.load import random_model
 from sdlite.checkpoints.save import save_folder
 from sdlite.cli.app import app, limit_threads
 from sdlite.config import UNTRAINED_NOTE, Request, tiny
-from sdlite.files import sweep
+from sdlite.files import HOST, sweep
 from sdlite.pipeline import Pipeline
 from sdlite.segmentation.segmenter import Segmenter, SegmenterConfig, UNetPlan, build
 
@@ -284,6 +284,13 @@ def test_disk_that_fills_up(run: Run, model: StandIn, monkeypatch: pytest.Monkey
     code, out, err = run("convert", "tiny", "new/model")
     assert (code, out) == (3, "") and "new/model: No space left on device" in err
     assert names() == []
+
+
+def test_what_a_killed_process_left_is_swept(run: Run, model: StandIn):
+    left = Path(f".{HOST}-999999999.{'0' * 16}.tmp")
+    left.mkdir()
+    (left / "000000-0.png").write_bytes(b"half")
+    assert run("generate", "x", "-q")[0] == 0 and names() == ["000000-0.png"]
 
 
 def test_memory_that_runs_out(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Files that are damaged, foreign or hostile: one line that says so, nothing run, nothing written, no network."""
 
+import fnmatch
 import hashlib
 import io
 import json
@@ -488,6 +489,35 @@ def test_hub(saved: Path, tmp_path: Path, parts: ModelParts, monkeypatch: pytest
     monkeypatch.setattr(hub, "UNWANTED", ([], []))
     assert hub.is_hub_id("org/name.v1") and not hub.is_hub_id("org/name.ckpt") and not hub.is_hub_id("./name")
     assert not hub.is_hub_id("../name") and not hub.is_hub_id("a/b/c") and not hub.is_hub_id("folder/x.safetensors")
+
+
+def test_a_variant_from_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its weights and, of parts that have none such, the plain ones; never both, which would be gigabytes more."""
+    hub_files = Path(shutil.copytree(saved, tmp_path / "hub"))
+    plain = hub_files / PART_FILES["unet"]
+    save_file(load_file(plain), plain.with_name("diffusion_pytorch_model.bf16.safetensors"), {"format": "pt"})
+    cache = tmp_path / "cache"
+
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for file in [file for file in hub_files.rglob("*") if file.is_file()]:
+            path = file.relative_to(hub_files)
+            chosen = [any(fnmatch.fnmatch(str(path), p) for p in ps) for ps in (allow_patterns, ignore_patterns)]
+            if chosen == [True, False]:
+                (cache / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / path)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_model("org/name", variant="bf16")
+    fetched = {str(path.relative_to(cache)) for path in cache.rglob("*.safetensors")}
+    assert fetched == {
+        "unet/diffusion_pytorch_model.bf16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+    shutil.rmtree(cache)
+    refused("org/name", "has no weights of variant 'ema'", variant="ema")
+    assert not list(cache.rglob("*.safetensors"))
 
 
 def test_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -9,6 +9,7 @@ from sdlite.checkpoints.weights import CheckpointError
 HUB_ID = re.compile(r"\w[\w.\-]{0,95}/\w[\w.\-]{0,95}", re.ASCII)
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # a name that ends so is a file's
 PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+WEIGHTED = ("unet", "transformer", "vae", "text_encoder")  # parts that have weights
 WANTED = ["model_index.json", "sha256sums.txt"] + [
     f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt", "safetensors")
 ]
@@ -31,20 +32,31 @@ def cache_folder() -> Path:
     return Path(HF_HUB_CACHE).resolve()
 
 
-def download(name: str, wanted: Sequence[str] = WANTED, variant: str | None = None) -> Path:
-    """The folder of a hub id in the local cache, fetched if it is not there. Raises CheckpointError.
+def download(name: str, wanted: Sequence[str] = WANTED) -> Path:
+    """The folder of a hub id in the local cache, fetched if it is not there. Raises CheckpointError."""
+    for unwanted in UNWANTED:
+        folder = _snapshot(name, wanted, unwanted)
+        found = {file.parent.name for file in folder.glob("*/*.safetensors")}
+        if ("vae" in found and found & {"unet", "transformer"}) or any(folder.glob("*.safetensors")):
+            break
+    return folder
 
-    variant: weights to fetch too, where a part has them.
-    """
+
+def download_variant(name: str, variant: str) -> Path:
+    """As `download`, with the weights of that variant, and the plain ones of parts that have none such."""
+    small = [pattern for pattern in WANTED if not pattern.endswith(".safetensors")]
+    folder = _snapshot(name, [*small, *(f"{part}/*.{variant}*.safetensors" for part in WEIGHTED)], [])
+    lacking = [part for part in WEIGHTED if (folder / part).is_dir() and not any((folder / part).glob(f"*.{variant}*"))]
+    if not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        raise CheckpointError(f"{name} has no weights of variant {variant!r:.80}")
+    return _snapshot(name, [f"{part}/*.safetensors" for part in lacking], UNWANTED[0]) if lacking else folder
+
+
+def _snapshot(name: str, wanted: Sequence[str], unwanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for unwanted in UNWANTED if variant is None else ([],):
-            folder = Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=unwanted))
-            found = {file.parent.name for file in folder.glob("*/*.safetensors")}
-            if ("vae" in found and found & {"unet", "transformer"}) or any(folder.glob("*.safetensors")):
-                break
+        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(unwanted)))
     except Exception as error:  # the libraries below raise their own kinds for the network, the hub and the disk
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: no such folder or file, and the hub did not give it: {cause:.200}") from error
-    return folder

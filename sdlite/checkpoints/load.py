@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdlite.checkpoints import compvis, configs
 from sdlite.checkpoints.folder import SAFE, WEIGHT_STEMS, Reader, check_folder, check_variant
-from sdlite.checkpoints.hub import download, is_hub_id
+from sdlite.checkpoints.hub import download, download_variant, is_hub_id
 from sdlite.checkpoints.single_file import TITLE_KEY, find_config, find_prediction
 from sdlite.checkpoints.vae import load_vae, modern_names
 from sdlite.checkpoints.weights import (
@@ -120,7 +120,7 @@ def _folder_of(path: str | Path, location: Path, variant: str | None) -> Path:
     if location.is_dir():
         return exported(location, "model_index.json")
     if is_hub_id(str(path)):
-        return download(str(path), variant=variant)
+        return download(str(path)) if variant is None else download_variant(str(path), variant)
     raise CheckpointError(f"{path} does not exist; give a model folder, a .safetensors file or a hub id (org/name)")
 
 

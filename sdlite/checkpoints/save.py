@@ -143,10 +143,8 @@ def _read_pickle(path: Path) -> Weights:
 
     It may hold as much as its bytes say and no more: views that repeat a few numbers and packed archives are refused.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")
+    if _is_packed(path):
+        raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the file makes it raise
@@ -170,6 +168,15 @@ def _read_pickle(path: Path) -> Weights:
         {},
         lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names},
     )
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a file is an archive whose contents are more than its own bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size
+    except (zipfile.BadZipFile, ValueError, OSError):
+        return False  # an older pickle, or none: torch.load will tell
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -85,8 +85,7 @@ def convert(
 
     from sdlite.checkpoints.save import convert
 
-    if target.parent.is_dir():
-        sweep(target.parent)
+    sweep(target.parent)
     kind = None if dtype is None else getattr(torch, dtype)
     files = {"vae": vae, "variant": variant, "allow_links": allow_links or ()}
     parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind, **files)

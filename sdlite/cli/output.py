@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from sdlite.config import UNTRAINED_NOTE
-from sdlite.files import check_file
+from sdlite.files import check_file, sweep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,6 +71,8 @@ class Names:
         """Writes the picture number `index` of the run and says where."""
         from sdlite.images import save_numbered, save_picture
 
+        if index == 0:
+            sweep(self.folder)
         if not self.paths:
             return save_numbered(picture, self.folder, seed, with_metadata=with_metadata)
         save_picture(picture, self.paths[index], force=self.force, with_metadata=with_metadata)

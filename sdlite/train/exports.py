@@ -42,7 +42,7 @@ def fill(module: nn.Module, path: Path) -> None:
     counters = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in integers.items()}
     own = {name: shape for name, shape in shapes_of(module).items() if name not in counters}
     check_same(own, weights.shapes, str(path))
-    module.load_state_dict(counters | weights.read(weights.shapes), assign=True)
+    module.load_state_dict(counters | weights.read(own), assign=True)
 
 
 def identity(module: nn.Module | None, *facts: Any) -> str:
