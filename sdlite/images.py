@@ -142,7 +142,20 @@ def mask_notes(mask: Image.Image, picture: Image.Image) -> list[str]:
 def _upright(image: Image.Image, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{name} has more than {MAX_PIXELS >> 20} megapixels; scale the picture down")
-    return ImageOps.exif_transpose(image)
+    return _turned(image)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says it was held; one whose EXIF is damaged stays as it is, and loses that."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of each odd tag
+            return ImageOps.exif_transpose(image)
+    except Exception:
+        plain = image.copy()
+        for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # where Pillow looks for it
+            plain.info.pop(name, None)
+        return plain
 
 
 def decoded(
@@ -173,7 +186,8 @@ def decoded(
                 if several and image.format not in ("MPO", "TIFF"):  # MPO: a phone's JPEG and a preview
                     fault = "is an animation; save one of its frames as a PNG and give that"
                 else:
-                    upright = ImageOps.exif_transpose(image)
+                    image.load()
+                    upright = _turned(image)
                     upright.info |= {"pages": "several"} if several and image.format == "TIFF" else {}
                     return upright
     except Image.DecompressionBombError:
@@ -219,10 +233,15 @@ def read_any_metadata(path: str | Path) -> Foreign:
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
     """Texts of a JPEG or WebP: Automatic1111's in the user comment, ours in the description beside it."""
-    exif = image.getexif()
-    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exif = image.getexif()
+            comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            description = exif.get(ExifTags.Base.ImageDescription)
+    except Exception:  # the same as for the pixels: whatever the bytes lead Pillow to
+        return {}
     texts = {"parameters": _comment(comment) if isinstance(comment, bytes) else str(comment)}
-    description = exif.get(ExifTags.Base.ImageDescription)
     texts["sdlite"] = description if isinstance(description, str) and description.startswith('{"request"') else ""
     return {name: text for name, text in texts.items() if text}
 
