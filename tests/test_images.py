@@ -297,8 +297,12 @@ def test_every_source_of_a_picture_is_read_alike(tmp_path: Path):
     assert images.open_picture(opened).size == (2, 3)
 
 
-def test_pictures_given_in_python_have_limits_too():
+def test_pictures_given_in_python_have_limits_too(tmp_path: Path):
+    noise_picture(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
     for image, reason in (
+        (Image.open(tmp_path / "half.png"), "the picture is damaged"),
+        (Image.new("RGB", (0, 5)), "the picture is 0x5, without a pixel"),
         (Image.new("1", (4097, 4097)), "the picture has more than 16 megapixels"),
         (Image.new("F", (2, 2)), "the picture has floating-point pixels"),
         (b"", "the picture is not a PNG"),
