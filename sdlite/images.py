@@ -10,10 +10,8 @@ Automatic1111 looks for them too. What is read from a file is validated as hosti
 import base64
 import hashlib
 import html
-import json
 import re
 import warnings
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,16 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from sdlite.files import write_file
-from sdlite.recipe import Foreign, Recipe, metadata as metadata, parse_a1111, parse_recipe, versions as versions
+from sdlite.recipe import (
+    Foreign,
+    Recipe,
+    metadata as metadata,
+    parse_a1111,
+    parse_recipe,
+    read_comment,
+    versions as versions,
+    write_comment,
+)
 from sdlite.sheet import contact_sheet as contact_sheet
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -38,8 +45,6 @@ QUALITY: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},  # smaller than PNG, and `regen` finds the same pixels
 }
-MAX_JPEG_EXIF = 65_000  # bytes: a JPEG's segment has two bytes for its length
-UNICODE = b"UNICODE\0"  # EXIF's mark of a comment in UTF-16
 SURE = 0.05  # of a mask's pixels may be neither black nor white: the soft rim of a brush
 MAX_SHOWN = 64  # pictures that a notebook shows of a list
 
@@ -140,9 +145,29 @@ def mask_notes(mask: Image.Image, picture: Image.Image) -> list[str]:
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image that the caller opened, within the limits of a file."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{name} has more than {MAX_PIXELS >> 20} megapixels; scale the picture down")
-    return ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError(f"{name} is {image.width}x{image.height}, without a pixel")
+    try:
+        image.load()  # PIL opens a file before it decodes it
+    except Exception as error:
+        raise ValueError(f"{name} {_damage(error)}") from None
+    return _turned(image)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says it was held; one whose EXIF is damaged stays as it is, and loses that."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of each odd tag
+            return ImageOps.exif_transpose(image)
+    except Exception:
+        plain = image.copy()
+        for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # where Pillow looks for it
+            plain.info.pop(name, None)
+        return plain
 
 
 def decoded(
@@ -173,7 +198,8 @@ def decoded(
                 if several and image.format not in ("MPO", "TIFF"):  # MPO: a phone's JPEG and a preview
                     fault = "is an animation; save one of its frames as a PNG and give that"
                 else:
-                    upright = ImageOps.exif_transpose(image)
+                    image.load()
+                    upright = _turned(image)
                     upright.info |= {"pages": "several"} if several and image.format == "TIFF" else {}
                     return upright
     except Image.DecompressionBombError:
@@ -182,10 +208,15 @@ def decoded(
         *first, last = (READABLE.get(kind, kind) for kind in formats)
         fault = fault or f"is not a {', '.join(first)} or {last} picture"
     except Exception as error:  # the decoders raise what the bytes lead them to: OSError, SyntaxError, struct.error...
-        said = " ".join(str(error).split()) or type(error).__name__
-        large = "MAX_TEXT" in said  # Pillow's limits on compressed texts
-        fault = "holds a text that is larger than 1 MiB; save it without its texts" if large else f"is damaged: {said}"
+        fault = _damage(error)
     raise ValueError(f"{name} {fault}")
+
+
+def _damage(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "MAX_TEXT" in said:  # Pillow's limits on compressed texts
+        return "holds a text that is larger than 1 MiB; save it without its texts"
+    return f"is damaged: {said}"
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
@@ -219,22 +250,17 @@ def read_any_metadata(path: str | Path) -> Foreign:
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
     """Texts of a JPEG or WebP: Automatic1111's in the user comment, ours in the description beside it."""
-    with warnings.catch_warnings(action="ignore"):  # Pillow warns of each damaged field, which holds no text then
-        exif = image.getexif()
-        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-    texts = {"parameters": _comment(comment) if isinstance(comment, bytes) else str(comment)}
-    description = exif.get(ExifTags.Base.ImageDescription)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exif = image.getexif()
+            comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            description = exif.get(ExifTags.Base.ImageDescription)
+    except Exception:  # the same as for the pixels: whatever the bytes lead Pillow to
+        return {}
+    texts = {"parameters": read_comment(comment) if isinstance(comment, bytes) else str(comment)}
     texts["sdlite"] = description if isinstance(description, str) and description.startswith('{"request"') else ""
     return {name: text for name, text in texts.items() if text}
-
-
-def _comment(data: bytes) -> str:
-    """An EXIF comment: 8 bytes that name its encoding, then the text. The order of UTF-16's bytes is nowhere said."""
-    text = data[8:]
-    if data.startswith(UNICODE):
-        big = text[0::2].count(0) >= text[1::2].count(0)  # where most letters have their zero
-        return text.decode("utf-16-be" if big else "utf-16-le", "replace")
-    return text.decode("utf-8", "replace").strip("\0 ")
 
 
 def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
@@ -248,15 +274,9 @@ def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
             info.add_text(name, text)
         return {"pnginfo": info}
     exif = Image.Exif()
-    comment = texts.get("parameters", "").encode("utf-16-be", "replace")
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE + comment
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = write_comment(texts.get("parameters", ""))
     exif[ExifTags.Base.ImageDescription] = texts.get("sdlite", "")
     return {"exif": exif}
-
-
-def fits_jpeg(texts: Sequence[str]) -> bool:
-    """Whether a JPEG has room for these prompts: each stands in it once in UTF-16 and once as escaped JSON."""
-    return sum(2 * len(text) + len(json.dumps(text)) for text in texts) < MAX_JPEG_EXIF - 4096
 
 
 def save_picture(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:

@@ -8,6 +8,7 @@ and is checked as such. `sdlite.images` puts the texts into files and takes them
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,6 +32,8 @@ A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 c
     "lcm": ("LCM", None),
 }
 A1111_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # Automatic1111's own rule
+UNICODE = b"UNICODE\0"  # EXIF's mark of a comment in UTF-16
+MAX_JPEG_EXIF = 65_000  # bytes: a JPEG's segment has two bytes for its length
 A1111_FEWEST = 3  # settings in a line, or it belongs to the prompt; also its rule
 
 
@@ -194,3 +197,22 @@ def _unquoted(value: str) -> str:
         return str(json.loads(value)) if value.startswith('"') else value.strip()
     except ValueError:
         return value
+
+
+def write_comment(text: str) -> bytes:
+    """The text as EXIF's user comment, in the order of bytes that Automatic1111 writes."""
+    return UNICODE + text.encode("utf-16-be", "replace")
+
+
+def read_comment(data: bytes) -> str:
+    """An EXIF comment: 8 bytes that name its encoding, then the text. The order of UTF-16's bytes is nowhere said."""
+    text = data[8:]
+    if data.startswith(UNICODE):
+        big = text[0::2].count(0) >= text[1::2].count(0)  # where most letters have their zero
+        return text.decode("utf-16-be" if big else "utf-16-le", "replace")
+    return text.decode("utf-8", "replace").strip("\0 ")
+
+
+def fits_jpeg(texts: Sequence[str]) -> bool:
+    """Whether a JPEG has room for these prompts: each stands in it once in UTF-16 and once as escaped JSON."""
+    return sum(2 * len(text) + len(json.dumps(text)) for text in texts) < MAX_JPEG_EXIF - 4096

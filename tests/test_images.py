@@ -134,6 +134,25 @@ def test_broken_bytes_never_escape(tmp_path: Path, kind: str):
             assert "\n" not in str(fault)
 
 
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_costs_no_pixels(tmp_path: Path):
+    """What a JPEG's texts are in may be torn, and Pillow raises SyntaxError; its pixels are as good as before."""
+    picture = noise_picture(16, 16)
+    picture.info.update(texts())
+    whole = images.picture_bytes(picture, "JPEG")
+    start, generator = whole.index(b"Exif") + 6, torch.Generator().manual_seed(1)
+    pixels = images.open_picture(whole).tobytes()
+    for place in torch.randint(0, 120, (100,), generator=generator).tolist():
+        data = bytearray(whole)
+        data[start + place] ^= 0xA5
+        (tmp_path / "a.jpg").write_bytes(data)
+        assert images.open_picture(tmp_path / "a.jpg").tobytes() == pixels
+        images.read_texts(tmp_path / "a.jpg")
+    data = whole.replace(b"MM\0*", b"MM\0x")
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert images.read_texts(tmp_path / "a.jpg") == {}
+
+
 def test_not_a_file(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         images.open_picture(tmp_path / "none.png")
@@ -278,8 +297,12 @@ def test_every_source_of_a_picture_is_read_alike(tmp_path: Path):
     assert images.open_picture(opened).size == (2, 3)
 
 
-def test_pictures_given_in_python_have_limits_too():
+def test_pictures_given_in_python_have_limits_too(tmp_path: Path):
+    noise_picture(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
     for image, reason in (
+        (Image.open(tmp_path / "half.png"), "the picture is damaged"),
+        (Image.new("RGB", (0, 5)), "the picture is 0x5, without a pixel"),
         (Image.new("1", (4097, 4097)), "the picture has more than 16 megapixels"),
         (Image.new("F", (2, 2)), "the picture has floating-point pixels"),
         (b"", "the picture is not a PNG"),
@@ -292,7 +315,8 @@ def test_masks_keep_what_is_transparent_and_must_repaint_something():
     mask = Image.new("RGBA", (4, 1), (255, 255, 255, 0))
     mask.putpixel((1, 0), (255, 255, 255, 255))
     mask.putpixel((2, 0), (0, 0, 0, 255))
-    assert [p[0] for p in images.open_picture(mask, for_mask=True).getdata()] == [0, 255, 0, 0]
+    opened = images.open_picture(mask, for_mask=True)
+    assert [opened.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 0, 0]
     for nothing in (
         Image.new("L", (4, 4), 127),
         Image.new("RGBA", (4, 4), (255, 255, 255, 100)),

@@ -214,7 +214,7 @@ def _seed(text: str) -> int:
 
 def _check_room(names: Names, request: Request) -> None:
     """Raises in one line where a JPEG has no room for the prompts."""
-    from sdlite.images import fits_jpeg
+    from sdlite.recipe import fits_jpeg
 
     lossy = [path for path in names.paths if path.suffix.lower() in (".jpg", ".jpeg")]
     if lossy and not fits_jpeg((request.prompt, request.negative_prompt)):

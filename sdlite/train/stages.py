@@ -129,7 +129,8 @@ def _denoiser(data: Path, out: Path, folders: Folders, options: Options, arch: s
             f"the denoiser needs --{name}: the folder OUT/export that `sdlite train {name}` wrote; or --from: a model "
             "that has all"
         )
-    size = options.pop("size", codec.factor * start.config.sample_size if start else SIZE)
+    cells = start.config.sample_size if start else SIZE // codec.factor
+    size = options.pop("size", codec.factor * (cells if isinstance(cells, int) else min(cells)))  # squares are trained
     if size % (4 * codec.factor) or not 0 < size <= 512:
         raise ValueError(f"size={size} must be a multiple of {4 * codec.factor} pixels, up to 512")
     goal = {name: options.pop(name) for name in OBJECTIVE if name in options}
