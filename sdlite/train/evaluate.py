@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sdlite.config import Request
-from sdlite.files import read_json
-from sdlite.images import contact_sheet, to_pil
+from sdlite.files import read_json, write_file
+from sdlite.images import contact_sheet, save_picture, to_pil
 from sdlite.models.prompt import escaped
 from sdlite.pipeline import Pipeline
 from sdlite.train.augment import a
@@ -157,12 +157,12 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
         "model": pipe.name, "model_hash": pipe.model_hash, "judge": digest, "pictures": len(held), **dict(fields),
         "judged": rows, "measured": figures,
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     text = table(report)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.md").write_text(text + "\n")
-    contact_sheet(to_pil(drawn), [r["text"] for r in held]).save(out / "drawn.png")
-    contact_sheet(to_pil(free), [a(noun) for noun in nouns] + [probe.prompt for probe in asked]).save(out / "free.png")
+    write_file(out / "report.json", (json.dumps(report, indent=1) + "\n").encode(), force=True)
+    write_file(out / "report.md", f"{text}\n".encode(), force=True)
+    save_picture(contact_sheet(to_pil(drawn), [r["text"] for r in held]), out / "drawn.png", force=True)
+    labels = [a(noun) for noun in nouns] + [probe.prompt for probe in asked]
+    save_picture(contact_sheet(to_pil(free), labels), out / "free.png", force=True)
     return text
 
 

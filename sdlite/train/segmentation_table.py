@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from sdlite.files import write_file
 from sdlite.segmentation.segmenter import Plan, SegmenterConfig, UNetPlan
 from sdlite.train.loop import TrainConfig, fit
 from sdlite.train.segmentation import BOTH, SegmentationTask, equal_fcn, parameters, plan_for
@@ -41,7 +42,7 @@ def compare(data: Mapping[str, Path], out: Path, *, samples: int = 1_600, seeds:
                 run = out / f"{name}-{net}-{loss}-{seed}".replace(" ", "-").lower()
                 rows.append(_row(run, folder, net, loss, samples, seed) | {"data": name})
                 summary = {"samples": samples, "table": table(rows), "runs": rows}
-                (out / "table.json").write_text(json.dumps(summary, indent=1) + "\n")
+                write_file(out / "table.json", (json.dumps(summary, indent=1) + "\n").encode(), force=True)
 
 
 def _row(run: Path, folder: Path, net: str, loss: str, samples: int, seed: int) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _row(run: Path, folder: Path, net: str, loss: str, samples: int, seed: int) 
     row = {"net": net, "loss": loss, "seed": seed, "parameters": parameters(plans[net])}
     row |= {"seconds": time.process_time() - cpu, "wall_seconds": time.monotonic() - begin}
     row |= json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    done.write_text(json.dumps(row))
+    write_file(done, json.dumps(row).encode(), force=True)
     return row
 
 
