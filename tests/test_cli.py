@@ -615,6 +615,8 @@ def test_a_seed_is_drawn_printed_and_recorded(run: Run, model: StandIn, word: st
     assert (code, seeds[1]) == (0, seeds[0] + 1) and f"note: seed {seeds[0]}\n" in err
     run("generate", "x", "--seed", word, "-o", "b.png")
     assert images.read_metadata("b.png").request.seed not in seeds
+    err = run("regen", "b.png", "--set", f"seed={word}", "-o", "c.png")[2]
+    assert f"note: seed {images.read_metadata('c.png').request.seed}\n" in err
 
 
 def test_remarks_are_said_once(run: Run, model: StandIn):
