@@ -635,13 +635,12 @@ def test_other_formats_hold_what_regen_needs(run: Run, model: StandIn, suffix: s
 
 def test_regen_of_a_picture_that_automatic1111_drew(run: Run, model: StandIn):
     picture, exif = Image.new("RGB", (8, 8)), Image.Exif()
-    text = (
-        "a fox\nNegative prompt: blur\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 72x80, Model hash: ab"
-    )
+    text = "a fox\nNegative prompt: blur\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 72x80, Model: v1"
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
     picture.save("theirs.jpg", exif=exif)
     code, out, err = run("regen", "theirs.jpg", "-o", "ours.png")
     assert (code, out) == (0, "ours.png\n") and "the picture will be another" in err
+    assert "it was drawn by model 'v1', which --model gives" in err
     assert model.batches[0][0] == Request(
         prompt="a fox", negative_prompt="blur", steps=9, solver="euler_a", guidance_scale=7, seed=5, width=72, height=80
     )

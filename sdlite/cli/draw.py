@@ -187,6 +187,8 @@ def regen(
     files = {"vae": vae, "variant": variant, "allow_links": allow_links}
     pipe = load(model, device, dtype, prediction or recipe.prediction, report, **files)
     ours = recipe.prediction is not None
+    if not ours and model is None and recipe.model:
+        report.note(f"it was drawn by model {shown(recipe.model)!r}, which --model gives; now by {pipe.name!r}")
     if ours and pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(
             f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "
@@ -299,9 +301,8 @@ def _regenerated(
     for name in ("image", "mask"):
         recorded = getattr(recipe.request, name)
         if recorded is not None and name not in changed:
-            raise ValueError(
-                f"{picture} was drawn from another {name} ({recorded[:17]}); give it with --set {name}=FILE"
-            )
+            known = "" if recorded == UNKNOWN_SOURCE else f" ({recorded[:17]})"
+            raise ValueError(f"{picture} was drawn from another {name}{known}; give it with --set {name}=FILE")
         if recorded in (None, UNKNOWN_SOURCE) or name not in sources or anyway:
             continue
         if digest(sources[name]) != recorded:
