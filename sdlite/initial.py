@@ -77,6 +77,20 @@ def check_size(width: int, height: int, unit: int, factor: int) -> None:
             )
 
 
+def check_mask(mask: Image, width: int, height: int, factor: int) -> None:
+    """Raises ValueError if nothing white is left of an opened mask in latent cells, of factor pixels a side."""
+    if not _cells(mask_from_pil(mask, (width, height)), height // factor, width // factor).any():
+        raise ValueError(
+            f"the white parts of the mask are too small to be redrawn at {width}x{height}; paint them larger than "
+            f"{factor} pixels"
+        )
+
+
+def _cells(mask: Tensor, height: int, width: int) -> Tensor:
+    """(B, 1, H, W) in pixels to (B, 1, height, width) in latent cells, the nearest pixel of each, as diffusers does."""
+    return F.interpolate(mask, size=(height, width))
+
+
 def begin(
     jobs: Sequence[Job], solver: Solver, noise: ImageNoise, codec: LatentCodec, denoiser: Denoiser, inpainting: bool
 ) -> tuple[Tensor, Denoiser, Constrain | None]:
@@ -96,7 +110,7 @@ def begin(
     if request.mask is None:
         return x, denoiser, None
     mask = torch.cat([mask_from_pil(job.mask, size) for job in jobs if job.mask is not None]).to(noise.device)
-    cells = F.interpolate(mask, size=x.shape[-2:])  # (B, 1, h, w), nearest
+    cells = _cells(mask, *x.shape[-2:])  # (B, 1, h, w)
     masked = encode(codec, pixels * (mask < 0.5), noise)
     if inpainting:
         return x, WithChannels(denoiser, torch.cat([cells, masked], dim=1)), None

@@ -26,7 +26,7 @@ from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import Solver
 from sdlite.images import Images, digest, mask_notes, metadata, open_picture, pasted, to_pil
-from sdlite.initial import Job, begin, check_size, first_step, fitted_size
+from sdlite.initial import Job, begin, check_mask, check_size, first_step, fitted_size
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
 from sdlite.models.networks import Network
@@ -302,6 +302,8 @@ class Pipeline:
             image, mask = _opened(image), _opened(mask, for_mask=True)
             request = request.replace(image=image and digest(image), mask=mask and digest(mask))
             jobs.append(Job(self.resolve(request, image), image, mask))
+            if mask is not None:
+                check_mask(mask, *self._size(jobs[-1].request, image), self.codec.factor)
         return jobs
 
     def remarks(self, request: Request, image: Image | None = None, mask: Image | None = None) -> list[str]:

@@ -615,6 +615,8 @@ def test_a_seed_is_drawn_printed_and_recorded(run: Run, model: StandIn, word: st
     assert (code, seeds[1]) == (0, seeds[0] + 1) and f"note: seed {seeds[0]}\n" in err
     run("generate", "x", "--seed", word, "-o", "b.png")
     assert images.read_metadata("b.png").request.seed not in seeds
+    err = run("regen", "b.png", "--set", f"seed={word}", "-o", "c.png")[2]
+    assert f"note: seed {images.read_metadata('c.png').request.seed}\n" in err
 
 
 def test_remarks_are_said_once(run: Run, model: StandIn):
@@ -633,13 +635,12 @@ def test_other_formats_hold_what_regen_needs(run: Run, model: StandIn, suffix: s
 
 def test_regen_of_a_picture_that_automatic1111_drew(run: Run, model: StandIn):
     picture, exif = Image.new("RGB", (8, 8)), Image.Exif()
-    text = (
-        "a fox\nNegative prompt: blur\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 72x80, Model hash: ab"
-    )
+    text = "a fox\nNegative prompt: blur\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 72x80, Model: v1"
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
     picture.save("theirs.jpg", exif=exif)
     code, out, err = run("regen", "theirs.jpg", "-o", "ours.png")
     assert (code, out) == (0, "ours.png\n") and "the picture will be another" in err
+    assert "it was drawn by model 'v1', which --model gives" in err
     assert model.batches[0][0] == Request(
         prompt="a fox", negative_prompt="blur", steps=9, solver="euler_a", guidance_scale=7, seed=5, width=72, height=80
     )

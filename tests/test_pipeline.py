@@ -384,8 +384,14 @@ def test_pictures_are_read_alike_wherever_they_come_from(sd1, tmp_path):
         drawn += sd1("a", image=given[0], mask=given[1], steps=3)
     assert drawn[0].tobytes() == drawn[1].tobytes() == drawn[2].tobytes()
     assert drawn[0].getpixel((2, 2)) == (255, 255, 255)
-    with pytest.raises(ValueError, match="the mask has nothing white"):
-        sd1("a", image=start, mask=Image.new("L", (64, 64)))
+    speck = Image.new("L", (512, 512))
+    speck.paste(255, (5, 5, 8, 8))
+    for nothing, reason in (
+        (Image.new("L", (64, 64)), "has nothing white"),
+        (speck, "too small to be redrawn at 64x64"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            sd1("a", image=start, mask=nothing)
 
 
 def test_inpainting_leaves_the_rest_alone(sd1):

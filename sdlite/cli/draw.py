@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sdlite.recipe import Recipe
 
 MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better record
+RANDOM = ("random", "-1")  # as a seed; the second is Automatic1111's word for it
 DEFAULT = Request(prompt="")
 
 
@@ -181,9 +182,13 @@ def regen(
     names, report = Names(output, 1, force), Report(quiet, as_json)
     for note in notes:
         report.note(note)
+    if (changed.get("seed") or "").strip().lower() in RANDOM:
+        report.note(f"seed {request.seed}")
     files = {"vae": vae, "variant": variant, "allow_links": allow_links}
     pipe = load(model, device, dtype, prediction or recipe.prediction, report, **files)
     ours = recipe.prediction is not None
+    if not ours and model is None and recipe.model:
+        report.note(f"it was drawn by model {shown(recipe.model)!r}, which --model gives; now by {pipe.name!r}")
     if ours and pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(
             f"{picture} was drawn by model {shown(recipe.model)!r} ({recipe.model_hash[:10]}), not by {pipe.name!r} "
@@ -203,8 +208,8 @@ def regen(
 
 
 def _seed(text: str) -> int:
-    """A seed as it was typed; "random" and -1, Automatic1111's word for it, draw one."""
-    if text.strip().lower() in ("random", "-1"):
+    """A seed as it was typed; RANDOM draws one."""
+    if text.strip().lower() in RANDOM:
         return secrets.randbelow(2**32)
     try:
         return int(text)
@@ -296,11 +301,12 @@ def _regenerated(
     for name in ("image", "mask"):
         recorded = getattr(recipe.request, name)
         if recorded is not None and name not in changed:
-            raise ValueError(
-                f"{picture} was drawn from another {name} ({recorded[:17]}); give it with --set {name}=FILE"
-            )
+            known = "" if recorded == UNKNOWN_SOURCE else f" ({recorded[:17]})"
+            raise ValueError(f"{picture} was drawn from another {name}{known}; give it with --set {name}=FILE")
         if recorded in (None, UNKNOWN_SOURCE) or name not in sources or anyway:
             continue
         if digest(sources[name]) != recorded:
             raise ValueError(f"--set {name}={changed[name]}: not the recorded one ({recorded[:17]}); or add --anyway")
+    if (seed := changed.get("seed")) is not None:
+        changed = changed | {"seed": str(_seed(seed))}
     return recipe.request.replace(**changed)
