@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -374,6 +375,16 @@ def test_threads_that_wait_sleep_soon(monkeypatch: pytest.MonkeyPatch, run: Run)
     assert run("--version")[0] == 0 and "GOMP_SPINCOUNT" not in os.environ
 
 
+def read_all(terminal: int) -> str:
+    """What processes write to a terminal, until the last one has closed it."""
+    shown = b""
+    with os.fdopen(terminal, "rb", buffering=0) as stream:
+        with suppress(OSError):  # Linux reports the end as an error
+            while part := stream.read(4096):
+                shown += part
+    return shown.decode(errors="replace")
+
+
 NO_TORCH = """
 import json, shlex, sys
 sys.modules["torch"] = None  # an import of it fails
@@ -433,14 +444,8 @@ def test_a_terminal_shows_what_is_loaded_before_torch_is(tmp_path: Path):
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
     with subprocess.Popen(code, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL, env=environment):
         os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 4096)
-            except OSError:  # the other end is closed
-                break
-    os.close(ours)
-    parts = re.split(r"\r\n\d+\r\n", shown.decode())
+        shown = read_all(ours)
+    parts = re.split(r"\r\n\d+\r\n", shown)
     assert len(parts) == len(said) + 1, shown
     for part, (line, words) in zip(parts, said.items(), strict=False):
         assert words in part, (line, part)
@@ -736,8 +741,9 @@ def test_real_interrupts(tmp_path: Path):
 def test_bar_is_for_terminals_and_paths_for_pipes(tmp_path: Path):
     terminal, end = os.openpty()
     process = start("generate", "x", "--model", "tiny", "--steps", 3, "-o", tmp_path / "a.png", stderr=end)
+    os.close(end)
+    shown = read_all(terminal)
     out, _ = process.communicate(timeout=60)
-    shown = os.read(terminal, 1 << 16).decode(errors="replace")
     assert (process.returncode, out) == (0, f"{tmp_path / 'a.png'}\n")
     assert "picture 1/1" in shown and "a.png" not in shown
 
