@@ -378,10 +378,9 @@ def test_threads_that_wait_sleep_soon(monkeypatch: pytest.MonkeyPatch, run: Run)
 def read_all(terminal: int) -> str:
     """What processes write to a terminal, until the last one has closed it."""
     shown = b""
-    with os.fdopen(terminal, "rb", buffering=0) as stream:
-        with suppress(OSError):  # Linux reports the end as an error
-            while part := stream.read(4096):
-                shown += part
+    with os.fdopen(terminal, "rb", buffering=0) as stream, suppress(OSError):  # Linux reports the end as an error
+        while part := stream.read(4096):
+            shown += part
     return shown.decode(errors="replace")
 
 
