@@ -102,7 +102,7 @@ def measure_batch(pipe: Pipeline, request: Request, folder: Path, *, load: float
     Returns what `measure` does. The machinery is that of a whole run (request checked, grouped, encoded as PNG,
     committed, listed) with pictures that are there already; the rows after it are its parts.
     """
-    picture = pipe.generate(pipe.resolve(request.replace(steps=1)))[0]
+    picture = pipe.generate(pipe.resolve(request.replace(steps=1)), progress=False)[0]
     data = png_bytes(picture)
     parts: dict[str, Callable[[Path], object]] = {
         "batch machinery, a picture": partial(_idle_batch, _Idle(pipe, picture)),
@@ -286,7 +286,7 @@ def _evaluations(pipe: Pipeline, net: Network, request: Request, theirs: Any) ->
 
 def _images(pipe: Pipeline, request: Request, theirs: Any) -> dict[str, Callable[[int], Any]]:
     def ours(run: int) -> Any:
-        return pipe.generate(request.replace(prompt=f"{request.prompt} {run}"))[0]
+        return pipe.generate(request.replace(prompt=f"{request.prompt} {run}"), progress=False)[0]
 
     def other(run: int) -> Any:
         fields = request.model_dump(include={"negative_prompt", "width", "height", "guidance_scale"})

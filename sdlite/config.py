@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Prediction = Literal["epsilon", "v", "sample"]
+DEVICES = ("auto", "cpu", "cuda", "mps")
 SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
 
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
@@ -63,6 +64,12 @@ def _check_number(name: str, given: Any, read: Any) -> None:
         odd = isinstance(value, bool) or (isinstance(value, str) and "_" in value)
         if odd and isinstance(number, int | float) and not isinstance(number, bool):
             raise ValueError(f"{name}={given!r:.80} must be a number, not {value!r:.80}")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device of no known kind, such as "gpu"; whether it is there is PyTorch's to say."""
+    if name.partition(":")[0] not in DEVICES:
+        raise ValueError(f"device={name!r} must be one of {', '.join(DEVICES)}")
 
 
 class Record(BaseModel):

@@ -6,15 +6,16 @@ from contextlib import suppress
 
 import torch
 
+from sdlite.config import check_device
+
 
 def find_device(name: str) -> torch.device:
     """The device of that name: "auto", "cpu", "cuda", "cuda:1", "mps". Raises ValueError if it is not there."""
+    check_device(name)
     kind, colon, number = name.partition(":")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if counts[kind]))
-    if kind not in counts:
-        raise ValueError(f"device={name!r} must be one of auto, {', '.join(counts)}")
     if (colon and not (number.isdecimal() and number.isascii())) or int(number or "0") >= counts[kind]:
         raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
     return torch.device(name)

@@ -132,7 +132,7 @@ def word_maps(
     What is left to 1 in a cell went to the tokens that are no words: start, end, padding.
     """
     with record_attention(pipe.denoiser) as record:
-        (picture,) = pipe.generate(request, images=images, masks=masks)
+        (picture,) = pipe.generate(request, images=images, masks=masks, progress=False)
     heat = record.mean()[-1].cpu()  # (T, H, W), of the prompt: the negative one comes first
     return picture, [WordMap(word, heat[rows].sum(0)) for word, rows in pipe.text.words(request.prompt)]
 

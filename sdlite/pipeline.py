@@ -1,8 +1,7 @@
 """From requests to images: text encoder, denoiser and codec in the order of the README's data-flow line.
 
-A Pipeline is its parts and nothing else: it holds no seed, prints nothing and writes no file. Requests that may share
-a batch (`batches`) run together; the noise of an image comes from its own seed, so the picture does not depend on its
-batch.
+A Pipeline is its parts and nothing else: it holds no seed and writes no file. Requests that may share a batch
+(`batches`) run together; the noise of an image comes from its own seed, so the picture does not depend on its batch.
 """
 
 import copy
@@ -17,7 +16,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import SHIPPED, ModelParts, load_model
+from sdlite.checkpoints.load import ModelParts, load_model
+from sdlite.checkpoints.places import SHIPPED
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import ModelConfig, Prediction, Request
 from sdlite.device import find_device, find_dtype, total_memory
@@ -33,6 +33,7 @@ from sdlite.models.networks import Network
 from sdlite.models.prompt import foreign_marks
 from sdlite.models.text import TextEncoder
 from sdlite.noise import ImageNoise
+from sdlite.progress import Progress, watched
 from sdlite.schedulers import solver_for
 
 Picture = Image | str | Path | bytes  # what `open_picture` reads
@@ -92,8 +93,6 @@ class Pipeline:
         instead of the model's. allow_links: folders that links in a model's folder may lead into.
         Raises CheckpointError, a ValueError, with one line that says what is wrong with which file.
         """
-        if path == "":
-            raise ValueError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
         place = find_device(device)
         kind = find_dtype(dtype, place)
         parts = load_model(
@@ -172,14 +171,15 @@ class Pipeline:
         num_images: int = 1,
         image: Picture | Sequence[Picture] | None = None,
         mask: Picture | Sequence[Picture] | None = None,
+        progress: bool | Progress | None = None,
         **fields: Any,
     ) -> Images:
         """Draws `num_images` of every prompt, with seeds counting up from the prompt's seed.
 
         image: start from this picture (img2img), changing it by `strength`; a PIL image, a file or its bytes. mask:
-        redraw its white part only (inpainting). fields: those of Request. Whatever is given as a list holds one for
-        each prompt. Warns where a prompt or a picture is read otherwise than one may think (see `remarks`). Raises
-        ValueError with one line for what cannot be drawn.
+        redraw its white part only (inpainting). progress: as for `generate`. fields: those of Request. Whatever is
+        given as a list holds one for each prompt. Warns where a prompt or a picture is read otherwise than one may
+        think (see `remarks`). Raises ValueError with one line for what cannot be drawn.
         """
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         count = _whole("num_images", num_images)
@@ -199,27 +199,37 @@ class Pipeline:
         rows = zip(requests, images, masks, strict=True)
         for remark in dict.fromkeys(remark for row in rows for remark in self.remarks(*row)):
             warnings.warn(remark, stacklevel=2)
-        return self.generate(requests, images=images, masks=masks)
+        return self.generate(requests, images=images, masks=masks, progress=progress)
 
     def generate(
-        self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None
+        self,
+        requests: Request | Sequence[Request],
+        *,
+        images: Pictures = None,
+        masks: Pictures = None,
+        progress: bool | Progress | None = None,
     ) -> Images:
         """A list of images in the order of the requests, each with its recipe in `.info`.
 
-        images, masks: one picture, file or None per request, for img2img and inpainting. Raises ValueError with one
-        line for what cannot be drawn, FloatingPointError when the latents of an image are not finite.
+        images, masks: one picture, file or None per request, for img2img and inpainting. progress: show a line with the
+        time left; None shows it in a terminal and in a notebook, and a function is called with the steps done and those
+        in all. Raises ValueError with one line for what cannot be drawn, FloatingPointError when the latents of an
+        image are not finite.
         """
         jobs = self.jobs(requests, images, masks)
         drawn: dict[int, Image] = {}
         batches = self.batches([job.request for job in jobs])
-        for batch in batches:
-            self.num_evaluations(jobs[batch[0]].request)  # what a solver refuses is said before anything is drawn
-        for batch in batches:
-            mine = [jobs[i] for i in batch]
-            for x_t in self._sample(mine):
-                latents = x_t
-            requests, images, masks = zip(*mine, strict=True)
-            drawn |= zip(batch, self.decode(latents, requests, images=images, masks=masks), strict=True)
+        # Before anything is drawn, as this is where a solver says what it refuses.
+        total, done = sum(self.num_evaluations(jobs[batch[0]].request) for batch in batches), 0
+        with watched(progress, len(jobs)) as tell:
+            tell(done, total)
+            for batch in batches:
+                mine = [jobs[i] for i in batch]
+                for x_t in self._sample(mine):
+                    latents, done = x_t, done + 1
+                    tell(done, total)
+                requests, images, masks = zip(*mine, strict=True)
+                drawn |= zip(batch, self.decode(latents, requests, images=images, masks=masks), strict=True)
         return Images(drawn[i] for i in range(len(jobs)))
 
     def sample_latents(

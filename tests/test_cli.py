@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from PIL import Image
 from sdlite import cli, images
 from sdlite.checkpoints.load import random_model
 from sdlite.checkpoints.save import save_folder
-from sdlite.cli.app import app, limit_threads
+from sdlite.cli.app import app
+from sdlite.cli.threads import use_threads
 from sdlite.config import UNTRAINED_NOTE, Request, tiny
 from sdlite.files import HOST, sweep
 from sdlite.pipeline import Pipeline
@@ -258,7 +260,9 @@ def test_what_to_type_instead(run: Run, typed: str):
 
 
 @pytest.mark.parametrize("name", typer.main.get_command(app).commands)
-def test_help_ends_in_two_examples_that_parse(run: Run, name: str):
+def test_help_ends_in_two_examples_that_parse(run: Run, name: str, monkeypatch: pytest.MonkeyPatch):
+    for method in ("exists", "is_file"):  # of the files that the examples name
+        monkeypatch.setattr(Path, method, lambda _: True)
     command = typer.main.get_command(app).commands[name]
     code, out, _ = run(name, "--help")
     shown = [line.strip() for line in out.split("Examples:")[-1].splitlines() if line.strip()]
@@ -299,17 +303,151 @@ def test_memory_that_runs_out(run: Run, model: StandIn, monkeypatch: pytest.Monk
     assert (code, out) == (2, "") and err.startswith("sdlite: error: out of memory; try a smaller --width")
 
 
-def test_threads_stay_within_the_share_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    threads = torch.get_num_threads()
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 4),
+        ("0::/", {"cpu.max": "900000 100000"}, 4),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "1 100000"}, 1),
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "350000 100000"}, 3),
+        ("0::/only/on/the/host", {"cpu.max": "200000 100000"}, 2),
+        ("3:cpu,cpuacct:/a\n0::/", {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1", "cpu,cpuacct/a/cpu.cfs_period_us": "9"}, 4),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "25000"}, 2),
+        ("5:cpuset:/a", {"cpuset/a/cpu.cfs_quota_us": "1", "cpuset/a/cpu.cfs_period_us": "1"}, 4),
+        ("", {}, 4),
+    ],
+)
+def test_threads_stay_within_the_share_of_a_container(
+    own: str, limits: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The documents of the kernel: cpu.max is "quota period", version 1 has a file of each, and each level limits."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in limits.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{own}\n" if own else "")
+    torch.set_num_threads(4)
+    use_threads(None, tmp_path / "groups", tmp_path / "own")
+    assert torch.get_num_threads() == expected
+    use_threads(5, tmp_path / "groups", tmp_path / "own")
+    assert torch.get_num_threads() == 5
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_are_as_the_user_says(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    torch.set_num_threads(4)
+    assert run("generate", "x", "-q")[0] == 0 and torch.get_num_threads() == 1
+    assert run("generate", "x", "-q", "--threads", 3)[0] == 0 and torch.get_num_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)  # as PyTorch does at its start
+    assert run("generate", "x", "-q")[0] == 0 and torch.get_num_threads() == 2
+    assert run("generate", "x", "-q", "--threads", 0)[0] == 2
+
+
+def test_commands_that_compute_take_threads():
+    commands = typer.main.get_command(app).commands
+    have = {name for name, command in commands.items() if any("--threads" in p.opts for p in command.params)}
+    assert have == set(commands) - {"info", "convert", "data"}
+
+
+def test_threads_that_wait_sleep_soon(monkeypatch: pytest.MonkeyPatch, run: Run):
+    """What OpenMP reads when it is loaded; what the user has set stays."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    assert run("--version")[0] == 0 and os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run("--version")[0] == 0 and os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert run("--version")[0] == 0 and "GOMP_SPINCOUNT" not in os.environ
+
+
+def read_all(terminal: int) -> str:
+    """What processes write to a terminal, until the last one has closed it."""
+    shown = b""
+    with os.fdopen(terminal, "rb", buffering=0) as stream, suppress(OSError):  # Linux reports the end as an error
+        while part := stream.read(4096):
+            shown += part
+    return shown.decode(errors="replace")
+
+
+NO_TORCH = """
+import json, shlex, sys
+sys.modules["torch"] = None  # an import of it fails
+from sdlite import cli
+for line in json.loads(sys.argv[1]):
     try:
-        torch.set_num_threads(4)
-        for share, expected in (("max 100000\n", 4), ("900000 100000\n", 4), ("150000 100000\n", 2), ("1 100000\n", 1)):
-            (tmp_path / "cpu.max").write_text(share)
-            limit_threads(tmp_path / "cpu.max")
-            assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(threads)
+        cli.main(shlex.split(line))
+    except SystemExit as end:
+        print(end.code, file=sys.stderr, flush=True)
+"""
+
+
+def test_wrong_names_are_said_before_torch_is_loaded(tmp_path: Path):
+    (tmp_path / "there.png").touch()
+    lines = [
+        *(f"{command} -m nosuch" for command in ("generate x", "regen there.png", "bench", "batch there.png -o o")),
+        *(f"{command} nosuch" for command in ("info", "convert", "evaluate --data . -o o", "generate x --vae")),
+        "convert nosuch new",
+        *(
+            f"{command} nosuch.png"
+            for command in ("info", "regen", "segment -m .", "generate x -i", "generate x --mask")
+        ),
+        *(f"regen there.png --set {name}=nosuch.png" for name in ("image", "mask")),
+        "segment there.png -m nosuch",
+        "batch nosuch.txt -o o",
+        "batch --verify nosuch",
+        *(f"train denoiser --data . -o o {option} nosuch" for option in ("--from", "--codec", "--text", "--teacher")),
+        "train codec --data nosuch -o o",
+        "evaluate tiny --data nosuch -o o",
+    ]
+    wrong_devices = ["generate x --device gpu", "batch there.png -o o --device nosuch"]
+    code = [sys.executable, "-c", NO_TORCH, json.dumps(lines + wrong_devices)]
+    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True)
+    said = done.stderr.splitlines()
+    assert len(said) == 2 * len(lines + wrong_devices), done.stderr
+    for line, error, number in zip(lines, said[::2], said[1::2], strict=False):
+        assert number == "2" and "nosuch" in error and "does not exist" in error, (line, error)
+    for line, error, number in zip(wrong_devices, said[-4::2], said[-3::2], strict=True):
+        assert number == "2" and "must be one of auto, cpu, cuda, mps" in error, (line, error)
+
+
+def test_a_terminal_shows_what_is_loaded_before_torch_is(tmp_path: Path):
+    pty = pytest.importorskip("pty")
+    (tmp_path / "a.png").touch()
+    said = {
+        "generate x -m tiny": "loading tiny",
+        "generate x -i a.png": "reading a.png",
+        "batch a.png -o o": "loading emoji-128",
+        "convert tiny new": "converting tiny",
+        "info tiny": "loading tiny",
+        "bench": "measuring how busy",
+        "segment a.png -m .": "loading",
+        "evaluate tiny --data . -o o": "loading tiny",
+    }
+    ours, theirs = pty.openpty()
+    code = [sys.executable, "-c", NO_TORCH, json.dumps(list(said))]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
+    with subprocess.Popen(code, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL, env=environment):
+        os.close(theirs)
+        shown = read_all(ours)
+    parts = re.split(r"\r\n\d+\r\n", shown)
+    assert len(parts) == len(said) + 1, shown
+    for part, (line, words) in zip(parts, said.items(), strict=False):
+        assert words in part, (line, part)
 
 
 def test_what_nobody_foresaw_is_one_line(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
@@ -602,8 +740,9 @@ def test_real_interrupts(tmp_path: Path):
 def test_bar_is_for_terminals_and_paths_for_pipes(tmp_path: Path):
     terminal, end = os.openpty()
     process = start("generate", "x", "--model", "tiny", "--steps", 3, "-o", tmp_path / "a.png", stderr=end)
+    os.close(end)
+    shown = read_all(terminal)
     out, _ = process.communicate(timeout=60)
-    shown = os.read(terminal, 1 << 16).decode(errors="replace")
     assert (process.returncode, out) == (0, f"{tmp_path / 'a.png'}\n")
     assert "picture 1/1" in shown and "a.png" not in shown
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save, save_file
 
 from sdlite.checkpoints import hub, load, single_file, weights
 from sdlite.checkpoints.load import CheckpointError, ModelParts, load_model, random_model
+from sdlite.checkpoints.places import is_hub_id
 from sdlite.checkpoints.save import save_folder, save_single_file
 from sdlite.checkpoints.weights import Weights, open_safetensors, read_json, read_safetensors
 from sdlite.config import AutoencoderTinyConfig, sd15, sd21, tiny, tiny_dit
@@ -487,8 +488,8 @@ def test_hub(saved: Path, tmp_path: Path, parts: ModelParts, monkeypatch: pytest
     assert call[0] == "org/name"
     assert {pattern.rsplit(".", 1)[1] for pattern in call[1]["allow_patterns"]} == {"json", "txt", "safetensors"}
     monkeypatch.setattr(hub, "UNWANTED", ([], []))
-    assert hub.is_hub_id("org/name.v1") and not hub.is_hub_id("org/name.ckpt") and not hub.is_hub_id("./name")
-    assert not hub.is_hub_id("../name") and not hub.is_hub_id("a/b/c") and not hub.is_hub_id("folder/x.safetensors")
+    assert is_hub_id("org/name.v1") and not is_hub_id("org/name.ckpt") and not is_hub_id("./name")
+    assert not is_hub_id("../name") and not is_hub_id("a/b/c") and not is_hub_id("folder/x.safetensors")
 
 
 def test_a_variant_from_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdlite.checkpoints.load import SHIPPED, shipped_folder
+from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.images import largest_difference
 from sdlite.pipeline import Pipeline
 from sdlite.train.probes import drawing

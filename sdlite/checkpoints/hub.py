@@ -1,13 +1,10 @@
 """Fetches a model folder from the Hugging Face hub: the only place that may use the network."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlite.checkpoints.weights import CheckpointError
+from sdlite.checkpoints.places import CheckpointError
 
-HUB_ID = re.compile(r"\w[\w.\-]{0,95}/\w[\w.\-]{0,95}", re.ASCII)
-FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # a name that ends so is a file's
 PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTED = ("unet", "transformer", "vae", "text_encoder")  # parts that have weights
 WANTED = ["model_index.json", "sha256sums.txt"] + [
@@ -16,13 +13,6 @@ WANTED = ["model_index.json", "sha256sums.txt"] + [
 VAE_WANTED = ["config.json", "diffusion_pytorch_model*.safetensors", "vae/*.json", "vae/*.safetensors"]
 # Plain weights if there are any, else those in half precision; never a second copy.
 UNWANTED = (["*.fp16*", "*non_ema*"], ["*non_ema*"])
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no file can be one of the hub's: org/name, where org is no folder here."""
-    if HUB_ID.fullmatch(name) is None or name.lower().endswith(FILES):
-        return False
-    return Path(name).parts[0] not in (".", "..") and not Path(Path(name).parts[0]).exists()
 
 
 def cache_folder() -> Path:

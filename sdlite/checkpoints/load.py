@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from sdlite.checkpoints import compvis, configs
 from sdlite.checkpoints.folder import SAFE, WEIGHT_STEMS, Reader, check_folder, check_variant
-from sdlite.checkpoints.hub import download, download_variant, is_hub_id
+from sdlite.checkpoints.hub import download, download_variant
+from sdlite.checkpoints.places import PRESETS, SHIPPED, CheckpointError as CheckpointError, check_model, shipped_folder
 from sdlite.checkpoints.single_file import TITLE_KEY, find_config, find_prediction
 from sdlite.checkpoints.vae import load_vae, modern_names
 from sdlite.checkpoints.weights import (
-    CheckpointError as CheckpointError,
     Weights,
     check_same,
     fill,
@@ -35,10 +35,7 @@ from sdlite.config import (
     DiTConfig,
     ModelConfig,
     Prediction,
-    sd15,
     sd21,
-    tiny,
-    tiny_dit,
 )
 from sdlite.files import exported
 from sdlite.models.codec import LatentCodec
@@ -47,9 +44,6 @@ from sdlite.models.text import TextEncoder, load_tokenizer, text_state_dict
 
 Codec = tuple[LatentCodec, list[str]]  # as `load_vae` gives it: with notes
 UNTRAINED = "untrained (random weights)"
-
-SHIPPED = "emoji-128"
-PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "tiny-dit": tiny_dit, "sd15": sd15, "sd21": sd21}
 
 
 @dataclass(frozen=True)
@@ -63,13 +57,6 @@ class ModelParts:
     name: str
     hash: str
     notes: tuple[str, ...] = ()
-
-
-def shipped_folder() -> Path:
-    """Where the model that ships lies: inside an installed package, beside it in a clone."""
-    package = Path(__file__).parents[1]
-    places = [folder / "weights" / SHIPPED for folder in (package, package.parent)]
-    return next((place for place in places if place.is_dir()), places[-1])
 
 
 def load_model(
@@ -92,6 +79,7 @@ def load_model(
     "non_ema". vae: takes the model's VAE's place (see `load_vae`). allow_links: folders that links in a model's folder
     may lead into. reader: how weights are read. Raises CheckpointError with one line.
     """
+    check_model(str(path))
     location = Path(path)
     is_there = location.exists()
     if str(path) == SHIPPED and not is_there:
@@ -119,9 +107,7 @@ def _folder_of(path: str | Path, location: Path, variant: str | None) -> Path:
     """The folder of a model on this machine, fetched from the hub if it is none."""
     if location.is_dir():
         return exported(location, "model_index.json")
-    if is_hub_id(str(path)):
-        return download(str(path)) if variant is None else download_variant(str(path), variant)
-    raise CheckpointError(f"{path} does not exist; give a model folder, a .safetensors file or a hub id (org/name)")
+    return download(str(path)) if variant is None else download_variant(str(path), variant)
 
 
 def load_folder(

@@ -13,10 +13,10 @@ from torch import nn
 
 from sdlite.checkpoints import compvis, configs
 from sdlite.checkpoints.folder import WEIGHT_STEMS, check_links, open_part
-from sdlite.checkpoints.hub import VAE_WANTED, download, is_hub_id
+from sdlite.checkpoints.hub import VAE_WANTED, download
+from sdlite.checkpoints.places import CheckpointError, check_vae
 from sdlite.checkpoints.single_file import stated_config
 from sdlite.checkpoints.weights import (
-    CheckpointError,
     Weights,
     check_same,
     fill,
@@ -40,15 +40,12 @@ def load_vae(
 
     Raises CheckpointError with one line.
     """
+    check_vae(str(place))
     location = Path(place)
     if location.is_file():
         return _from_file(location)
     if not location.is_dir():
         name = TINY if str(place) == "tiny" else str(place)
-        if not is_hub_id(name):
-            raise CheckpointError(
-                f"vae={str(place)!r} does not exist; give a .safetensors file, the folder of a VAE or a model, or tiny"
-            )
         location = download(name, VAE_WANTED)
     folder = location / "vae" if (location / "vae").is_dir() else location
     if not (folder / "config.json").is_file():

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdlite import files
+from sdlite.checkpoints.places import CheckpointError as CheckpointError
 
 T = TypeVar("T")
 MAX_HEADER_BYTES = 16 * 2**20  # 20,000 tensors need about 4 MB
@@ -47,10 +48,6 @@ OTHERS = {
     b"\x89HDF": "is an HDF5 file; sdlite reads safetensors",
 }
 WAY_OUT = "convert it once, if you trust who made it: sdlite convert --trust-pickle OLD NEW"
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be loaded, with one line that says what is wrong with which file."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from sdlite.cli import draw  # noqa: F401  each adds its commands to the app, in
 # isort: split
 from sdlite.cli import batch, learn, models, segment  # noqa: F401
 from sdlite.cli.app import run
+from sdlite.cli.threads import spin_briefly
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code; whatever the user got wrong is one line on stderr."""
+    spin_briefly()
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for stream in (sys.stdout, sys.stderr):

@@ -11,18 +11,19 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sdlite import __version__
+from sdlite.checkpoints.places import SHIPPED, check_model, check_vae
 from sdlite.cli.hints import usage
 from sdlite.cli.output import Report, shown
-from sdlite.config import Prediction
+from sdlite.cli.threads import use_threads
+from sdlite.config import Prediction, check_device
 from sdlite.files import FULL
 
 if TYPE_CHECKING:
@@ -40,11 +41,31 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """A callback for an option: its check comes before the command, and so before PyTorch is loaded."""
+
+    def callback(value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None:
+                check(each)
+        return value
+
+    return callback
+
+
+def check_there(path: Path) -> None:
+    """Raises FileNotFoundError for a path where nothing is."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+
+
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
+        callback=checked(check_model),
         help="Folder, .safetensors file or hub id; 'tiny' is an untrained toy.",
         show_default="the model that ships",
     ),
@@ -53,7 +74,13 @@ Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(callback=checked(check_device), help="auto, cpu, cuda, cuda:1, mps.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", min=1, max=512, help="Threads on the CPU.", show_default="one for each core allowed"
+    ),
+]
 DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of text encoder and UNet.")]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Override = Annotated[Prediction | None, typer.Option(help="What the model predicts, if its files do not say so.")]
@@ -62,6 +89,7 @@ Vae = Annotated[
     typer.Option(
         "--vae",
         metavar="FILE|FOLDER|tiny",
+        callback=checked(check_vae),
         help="Use this VAE instead of the model's; tiny is TAESD, which the hub gives.",
         show_default="the model's",
     ),
@@ -99,26 +127,25 @@ def _options(
 
 
 def load(
-    model: str | None, device: str, dtype: str, prediction: Prediction | None, report: Report, **files: Any
+    model: str | None,
+    device: str,
+    dtype: str,
+    prediction: Prediction | None,
+    report: Report,
+    *,
+    threads: int | None = None,
+    **files: Any,
 ) -> "Pipeline":
     """The model with its notes told. files: vae, variant and allow_links, as for Pipeline.load."""
-    from sdlite.pipeline import Pipeline
-
-    limit_threads()
     files["allow_links"] = files.get("allow_links") or ()
-    pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction, **files)
+    with report.busy(f"loading {SHIPPED if model is None else model}"):
+        from sdlite.pipeline import Pipeline
+
+        use_threads(threads)
+        pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction, **files)
     for note in pipe.notes:
         report.note(note)
     return pipe
-
-
-def limit_threads(share: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
-    """PyTorch counts cores, not a container's share of them; threads beyond that share only wait for each other."""
-    import torch
-
-    quota, period = share.read_text().split() if share.is_file() else ("max", "")
-    if quota != "max" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), ceil(int(quota) / int(period)))))
 
 
 def run(arguments: Sequence[str] | None) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sdlite.checkpoints.places import SHIPPED
 from sdlite.cli.app import (
     INTERRUPTED,
     WRONG_INPUT,
@@ -18,13 +19,16 @@ from sdlite.cli.app import (
     Model,
     Override,
     Quiet,
+    Threads,
     Vae,
     Variant,
     app,
+    check_there,
+    checked,
     examples,
-    limit_threads,
 )
 from sdlite.cli.output import Interrupts, Report, shown
+from sdlite.cli.threads import use_threads
 from sdlite.config import Request, SolverName
 
 if TYPE_CHECKING:
@@ -35,6 +39,11 @@ Form = Literal["folder", "webdataset"]
 DEFAULT = Request(prompt="")
 
 
+def _check_requests(name: str) -> None:
+    if name != "-":
+        check_there(Path(name))
+
+
 @app.command(
     epilog=examples(
         "sdlite batch prompts.txt -o out --steps 30",
@@ -43,7 +52,11 @@ DEFAULT = Request(prompt="")
 )
 def batch(
     requests: Annotated[
-        str | None, typer.Argument(help=".txt, .jsonl, .csv, .tsv, .parquet, a grid in .json, or - for stdin.")
+        str | None,
+        typer.Argument(
+            callback=checked(_check_requests),
+            help=".txt, .jsonl, .csv, .tsv, .parquet, a grid in .json, or - for stdin.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -138,10 +151,16 @@ def batch(
         bool, typer.Option("--dry-run", help="Draw nothing; estimate the time and the disk space.")
     ] = False,
     verify: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw nothing; check every image of a batch's folder.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            callback=checked(check_there),
+            help="Draw nothing; check every image of a batch's folder.",
+        ),
     ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    threads: Threads = None,
     prediction: Override = None,
     vae: Vae = None,
     variant: Variant = None,
@@ -160,14 +179,11 @@ def batch(
     --verify renames a damaged picture to NAME.corrupt, and the same batch command then makes it again; it exits with 1
     if anything is damaged or missing.
     """
-    from sdlite.batch import DiskFull, prepare
-
     report = Report(quiet, as_json)
     if verify is not None:
         raise typer.Exit(_verify(verify, report))
     if requests is None or output is None:
         raise ValueError("give a file of requests and a folder, e.g. sdlite batch prompts.txt -o out")
-    limit_threads()
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "prediction": prediction}
     options |= {"vae": vae, "variant": variant, "allow_links": tuple(map(str, allow_links or ()))}
     options |= {"batch_size": batch_size, "workers": workers, "exact": exact, "seed": seed, "keep_going": keep_going}
@@ -178,7 +194,11 @@ def batch(
     if contact_sheet is not None and form != "folder":
         raise ValueError(f"--contact-sheet is drawn from a folder of pictures; leave out --format {form}")
     try:
-        prepared = prepare(requests, output, **options)
+        with report.busy(f"loading {SHIPPED if model is None else model}, reading {requests}"):
+            from sdlite.batch import DiskFull, prepare
+
+            use_threads(threads)
+            prepared = prepare(requests, output, **options)
         if contact_sheet is not None:
             from sdlite.batch.sheet import check_place, write_sheet
 
@@ -195,7 +215,8 @@ def batch(
     try:
         code = _run(prepared, report)
         if contact_sheet is not None:
-            write_sheet(prepared.plan, output, contact_sheet)
+            with report.busy(f"writing {contact_sheet}"):
+                write_sheet(prepared.plan, output, contact_sheet)
             report.path(contact_sheet, "contact_sheet")
     except DiskFull as error:
         report.event("disk_full", message=error.strerror)
@@ -246,7 +267,8 @@ def _end(done: "BatchReport", report: Report) -> int:
 
 def _plan(prepared: "Batch", report: Report) -> None:
     """What a run would do, its time and space measured on one batch."""
-    estimate = prepared.estimate()
+    with report.busy("drawing one batch to measure it"):
+        estimate = prepared.estimate()
     root = prepared.store.root.absolute()
     free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.exists())).free
     if report.as_json:
@@ -260,9 +282,10 @@ def _plan(prepared: "Batch", report: Report) -> None:
 
 
 def _verify(folder: Path, report: Report) -> int:
-    from sdlite.batch import verify
+    with report.busy(f"checking {folder}"):
+        from sdlite.batch import verify
 
-    check = verify(folder)
+        check = verify(folder)
     report.event("verified", **{name: len(names) for name, names in check._asdict().items()})
     for kind in ("missing", "corrupt", "extra"):
         for name in getattr(check, kind):

@@ -19,9 +19,12 @@ from sdlite.cli.app import (
     Output,
     Override,
     Quiet,
+    Threads,
     Vae,
     Variant,
     app,
+    check_there,
+    checked,
     examples,
     load,
 )
@@ -70,9 +73,14 @@ def generate(
     eta: Annotated[float, typer.Option(help="Noise that ddim adds at each step, 0 to 1.")] = DEFAULT.eta,
     width: Annotated[int | None, typer.Option("--width", "-W", help="In pixels.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option("--height", "-H", help="In pixels.", show_default="the model's")] = None,
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to start from.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", callback=checked(check_there), help="Picture to start from.")
+    ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Black-and-white picture; white parts of --image are redrawn.")
+        Path | None,
+        typer.Option(
+            callback=checked(check_there), help="Black-and-white picture; white parts of --image are redrawn."
+        ),
     ] = None,
     mask_blur: Annotated[
         float, typer.Option(help="Width of the soft edge around them in pixels, 0 to 64.")
@@ -84,6 +92,7 @@ def generate(
     clip_skip: Annotated[int, typer.Option(help="Number of last text layers to skip.")] = DEFAULT.clip_skip,
     device: Device = "auto",
     dtype: DType = "auto",
+    threads: Threads = None,
     prediction: Override = None,
     vae: Vae = None,
     variant: Variant = None,
@@ -109,18 +118,20 @@ def generate(
     request = Request(**fields | sources | {"seed": _seed(seed), "paste": not no_paste})
     requests = [request.replace(seed=request.seed + i) for i in range(num_images)]
     names = Names(output, num_images, force)
-    if not no_metadata:
-        _check_room(names, request)
     for option, path in (("--contact-sheet", contact_sheet), ("--attention", attention)):
         if path is not None:
             _check_sheet(option, path, names, force)
-    opened = {name: _open(name, path) for name, path in (("image", image), ("mask", mask)) if path is not None}
+    if not no_metadata:
+        _check_room(names, request)
     report = Report(quiet, as_json)
+    given = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
+    opened = _opened(given, report)
     if str(request.seed) != seed.strip():
         report.note(f"seed {request.seed}")
     if image is None and strength != DEFAULT.strength:
         report.note("--strength has no effect without --image")
-    pipe = load(model, device, dtype, prediction, report, vae=vae, variant=variant, allow_links=allow_links)
+    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
+    pipe = load(model, device, dtype, prediction, report, threads=threads, **files)
     pictures, interrupted = _draw(pipe, requests, opened, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
         from sdlite.images import contact_sheet as sheet_of, save_picture
@@ -132,8 +143,9 @@ def generate(
         from sdlite.images import save_picture
         from sdlite.inspect import attention_sheet, word_maps
 
-        given = {f"{name}s": [source] for name, source in opened.items()}
-        heat = attention_sheet(*word_maps(pipe, request, **given))
+        sources = {f"{name}s": [source] for name, source in opened.items()}
+        with report.busy("drawing where the model looked"):
+            heat = attention_sheet(*word_maps(pipe, request, **sources))
         save_picture(heat, attention, force=force)
         report.path(attention, "attention")
     report.event("done", images=len(pictures), interrupted=interrupted)
@@ -144,7 +156,12 @@ def generate(
     epilog=examples("sdlite regen star.png", "sdlite regen star.png --set steps=50 --set solver=euler -o better.png")
 )
 def regen(
-    picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture that sdlite or Automatic1111 drew.")],
+    picture: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGE", callback=checked(check_there), help="A picture that sdlite or Automatic1111 drew."
+        ),
+    ],
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Draw with this instead, e.g. steps=50.")
     ] = None,
@@ -152,6 +169,7 @@ def regen(
     model: Model = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    threads: Threads = None,
     prediction: Override = None,
     vae: Vae = None,
     variant: Variant = None,
@@ -169,23 +187,22 @@ def regen(
     --set takes any field of the request (`sdlite info IMAGE` lists them); "none" clears width, height, image or mask.
     A picture that was started from another needs that one again: --set image=FILE, checked by its pixels.
     """
+    changed = dict(_pair(change) for change in changes or ())
+    given = {name: Path(path) for name, path in changed.items() if name in ("image", "mask") and path is not None}
+    for path in given.values():
+        check_there(path)
+    names, report = Names(output, 1, force), Report(quiet, as_json)
+    sources = _opened(given, report)
     from sdlite.images import largest_difference, open_picture, read_any_metadata
 
     recipe, notes = read_any_metadata(picture)
-    changed = dict(_pair(change) for change in changes or ())
-    sources = {
-        name: _open(name, Path(path))
-        for name, path in changed.items()
-        if name in ("image", "mask") and path is not None
-    }
     request = _regenerated(picture, recipe, changed, sources, anyway)
-    names, report = Names(output, 1, force), Report(quiet, as_json)
     for note in notes:
         report.note(note)
     if (changed.get("seed") or "").strip().lower() in RANDOM:
         report.note(f"seed {request.seed}")
     files = {"vae": vae, "variant": variant, "allow_links": allow_links}
-    pipe = load(model, device, dtype, prediction or recipe.prediction, report, **files)
+    pipe = load(model, device, dtype, prediction or recipe.prediction, report, threads=threads, **files)
     ours = recipe.prediction is not None
     if not ours and model is None and recipe.model:
         report.note(f"it was drawn by model {shown(recipe.model)!r}, which --model gives; now by {pipe.name!r}")
@@ -233,10 +250,14 @@ def _check_sheet(option: str, sheet: Path, names: Names, force: bool) -> None:
         raise ValueError(f"{option}={sheet} is where a picture goes; give it another name")
 
 
-def _open(name: str, path: Path) -> "Image":
-    from sdlite.images import open_picture
+def _opened(paths: dict[str, Path], report: Report) -> dict[str, "Image"]:
+    """The pictures under the names image and mask. Reading them loads PyTorch, which takes a while."""
+    if not paths:
+        return {}
+    with report.busy(f"reading {', '.join(path.name for path in paths.values())}"):
+        from sdlite.images import open_picture
 
-    return open_picture(path, for_mask=name == "mask")
+        return {name: open_picture(path, for_mask=name == "mask") for name, path in paths.items()}
 
 
 def _draw(
@@ -272,6 +293,7 @@ def _draw(
                     latents = x_t
                     bar.advance(task)
                     report.event("step", image=first, step=i + 1, of=evaluations)
+                bar.update(task, description=f"picture {first + 1}/{len(requests)}, decoding")
                 drawn = pipe.decode(latents, batch, **given)
             for picture, request in zip(drawn, batch, strict=True):
                 path = names.save(picture, len(pictures), request.seed, with_metadata)

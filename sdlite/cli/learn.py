@@ -1,11 +1,17 @@
 """`sdlite data`, `sdlite train` and `sdlite evaluate`: the commands that make a model."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sdlite.cli.app import app, examples, limit_threads
+from sdlite.checkpoints.places import check_model
+from sdlite.cli.app import Threads, app, check_there, checked, examples
+from sdlite.cli.output import Report
+from sdlite.cli.threads import use_threads
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 @app.command(
@@ -51,7 +57,12 @@ def train(
         Literal["codec", "text", "denoiser", "segmentation"], typer.Argument(help="The first three in this order.")
     ],
     folder: Annotated[
-        Path, typer.Option("--data", help="Pictures with captions: .txt files beside them, metadata.jsonl or .csv.")
+        Path,
+        typer.Option(
+            "--data",
+            callback=checked(check_there),
+            help="Pictures with captions: .txt files beside them, metadata.jsonl or .csv.",
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run; one that is there goes on where it was stopped.")
@@ -60,16 +71,30 @@ def train(
     samples: Annotated[int | None, typer.Option(help="Length of the whole run.")] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", "--start", metavar="MODEL", help="Denoiser: the model to train on, such as emoji-128."),
+        typer.Option(
+            "--from",
+            "--start",
+            metavar="MODEL",
+            callback=checked(check_model),
+            help="Denoiser: the model to train on, such as emoji-128.",
+        ),
     ] = None,
     codec: Annotated[
         Path | None,
-        typer.Option(help="Denoiser: the codec stage's folder. Codec: the one whose decoder is trained further."),
+        typer.Option(
+            callback=checked(check_there),
+            help="Denoiser: the codec stage's folder. Codec: the one whose decoder is trained further.",
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Denoiser: the text stage's folder.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(callback=checked(check_there), help="Denoiser: the text stage's folder.")
+    ] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(help="Text: folder of a sentence encoder to learn from. Codec: one of pictures of half the size."),
+        typer.Option(
+            callback=checked(check_there),
+            help="Text: folder of a sentence encoder to learn from. Codec: one of pictures of half the size.",
+        ),
     ] = None,
     arch: Annotated[
         Literal["unet", "dit", "fcn"] | None,
@@ -150,6 +175,7 @@ def train(
     adversarial: Annotated[
         bool | None, typer.Option("--adversarial", help="Codec, with --codec: sharpen its decoder's edges.")
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made.
 
@@ -161,8 +187,9 @@ def train(
     read_records(folder, fields=MASKED if stage == "segmentation" else ("file_name", "text"))  # faults at once
     from sdlite.train.stages import train as run
 
-    limit_threads()
+    use_threads(threads)
     apart = {"stage", "folder", "output", "codec", "text", "teacher", "start", "run", "read_records", "MASKED"}
+    apart |= {"threads"}
     options = {name: value for name, value in locals().items() if name not in apart | {"apart"}}
     options["class_weights"] = None if class_weights is None else _numbers(class_weights)
     parts = {"codec": codec, "text": text, "teacher": teacher, "start": None if start is None else Path(start)}
@@ -183,17 +210,35 @@ def _numbers(text: str) -> list[float]:
     )
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help="What --model takes elsewhere.")],
-    folder: Annotated[Path, typer.Option("--data", help="Data folder that the model was trained on.")],
+    model: Annotated[str, typer.Argument(callback=checked(check_model), help="What --model takes elsewhere.")],
+    folder: Annotated[
+        Path, typer.Option("--data", callback=checked(check_there), help="Data folder that the model was trained on.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report and its judge.")],
     pictures: Annotated[int, typer.Option(min=8, max=10_000, help="Held-out pairs to draw.")] = 100,
     minutes: Annotated[float, typer.Option(help="To train the judge, where OUTPUT has none.")] = 10.0,
     steps: Annotated[int, typer.Option(help="Of the solver.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Up to 1: none.")] = 5.0,
+    threads: Threads = None,
 ) -> None:
     """Measure what a model draws against held-out pictures, with a judge that has never seen it draw."""
+    typer.echo(f"sdlite: loading {model}", err=True)
     from sdlite.train.evaluate import evaluate as run
 
-    limit_threads()
+    use_threads(threads)
     fields = {"steps": steps, "guidance_scale": guidance_scale}
-    print(run(model, folder, output, pictures=pictures, minutes=minutes, fields=fields))
+    bar = Report(quiet=False, as_json=False).bar()
+    rows: dict[str, TaskID] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        bar.start()
+        if what not in rows:
+            typer.echo(f"sdlite: drawing {total} {what}", err=True)
+            rows[what] = bar.add_task(what, total=total)
+        bar.update(rows[what], completed=done)
+
+    try:
+        text = run(model, folder, output, pictures=pictures, minutes=minutes, fields=fields, progress=progress)
+    finally:
+        bar.stop()
+    print(text)

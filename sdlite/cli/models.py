@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from sdlite.checkpoints.places import check_model
 from sdlite.cli.app import (
     AllowLinks,
     AsJson,
@@ -16,9 +17,12 @@ from sdlite.cli.app import (
     Model,
     Override,
     Quiet,
+    Threads,
     Vae,
     Variant,
     app,
+    check_there,
+    checked,
     examples,
     load,
 )
@@ -40,8 +44,10 @@ def info(
 ) -> None:
     """Show how a picture was drawn, or what a model consists of."""
     if Path(subject).suffix.lower() in PICTURES:
+        check_there(Path(subject))
         facts = _picture_facts(subject)
     else:
+        check_model(subject)
         facts = _model_facts(subject, vae=vae, variant=variant, allow_links=allow_links)
     if as_json:
         print(json.dumps(facts))
@@ -57,7 +63,12 @@ def info(
 )
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="What --model takes, an old .ckpt, or a folder of .bin files.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            callback=checked(check_model),
+            help="What --model takes, an old .ckpt, or a folder of .bin files.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="NAME.safetensors for one file, else a new folder.")],
     trust_pickle: Annotated[
@@ -81,16 +92,18 @@ def convert(
     check_writable(target.absolute().parent)
     if target.suffix.lower() in NOT_WRITTEN:
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
-    import torch
-
-    from sdlite.checkpoints.save import convert
-
+    report = Report(quiet, False)
     sweep(target.parent)
-    kind = None if dtype is None else getattr(torch, dtype)
     files = {"vae": vae, "variant": variant, "allow_links": allow_links or ()}
-    parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind, **files)
+    with report.busy(f"converting {source}"):
+        import torch
+
+        from sdlite.checkpoints.save import convert
+
+        kind = None if dtype is None else getattr(torch, dtype)
+        parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind, **files)
     for note in parts.notes:
-        Report(quiet, False).note(note)
+        report.note(note)
     print(target)
 
 
@@ -107,6 +120,7 @@ def bench(
     height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    threads: Threads = None,
     vae: Vae = None,
     variant: Variant = None,
     allow_links: AllowLinks = None,
@@ -129,11 +143,14 @@ def bench(
         check_free([json_file], force)
     if batch and (vs or not folder.is_dir()):
         raise ValueError(f"--batch goes without --vs and with a folder that is there, not --dir={folder}")
-    from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
+    report = Report(False, False)
+    with report.busy("measuring how busy the machine is"):
+        from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
 
-    busy = machine_load()
+        busy = machine_load()
     files = {"vae": vae, "variant": variant, "allow_links": allow_links}
-    pipe = load(model, device, dtype, None, Report(False, False), **files)
+    pipe = load(model, device, dtype, None, report, threads=threads, **files)
+    report.note("measuring; this takes from some seconds to some minutes")
     if batch:
         machinery = measure_batch(pipe, request, folder, load=busy, runs=runs)
         exact = measure_exact(pipe, request, load=busy, runs=runs)

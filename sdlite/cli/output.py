@@ -7,7 +7,8 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
@@ -108,6 +109,14 @@ class Report:
         columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(elapsed_when_finished=True))
         console = Console(stderr=True)
         return Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=hidden)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """A bar without an end, gone afterwards, while something runs that cannot say how far it is."""
+        bar = self.bar()
+        bar.add_task(shown(what), total=None)
+        with bar:
+            yield
 
 
 class Interrupts:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdlite.cli.app import INTERRUPTED, Force, Quiet, app, examples, limit_threads
+from sdlite.cli.app import INTERRUPTED, Force, Quiet, Threads, app, check_there, checked, examples
 from sdlite.cli.output import Interrupts, Report, check_free, shown
+from sdlite.cli.threads import use_threads
 from sdlite.files import DiskFull, sweep, write_file
 
 if TYPE_CHECKING:
@@ -26,9 +27,18 @@ Task = Callable[["Image", Callable[[float], None]], "Image"]
 def segment(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them."),
+        typer.Argument(
+            metavar="IMAGE...",
+            callback=checked(check_there),
+            help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them.",
+        ),
     ],
-    model: Annotated[Path, typer.Option("--model", "-m", help="OUTPUT/export of `sdlite train segmentation`.")],
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model", "-m", callback=checked(check_there), help="OUTPUT/export of `sdlite train segmentation`."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -40,6 +50,7 @@ def segment(
     ] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="The picture with the classes coloured instead.")] = False,
     cutout: Annotated[bool, typer.Option("--cutout", help="The picture without its background instead.")] = False,
+    threads: Threads = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,16 +62,18 @@ def segment(
     """
     if overlay and cutout:
         raise ValueError("--overlay and --cutout are two different pictures; give one of them")
-    pictures = list(_pictures(images))
+    report = Report(quiet, as_json=False)
+    with report.busy("loading"):
+        pictures = list(_pictures(images))
     many = len(pictures) > 1 or images[0].is_dir()
     places = _places(pictures, output, many)
     check_free([place for _, place in places], force or many)
     sweep(places[0][1].parent)
-    report = Report(quiet, as_json=False)
     todo = [(picture, place) for picture, place in places if force or not (many and place.exists())]
     if len(todo) < len(places):
         report.note(f"{len(places) - len(todo)} of {len(places)} are there already; --force makes them again")
-    task = _task(model, overlay, cutout)
+    with report.busy(f"loading {model}"):
+        task = _task(model, overlay, cutout, threads)
     raise typer.Exit(_label(todo, task, force, report, many))
 
 
@@ -103,10 +116,10 @@ def _places(pictures: Sequence[Path], output: Path | None, many: bool) -> list[t
     return places
 
 
-def _task(model: Path, overlay: bool, cutout: bool) -> Task:
+def _task(model: Path, overlay: bool, cutout: bool, threads: int | None) -> Task:
     from sdlite.segmentation.segmenter import Segmenter, cutout as cut, overlay as laid_over
 
-    limit_threads()
+    use_threads(threads)
     segmenter = Segmenter.load(model)
 
     def made(picture: "Image", progress: Callable[[float], None]) -> "Image":

@@ -291,7 +291,7 @@ class DenoiserTask(nn.Module):
             Request(prompt=p, seed=i, steps=PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE)
             for i, p in enumerate(preview_prompt(text, caption) for caption in captions)
         ]
-        save_picture(contact_sheet(pipe.generate(requests), captions, columns=6), path, force=True)
+        save_picture(contact_sheet(pipe.generate(requests, progress=False), captions, columns=6), path, force=True)
 
     def export(self, folder: Path) -> None:
         """The whole model in diffusers' folder layout, in float16, with a list of its sums."""

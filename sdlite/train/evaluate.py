@@ -6,12 +6,14 @@ pictures with shuffled captions. MMD compares sets of pictures, copy rate looks 
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from sdlite.config import Request
@@ -101,10 +103,14 @@ def nearest(images: Tensor, references: Tensor) -> Tensor:
     return torch.cdist(small, others, p=1).min(1).values / small.shape[1]
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], fields: Mapping[str, Any]) -> Tensor:
-    """(B, 3, H, W) in [-1, 1], prompt i with seed i."""
+def draw(pipe: Pipeline, prompts: Sequence[str], fields: Mapping[str, Any], tell: Callable[[int, int], None]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], prompt i with seed i. tell: called with the pictures drawn and those in all."""
     requests = [Request(prompt=prompt, seed=i, **fields) for i, prompt in enumerate(prompts)]
-    drawn = [picture for i in range(0, len(requests), BATCH) for picture in pipe.generate(requests[i : i + BATCH])]
+    drawn: list[Image] = []
+    for i in range(0, len(requests), BATCH):
+        tell(i, len(requests))
+        drawn += pipe.generate(requests[i : i + BATCH], progress=False)
+    tell(len(requests), len(requests))
     return (
         torch.from_numpy(np.stack([np.asarray(picture, np.float32) for picture in drawn])).permute(0, 3, 1, 2) / 127.5
         - 1
@@ -112,8 +118,20 @@ def draw(pipe: Pipeline, prompts: Sequence[str], fields: Mapping[str, Any]) -> T
 
 
 @torch.no_grad()
-def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float, fields: Mapping[str, Any]) -> str:
-    """Writes report.json, report.md and sheets into `out`, which keeps the judge; returns the table in Markdown."""
+def evaluate(
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    pictures: int,
+    minutes: float,
+    fields: Mapping[str, Any],
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> str:
+    """Writes report.json, report.md and sheets into `out`, which keeps the judge; returns the table in Markdown.
+
+    progress: called with what is drawn, the pictures drawn of it and those in all.
+    """
     _check_judge(out / "judge", data)
     if not (out / "judge" / "export").is_dir():
         with torch.enable_grad():
@@ -129,7 +147,7 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
     side = pipe.default_size[0]
     real = on_white(load_pixels(data, held, side))
     known = on_white(load_pixels(data, trained[:: max(1, len(trained) // 2000)], side))
-    drawn = draw(pipe, [escaped(r["text"]) for r in held], fields)
+    drawn = draw(pipe, [escaped(r["text"]) for r in held], fields, partial(progress, "held-out pairs"))
     decoded = torch.cat([pipe.codec.decode(pipe.codec.encode(part)) for part in torch.split(real, BATCH)])
     shuffled = wanted.roll(1, 0)
     rows = {
@@ -140,7 +158,8 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
     }
     nouns = {noun: {names.index(c) for c in right if c in names} for noun, right in NOUNS.items()}
     asked = probes()
-    free = draw(pipe, [a(noun) for noun in nouns] + [probe.prompt for probe in asked], fields)
+    prompts = [a(noun) for noun in nouns] + [probe.prompt for probe in asked]
+    free = draw(pipe, prompts, fields, partial(progress, "nouns and probes"))
     features = {name: judge.features(x) for name, x in (("real", real), ("drawn", drawn), ("known", known))}
     closest = nearest(drawn, known)
     figures = {
@@ -161,8 +180,7 @@ def evaluate(model: str, data: Path, out: Path, *, pictures: int, minutes: float
     write_file(out / "report.json", (json.dumps(report, indent=1) + "\n").encode(), force=True)
     write_file(out / "report.md", f"{text}\n".encode(), force=True)
     save_picture(contact_sheet(to_pil(drawn), [r["text"] for r in held]), out / "drawn.png", force=True)
-    labels = [a(noun) for noun in nouns] + [probe.prompt for probe in asked]
-    save_picture(contact_sheet(to_pil(free), labels), out / "free.png", force=True)
+    save_picture(contact_sheet(to_pil(free), prompts), out / "free.png", force=True)
     return text
 
 

@@ -1,0 +1,51 @@
+"""Where a model can be: a file or a folder, the model that ships, an untrained preset, or the hub.
+
+Imports nothing heavy, so that the command line can refuse a wrong name at once.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sdlite.config import ModelConfig, sd15, sd21, tiny, tiny_dit
+
+SHIPPED = "emoji-128"
+PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "tiny-dit": tiny_dit, "sd15": sd15, "sd21": sd21}
+HUB_ID = re.compile(r"\w[\w.\-]{0,95}/\w[\w.\-]{0,95}", re.ASCII)
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # a name that ends so is a file's
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be loaded, with one line that says what is wrong with which file."""
+
+
+def shipped_folder() -> Path:
+    """Where the model that ships lies: inside an installed package, beside it in a clone."""
+    package = Path(__file__).parents[1]
+    places = [folder / "weights" / SHIPPED for folder in (package, package.parent)]
+    return next((place for place in places if place.is_dir()), places[-1])
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no file can be one of the hub's: org/name, where org is no folder here."""
+    if HUB_ID.fullmatch(name) is None or name.lower().endswith(FILES):
+        return False
+    return Path(name).parts[0] not in (".", "..") and not Path(Path(name).parts[0]).exists()
+
+
+def check_model(name: str) -> None:
+    """Raises CheckpointError for a name that is no model's; whether the hub has one of that name is not asked."""
+    if name == "":
+        raise CheckpointError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
+    place = Path(name)
+    if not (place.is_file() or place.is_dir() or name in (SHIPPED, *PRESETS) or is_hub_id(name)):
+        raise CheckpointError(f"{name} does not exist; give a model folder, a .safetensors file or a hub id (org/name)")
+
+
+def check_vae(name: str) -> None:
+    """Raises CheckpointError for a name that is no VAE's; see `check_model`."""
+    place = Path(name)
+    if not (place.is_file() or place.is_dir() or name == "tiny" or is_hub_id(name)):
+        raise CheckpointError(
+            f"vae={name!r} does not exist; give a .safetensors file, the folder of a VAE or a model, or tiny"
+        )
