@@ -68,7 +68,7 @@ def _check_number(name: str, given: Any, read: Any) -> None:
 
 def check_device(name: str) -> None:
     """Raises ValueError for a device of no known kind, such as "gpu"; whether it is there is PyTorch's to say."""
-    if name.partition(":")[0] not in DEVICES:
+    if name not in DEVICES and name.partition(":")[0] not in DEVICES[1:]:
         raise ValueError(f"device={name!r} must be one of {', '.join(DEVICES)}")
 
 
