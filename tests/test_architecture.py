@@ -22,6 +22,7 @@ GROUPS = {
     "device": ["config"],
     "sheet": [],
     "progress": [],
+    "concepts": [],
     "recipe": ["config", "files"],
     "images": ["config", "files", "recipe", "sheet"],
     "schedulers": ["config", "diffusion"],

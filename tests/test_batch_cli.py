@@ -76,7 +76,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         raise ValueError("one\ntwo")
 
     monkeypatch.setattr(batch, "prepare", prepare, raising=False)
-    flags = "-m m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
+    flags = "-m org/m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
     flags += " --ray --ray-address a:1 --same-seed -n blurry --steps 7 --solver euler --guidance-scale 3"
     flags += " --num-images 2 --strength 0.5 -W 72 -H 80"
     code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
@@ -84,7 +84,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert given == {
         "requests": "fox.csv",
         "output": Path("out"),
-        "model": "m",
+        "model": "org/m",
         "batch_size": 7,
         "workers": 2,
         "exact": True,

@@ -24,6 +24,7 @@ from PIL import Image
 
 from sdlite import cli, images
 from sdlite.checkpoints.load import random_model
+from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.checkpoints.save import save_folder
 from sdlite.cli.app import app
 from sdlite.cli.threads import use_threads
@@ -373,6 +374,29 @@ def test_threads_that_wait_sleep_soon(monkeypatch: pytest.MonkeyPatch, run: Run)
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert run("--version")[0] == 0 and "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_info_lists_and_searches_the_names_of_the_shipped_model(run: Run):
+    names_ = (shipped_folder() / "concepts.txt").read_text().split("\n")
+    code, out, _ = run("info", SHIPPED)
+    card = (shipped_folder() / "README.md").read_text()
+    styles = re.findall("`([^`]*)`", card.partition("Styles, named at the end of the prompt: ")[2].partition(".\n")[0])
+    assert len(styles) >= 4 and ", ".join(styles[:4]) in out
+    assert code == 0 and "airplane, alarm clock, alien" in out and all(name in out for name in names_)
+    assert run("info", SHIPPED, "--search", "lock")[:2] == (0, out := run("info", SHIPPED, "--search", "Lock")[1])
+    assert out.splitlines()[0] == "locked" and "alarm clock" in out.splitlines()[:3] and len(out.splitlines()) == 10
+    assert json.loads(run("info", SHIPPED, "--search", "ladybug", "--json")[1])["names"][0] == "lady beetle"
+    code, out, err = run("info", "tiny", "--search", "x")
+    assert (code, out) == (2, "") and "tiny has no concepts.txt" in err
+
+
+def test_a_prompt_of_unknown_words_gets_the_nearest_names(run: Run, model: StandIn):
+    assert "nearest" not in run("generate", "a ladybug")[2]  # of another model
+    model.name = SHIPPED
+    _, _, err = run("generate", "a ladybug, noto style")
+    assert err.count("note: emoji-128 was trained on") == 1 and "spelling: lady beetle, " in err
+    for prompt in ("a red apple", "Airplanes", "a sad robot", "CAT"):
+        assert "was trained on" not in run("generate", prompt)[2]
 
 
 def read_all(terminal: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sdlite.config import ModelConfig, sd15, sd21, tiny, tiny_dit
 
 SHIPPED = "emoji-128"
+SHIPPED_STYLES = ("noto style", "twemoji style", "fluent flat style", "fluent 3d style")  # at the end of a prompt
 PRESETS: dict[str, Callable[..., ModelConfig]] = {"tiny": tiny, "tiny-dit": tiny_dit, "sd15": sd15, "sd21": sd21}
 HUB_ID = re.compile(r"\w[\w.\-]{0,95}/\w[\w.\-]{0,95}", re.ASCII)
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # a name that ends so is a file's

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.cli.app import (
     INTERRUPTED,
     AllowLinks,
@@ -29,6 +30,7 @@ from sdlite.cli.app import (
     load,
 )
 from sdlite.cli.output import Interrupts, Names, Report, shown
+from sdlite.concepts import knows_none, nearest, read_names
 from sdlite.config import Request, SolverName
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline
     from sdlite.recipe import Recipe
 
+SUGGESTED = 3  # names, for a prompt that the shipped model does not know
 MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better record
 RANDOM = ("random", "-1")  # as a seed; the second is Automatic1111's word for it
 DEFAULT = Request(prompt="")
@@ -132,6 +135,8 @@ def generate(
         report.note("--strength has no effect without --image")
     files = {"vae": vae, "variant": variant, "allow_links": allow_links}
     pipe = load(model, device, dtype, prediction, report, threads=threads, **files)
+    if pipe.name == SHIPPED:
+        _check_words(prompt, report)
     pictures, interrupted = _draw(pipe, requests, opened, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
         from sdlite.images import contact_sheet as sheet_of, save_picture
@@ -232,6 +237,16 @@ def _seed(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"--seed={text:.40} must be a whole number, or random") from None
+
+
+def _check_words(prompt: str, report: Report) -> None:
+    """A note where no word of the prompt is among the names that the shipped model was trained on."""
+    names = read_names(shipped_folder())
+    if names and knows_none(prompt, names):
+        report.note(
+            f"{SHIPPED} was trained on {len(names)} names, none of which has a word of this prompt; the nearest in "
+            f"spelling: {', '.join(nearest(prompt, names, SUGGESTED))}; `sdlite info {SHIPPED}` lists all"
+        )
 
 
 def _check_room(names: Names, request: Request) -> None:

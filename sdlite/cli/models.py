@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sdlite.checkpoints.places import check_model
+from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
 from sdlite.cli.app import (
     AllowLinks,
     AsJson,
@@ -27,22 +27,34 @@ from sdlite.cli.app import (
     load,
 )
 from sdlite.cli.output import Report, check_free, check_writable, shown
+from sdlite.concepts import FILE, nearest, read_names
 from sdlite.config import Request
-from sdlite.files import sweep, write_file
+from sdlite.files import exported, sweep, write_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHOWN_NAMES = 10  # of a search
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 
 
-@app.command(epilog=examples("sdlite info star.png", "sdlite info v1-5.safetensors --json"))
+@app.command(epilog=examples("sdlite info star.png", "sdlite info emoji-128 --search clock"))
 def info(
     subject: Annotated[str, typer.Argument(metavar="IMAGE|MODEL", help="A picture, or what --model takes.")],
     vae: Vae = None,
     variant: Variant = None,
     allow_links: AllowLinks = None,
+    search: Annotated[
+        str | None, typer.Option("--search", metavar="WORD", help="Only list the names nearest to it in spelling.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a picture was drawn, or what a model consists of."""
+    """Show how a picture was drawn, or what a model consists of.
+
+    For the model that ships, also the styles and the names of things that it was trained to draw.
+    """
+    if search is not None:
+        found = nearest(search, _names(subject), SHOWN_NAMES)
+        print(json.dumps({"names": found}) if as_json else shown("\n".join(found)))
+        return
     if Path(subject).suffix.lower() in PICTURES:
         check_there(Path(subject))
         facts = _picture_facts(subject)
@@ -55,7 +67,8 @@ def info(
     rows = {key: value for group in facts.values() for key, value in group.items() if value not in (None, "")}
     margin = max(map(len, rows), default=0) + 2
     for key, value in rows.items():
-        print(f"{shown(key):{margin}}" + shown(str(value)).replace("\n", "\n" + " " * margin))
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        print(f"{shown(key):{margin}}" + shown(text).replace("\n", "\n" + " " * margin))
 
 
 @app.command(
@@ -177,14 +190,26 @@ def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def _names(model: str) -> list[str]:
+    """The names that a model lists. Raises ValueError for one that has no list."""
+    check_model(model)
+    folder = shipped_folder() if model == SHIPPED and not Path(model).exists() else exported(Path(model), FILE)
+    names = read_names(folder)
+    if not names:
+        raise ValueError(f"{model} has no {FILE}, the list of names to search in; {SHIPPED} has one")
+    return names
+
+
 def _model_facts(name: str, **files: Any) -> dict[str, dict[str, Any]]:
     pipe = load(name, "cpu", "float32", None, Report(False, False), **files)
     parts: dict[str, Any] = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
     counts = {f"parameters of {part}": sum(p.numel() for p in parts[part].parameters()) for part in parts}
     width, height = pipe.default_size
     kind = type(pipe.denoiser).__name__
+    trained = {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())} if name == SHIPPED else {}
     return {
         "model": {"model": pipe.name, "model_hash": pipe.model_hash, "draws": f"{width}x{height}", "denoiser": kind},
         "parts": {"prediction": pipe.denoiser.prediction} | counts,
         "schedule": pipe.schedule.config.model_dump(),
+        "trained on": trained,
     }

@@ -1,0 +1,57 @@
+"""The names of things that a model was trained to draw, where its folder lists them in concepts.txt, one a line."""
+
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+
+FILE = "concepts.txt"
+MAX_BYTES = 2**20
+AS_START, AS_PART, MIN_PART = 0.97, 0.95, 4  # likeness of a word inside another, and its least length
+NOT_NAMES = {"and", "face", "for", "from", "in", "of", "on", "style", "the", "with"}  # say nothing about what is drawn
+
+
+def read_names(folder: Path) -> list[str]:
+    """The names of a model's folder, none where it has no list. Raises ValueError for a file that is no list."""
+    file = folder / FILE
+    if not file.is_file():
+        return []
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file}: has more than {MAX_BYTES} bytes")
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def nearest(text: str, names: Sequence[str], count: int) -> list[str]:
+    """The names most like a text in spelling, best first; a name is as near as the nearest of its words."""
+    words = _words(text) or {text.lower()}
+    return sorted(names, key=lambda name: -max(_likeness(word, name.lower()) for word in words))[:count]
+
+
+def knows_none(text: str, names: Sequence[str]) -> bool:
+    """Whether no word of a text is part of any name. Plurals count as the word itself."""
+    known = {_singular(word) for name in names for word in _words(name)}
+    return not known & {_singular(word) for word in _words(text)}
+
+
+def _likeness(word: str, name: str) -> float:
+    """1 for the name itself or one of its words, else how much of the letters is the same, 0 to 1.
+
+    Where one contains the other ("lock" and "locked"), that counts more than the letters do.
+    """
+    return max(_ratio(word, part) for part in (name, *re.findall(r"[^\W_]+", name)))
+
+
+def _ratio(word: str, part: str) -> float:
+    short, long = sorted((word, part), key=len)
+    ratio = SequenceMatcher(None, word, part).ratio()
+    if short == long or len(short) < MIN_PART or short not in long:
+        return ratio
+    return max(ratio, AS_START if long.startswith(short) else AS_PART)
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.findall(r"[^\W_]{3,}", text.lower()) if word not in NOT_NAMES}
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if word.endswith("s") else word
