@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdlite.config import UNetConfig, sd15, sd21, tiny
-from sdlite.models.attention import PointwiseConv
+from sdlite.models.attention import PointwiseConv, attend
 from sdlite.models.unet import UNet
 from tests.references.closed_form import normal
 from tests.references.diffusers_unet import reference_unet
@@ -132,3 +132,12 @@ def test_pointwise_conv_is_a_1x1_convolution():
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def test_attention_with_a_gradient_is_that_without():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        fused = attend(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), fused)
+    wide = attend(q, torch.zeros_like(k[:, :, :5]), v[:, :, :5])  # equal scores: the mean of the values
+    torch.testing.assert_close(wide, v[:, :, :5].mean(2, keepdim=True).expand_as(wide))

@@ -10,7 +10,6 @@ and Salimans 2022).
 
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdlite.checkpoints.load import ModelParts, assembled
 from sdlite.checkpoints.save import save_folder
@@ -217,11 +215,8 @@ class DenoiserTask(nn.Module):
         noise = normal(generators, tuple(self.latents.x_0.shape[1:]))
         captions = [self._caption(int(i), g) for i, g in zip(indices, generators, strict=True)]
         tokens = torch.where(dropped[:, None], self.empty, self._tokens(indices, captions))
-        # on a CPU the gradient of plain attention takes a sixth of that of the fused kernel
-        kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-        with kernel:
-            shapes = self.latents.shapes[indices]
-            return self._mean_loss(self.latents.x_0[indices], self._contexts(tokens), t, noise, shapes)
+        shapes = self.latents.shapes[indices]
+        return self._mean_loss(self.latents.x_0[indices], self._contexts(tokens), t, noise, shapes)
 
     def _mean_loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor, shapes: Tensor) -> Tensor:
         """Loss of latents that have different shapes, (B, 2): one call of the network for each shape."""
