@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdlite import batch, cli, images
 from sdlite.batch import local, sheet
@@ -180,6 +181,12 @@ def test_dry_run_writes_nothing(run: Run):
     code, out, _ = run("fox.csv", "-o", "out", "--dry-run", "-b", 2)
     assert code == 0 and out.startswith("images   3, of which 0 are there\nbatches  of 2, 1 at a time")
     assert not Path("out").exists()
+    before = torch.get_num_threads()
+    try:
+        out = run("fox.csv", "-o", "out", "--dry-run", "--threads", 4, "--workers", 2)[1]
+    finally:
+        torch.set_num_threads(before)
+    assert "2 at a time on 2 threads each\n" in out  # workers share the threads
     plan = events(run("fox.csv", "-o", "out", "--dry-run", "--json")[1])[0]
     assert plan["missing"] == 3 and plan["seconds"] > 0 and 3_000 < plan["bytes"] < 100_000 < plan["free"]
 

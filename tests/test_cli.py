@@ -441,10 +441,10 @@ def test_wrong_names_are_said_before_torch_is_loaded(tmp_path: Path):
     wrong_devices = ["generate x --device gpu", "batch there.png -o o --device nosuch"]
     code = [sys.executable, "-c", NO_TORCH, json.dumps(lines + wrong_devices)]
     done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True)
-    said = done.stderr.splitlines()
+    said = [line for line in done.stderr.splitlines() if not line.startswith("sdlite: reading ")]
     assert len(said) == 2 * len(lines + wrong_devices), done.stderr
     for line, error, number in zip(lines, said[::2], said[1::2], strict=False):
-        assert number == "2" and "nosuch" in error and "does not exist" in error, (line, error)
+        assert number == "2" and "nosuch" in error and re.search("does not exist|is no folder", error), (line, error)
     for line, error, number in zip(wrong_devices, said[-4::2], said[-3::2], strict=True):
         assert number == "2" and "must be one of auto, cpu, cuda, mps" in error, (line, error)
 

@@ -60,7 +60,6 @@ def train(
         Path,
         typer.Option(
             "--data",
-            callback=checked(check_there),
             help="Pictures with captions: .txt files beside them, metadata.jsonl or .csv.",
         ),
     ],
