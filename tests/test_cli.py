@@ -885,7 +885,7 @@ def segmenting(folder: Path) -> BaseProcess:
         for i in range(30):
             Image.effect_noise((300, 300), 90).save(source / f"{i}.png")
     force = ["--force"] if "force" in folder.name else []
-    words = ["segment", str(source), "-m", "model", "-o", f"{folder}/", "--cutout", *force]
+    words = ["segment", str(source), "-m", str(source), "-o", f"{folder}/", "--cutout", *force]
     plan = UNetPlan(depth=1, base_width=1, padding="same")
     return run_in_child(words, "Segmenter", lambda: Segmenter(build(plan), SegmenterConfig(network=plan)))
 
