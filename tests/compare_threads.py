@@ -2,8 +2,8 @@
 
     python tests/compare_threads.py [--busy N] [--rounds 5]
 
---busy N: N busy loops run beside it; 0 is for an idle machine. Prints for each setting the median (least to most) of the
-wall and CPU seconds of `sdlite generate` from start to file.
+--busy N: N busy loops run beside it; 0 is for an idle machine. Prints for each setting the median (least to most) of
+the wall and CPU seconds of `sdlite generate` from start to file.
 """
 
 import argparse
