@@ -111,7 +111,7 @@ def atomic_file(
     """
     path = path if path.name else path.absolute()
     check_file(path, force)
-    with _making(path) as folder:
+    with making(path) as folder:
         folder.mkdir()  # some writers make temporary files of their own beside the one that they are given
         temporary = folder / path.name
         temporary.touch()
@@ -147,7 +147,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     path = path if path.name else path.absolute()
     check_folder(path, force)
-    with _making(path) as temporary:
+    with making(path) as temporary:
         temporary.mkdir()
         mode = _file_mode(temporary)
         yield temporary
@@ -188,7 +188,7 @@ def _is_running(pid: int) -> bool:
 
 
 @contextmanager
-def _making(path: Path) -> Iterator[Path]:
+def making(path: Path) -> Iterator[Path]:
     """A temporary name beside path, whose folders are there; both go again if the block fails."""
     missing = [folder for folder in path.parents if not folder.exists()]
     temporary = temporary_name(path.parent)

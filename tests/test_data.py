@@ -1,7 +1,9 @@
 """Data: names, splits, copies, the folder, and what compositions show, on drawings made here."""
 
+import errno
 import io
 import json
+import subprocess
 import tarfile
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sdlite.files import DiskFull
 from sdlite.train import augment
 from sdlite.train.augment import Example
 from sdlite.train.copies import near_copies
@@ -34,6 +37,7 @@ from sdlite.train.emoji import (
     fetch,
     make,
     read_everyday,
+    source_named,
     split_of,
     write,
 )
@@ -151,7 +155,7 @@ def test_wrong_folders_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"metadata.jsonl lists no picture"):
         read_records(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         make(tmp_path)
     with pytest.raises(ValueError, match="from 64 to 512"):
         make(tmp_path / "new", size=32)
@@ -394,6 +398,52 @@ def test_hugging_face_datasets_loads_the_folder(tmp_path, packages, monkeypatch)
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "emoji"), cache_dir=str(tmp_path / "cache"))
     (apple,) = (row for row in loaded["train"] if row["concept"] == "red apple")
     assert apple["image"].size == (64, 64) and apple["text"] == "apple, noto style"
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_data_folder_leaves_only_its_downloads(tmp_path, packages, monkeypatch, fault):
+    """Ctrl-C or a full disk in the middle of the pictures; the same command then downloads nothing again."""
+    packages.rename(tmp_path / "emoji-sources")
+    saved, left = Image.Image.save, [1]
+
+    def save(*given, **named):
+        if not left:
+            raise fault
+        left.pop()
+        saved(*given, **named)
+
+    fetched = []
+    monkeypatch.setattr("sdlite.train.emoji._download", lambda folder, source: fetched.append(source.package))
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else DiskFull):
+        make(tmp_path / "emoji", size=64, styles=["noto"])
+    assert not left and [path.name for path in tmp_path.iterdir()] == ["emoji-sources"]
+    monkeypatch.setattr(Image.Image, "save", saved)
+    present = sorted(path.name for path in (tmp_path / "emoji-sources").iterdir())
+    fetched.clear()
+    assert sum(make(tmp_path / "emoji", size=64, styles=["noto"]).values()) == 3
+    assert len(fetched) == len(SOURCES) - len(present)  # those that the fixture has are found again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji", "emoji-sources"]
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ("npm error code ENOSPC", DiskFull),
+        ("OSError: [Errno 28] No space left on device", DiskFull),
+        ("no", ValueError),
+    ],
+)
+def test_a_download_counts_only_when_it_is_whole(tmp_path, monkeypatch, says, expected):
+    def torn(command, *, cwd, **_):
+        (cwd / "emojibase-data-17.0.0.tgz").write_bytes(b"half")
+        return subprocess.CompletedProcess(command, 1, "", says)
+
+    monkeypatch.setattr(subprocess, "run", torn)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    with pytest.raises(expected):
+        fetch(tmp_path / "new-sources", [source_named("emojibase-data")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_its_client_a_package_is_asked_for(tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def test_nuclei_are_cut_in_two_with_a_gap(tmp_path):
     assert halves[0].max() < halves[1].min()
     mask = np.asarray(Image.open(tmp_path / "data" / "train" / "masks" / "00000.png"))
     assert np.array_equal(mask, halves[0] >= 64)
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         make_nuclei(tmp_path / "data", sources=tmp_path)
 
 
@@ -270,6 +270,17 @@ def drawings(tmp_path):
         line = json.dumps({"file_name": "a.png", "text": "a square", "licence": "MIT"})
         (tmp_path / "emoji" / split / "metadata.jsonl").write_text("\n".join([line] * 5))
     return tmp_path
+
+
+def test_interrupted_pictures_with_masks_leave_no_folder(drawings, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdlite.train.masks.pattern", interrupted)  # after some pictures with a photo behind
+    before = sorted(drawings.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        make_foreground(drawings / "data", drawings / "emoji", sources=drawings, size=48, train=5, test=3)
+    assert sorted(drawings.iterdir()) == before
 
 
 @pytest.mark.parametrize("varied", [0, 4])

@@ -9,6 +9,7 @@ from sdlite.checkpoints.places import check_model
 from sdlite.cli.app import Threads, app, check_there, checked, examples
 from sdlite.cli.output import Report
 from sdlite.cli.threads import use_threads
+from sdlite.files import sweep
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 )
 def data(
     kind: Annotated[Literal["emoji", "nuclei", "foreground"], typer.Argument(help="The latter two: with masks.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder. Downloads stay in OUTPUT-sources.")],
     sources: Annotated[Path | None, typer.Option(help="Folder with the packages, to fetch nothing.")] = None,
     size: Annotated[int, typer.Option(help="Side of an emoji in pixels, 64 to 512.")] = 256,
     style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
@@ -37,6 +38,7 @@ def data(
         raise ValueError("--emoji FOLDER, made by `sdlite data emoji`, is what `sdlite data foreground` needs")
     names = [] if concepts is None else concepts.read_text(encoding="utf-8").split("\n")
     chosen = {name.strip() for name in names} - {""}
+    sweep(output.absolute().parent)
     if kind == "nuclei":
         counts = make_nuclei(output, sources=sources)
     elif emoji is not None:

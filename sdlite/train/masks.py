@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sdlite.files import atomic_folder
 from sdlite.images import decoded
 from sdlite.train.archives import damaged
 from sdlite.train.backgrounds import altered, crop, leaves, pattern
 from sdlite.train.data import Generator, sample_generator
-from sdlite.train.emoji import Source, archive, fetch
+from sdlite.train.emoji import Source, archive, downloads_of, fetch
 from sdlite.train.folder import read_records
 
 NUCLEI = Source("pip", "stardist", "0.9.2", "BSD-3-Clause", author="Data Science Bowl 2018 (BBBC038), CC0")
@@ -52,9 +53,14 @@ def _member(package: Path, name: str) -> Image.Image:
 def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
     """Writes the nuclei, class 1, of stardist's fluorescence picture; the number of pictures of each split.
 
-    sources: folder with the package, to fetch nothing. Raises ValueError for a folder that is not empty.
+    The folder is made whole or not at all. sources: folder with the package; None downloads it into `downloads_of` the
+    folder. Raises FileExistsError for a folder that is not empty.
     """
-    package = _package(folder, NUCLEI, sources)
+    with atomic_folder(folder) as temporary:
+        return _nuclei(temporary, _package(folder, NUCLEI, sources))
+
+
+def _nuclei(folder: Path, package: Path) -> Counter[str]:
     image = np.asarray(_member(package, "stardist/data/images/img2d.tif")).clip(0, 255).astype(np.uint8)
     mask = (np.asarray(_member(package, "stardist/data/images/mask2d.tif")) > 0).astype(np.uint8)
     columns = {"train": slice(0, TRAIN_END), "test": slice(TEST_START, None)}
@@ -76,13 +82,21 @@ def make_foreground(
 ) -> Counter[str]:
     """Writes emoji, class 1, in front of photos and patterns; the number of pictures of each split.
 
+    The folder is made whole or not at all. sources: as for `make_nuclei`.
     emoji: what `sdlite data emoji` wrote; its test concepts and photos of their own make the test split.
     varied: if not 0, how many pictures each training drawing gets, before more photos, these in other colours, and
-    heaps of shapes; the test split stays as it is. Raises ValueError for a folder that is not empty.
+    heaps of shapes; the test split stays as it is. Raises FileExistsError for a folder that is not empty.
     """
-    package = _package(folder, PHOTOS, sources)
+    with atomic_folder(folder) as temporary:
+        package = _package(folder, PHOTOS, sources)
+        return _foreground(temporary, emoji, package, size, {"train": train, "test": test}, varied)
+
+
+def _foreground(
+    folder: Path, emoji: Path, package: Path, size: int, amounts: Mapping[str, int], varied: int
+) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for number, (split, amount) in enumerate({"train": train, "test": test}.items()):
+    for number, (split, amount) in enumerate(amounts.items()):
         records = read_records(emoji, split)
         vary = split == "train" and varied > 0
         names = BACKGROUNDS[split] + (MORE_BACKGROUNDS if vary else ())
@@ -99,12 +113,7 @@ def make_foreground(
 
 
 def _package(folder: Path, source: Source, sources: Path | None) -> Path:
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
-    if sources is None:
-        sources = folder / "sources"
-        fetch(sources, [source])
-    return archive(sources, source)
+    return archive(fetch(downloads_of(folder), [source]) if sources is None else sources, source)
 
 
 Row = tuple[np.ndarray, np.ndarray, dict[str, Any]]
