@@ -132,14 +132,18 @@ def open_picture(source: str | Path | bytes | Image.Image, *, for_mask: bool = F
     return image
 
 
-def mask_notes(mask: Image.Image, picture: Image.Image) -> list[str]:
-    """What a user should know of how an opened mask is read."""
+def has_grey(mask: Image.Image) -> bool:
+    """Whether more of an opened mask than the soft rim of a brush is neither black nor white."""
+    return sum(mask.convert("L").histogram()[16:240]) > SURE * mask.width * mask.height
+
+
+def mask_notes(size: tuple[int, int], grey: bool, picture: tuple[int, int]) -> list[str]:
+    """What a user should know of how a mask is read. size, picture: those of both in pixels. grey: see `has_grey`."""
     notes = []
-    if mask.size != picture.size:
-        sizes = [f"{side.width}x{side.height}" for side in (mask, picture)]
+    if size != picture:
+        sizes = ["{}x{}".format(*side) for side in (size, picture)]
         notes.append("the mask has {} pixels and the picture {}; it is stretched over it".format(*sizes))
-    shades = mask.convert("L").histogram()
-    if sum(shades[16:240]) > SURE * mask.width * mask.height:
+    if grey:
         notes.append("the mask has grey parts; it is cut at half: what is lighter is redrawn, the rest is kept")
     return notes
 

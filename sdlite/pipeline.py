@@ -25,7 +25,7 @@ from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import Solver
-from sdlite.images import Images, digest, mask_notes, metadata, open_picture, pasted, to_pil
+from sdlite.images import Images, digest, has_grey, mask_notes, metadata, open_picture, pasted, to_pil
 from sdlite.initial import Job, begin, check_mask, check_size, first_step, fitted_size
 from sdlite.models.codec import LatentCodec
 from sdlite.models.denoiser import Denoiser
@@ -329,7 +329,9 @@ class Pipeline:
                 "the picture to start from has {} pixels and is made {}, the area that this model draws; "
                 "width or height sets another size".format(*sizes)
             )
-        return remarks if image is None or mask is None else [*remarks, *mask_notes(mask, image)]
+        if image is not None and mask is not None:
+            remarks += mask_notes(mask.size, has_grey(mask), image.size)
+        return remarks
 
     def _size(self, request: Request, image: Image | None) -> tuple[int, int]:
         return fitted_size(request, None if image is None else image.size, self.default_size, self.size_unit)

@@ -515,3 +515,18 @@ def test_what_rows_are_read_otherwise_is_noted_once(tmp_path: Path):
     rows = [{"prompt": f"<lora:a:1> {i}", "image": str(tmp_path / "large.png"), "steps": 2} for i in range(3)]
     notes = batch.prepare(rows, tmp_path / "out", pipe=tiny()).notes[-2:]
     assert [note.split(" ", 1)[0] for note in notes] == ["'<lora:a:1>'", "the"] and "is made 72x56" in notes[1]
+
+
+def test_notes_on_pictures_and_masks_are_said_once_a_batch(tmp_path: Path):
+    """However many rows have them, and of whatever sizes."""
+    rows = []
+    for i in range(3):
+        mask = Image.linear_gradient("L").resize((200 + i, 240))
+        picture, area = str(tmp_path / f"{i}.png"), str(tmp_path / f"mask{i}.png")
+        Image.new("RGB", (320 + 80 * i, 240)).save(picture)
+        mask.save(area)
+        rows.append({"prompt": "a", "image": picture, "mask": area, "steps": 2})
+    notes = batch.prepare(rows, tmp_path / "out", pipe=tiny()).notes
+    for said in ("320x240 pixels and is made", "the mask has 200x240 pixels and the picture 320x240", "grey parts"):
+        assert sum(said in note for note in notes) == 1
+    assert sum("is made" in note or "the mask has" in note for note in notes) == 3

@@ -330,9 +330,11 @@ def test_what_is_said_of_a_mask():
     start, clear = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))
     clear.paste("white", (0, 0, 32, 64))
     clear.putpixel((32, 0), (128, 128, 128))  # the soft rim of a brush
-    assert images.mask_notes(clear, start) == []
-    assert "cut at half" in images.mask_notes(Image.linear_gradient("L").resize((64, 64)), start)[0]
-    assert "64x64 pixels and the picture 32x16" in images.mask_notes(clear, start.resize((32, 16)))[0]
+    assert (images.has_grey(start), images.has_grey(clear)) == (False, False)
+    assert images.has_grey(Image.linear_gradient("L").resize((64, 64)))
+    assert images.mask_notes((64, 64), False, (64, 64)) == []
+    assert "cut at half" in images.mask_notes((64, 64), True, (64, 64))[0]
+    assert "64x64 pixels and the picture 32x16" in images.mask_notes((64, 64), False, (32, 16))[0]
 
 
 @pytest.mark.parametrize("blur", [0, 4])

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from sdlite.batch.draw import EXACT_BATCH, Engine, Result, chunks, draw
 from sdlite.batch.names import DEFAULT
-from sdlite.batch.plan import SCHEMA, Item, Plan, in_shard, make_plan, parse_shard
+from sdlite.batch.plan import SCHEMA, Item, Plan, in_shard, make_plan, parse_shard, without_sizes
 from sdlite.batch.read import SHOWN_FAULTS, Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
@@ -132,7 +132,7 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
     if pipe is None:
         pipe = _load(chosen, chosen.device)
     engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
-    remarks: dict[str, None] = {}  # a set in order
+    remarks: dict[str, str] = {}  # of each kind the first
     plan = make_plan(
         requests,
         resolve=_checks(pipe, remarks),
@@ -142,7 +142,7 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
         defaults=chosen.defaults,
         name=chosen.name,
     )
-    plan = plan._replace(notes=[*plan.notes, *list(remarks)[:SHOWN_FAULTS]])
+    plan = plan._replace(notes=[*plan.notes, *list(remarks.values())[:SHOWN_FAULTS]])
     mine = [item for item in plan.items if shard is None or in_shard(item, shard)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
@@ -299,10 +299,10 @@ def _load(options: Options, device: str) -> Pipeline:
     return Pipeline.load(options.model, device=device, **chosen)
 
 
-def _checks(pipe: Pipeline, remarks: dict[str, None]) -> Callable[[Request, Any], Request]:
+def _checks(pipe: Pipeline, remarks: dict[str, str]) -> Callable[[Request, Any], Request]:
     """`Pipeline.resolve` and all else that a model wants of a request; settings that many rows share are tried once.
 
-    remarks: takes what `Pipeline.remarks` says of them.
+    remarks: takes what `Pipeline.remarks` says of them, by what it says but for sizes.
     """
     tried: set[tuple[object, ...]] = set()
 
@@ -324,7 +324,8 @@ def _checks(pipe: Pipeline, remarks: dict[str, None]) -> Callable[[Request, Any]
             except Exception:  # nobody foresaw it: drawing meets it again, and there it fails one row
                 pass
             tried.add(settings)
-        remarks.update(dict.fromkeys(pipe.remarks(request, picture)))
+        for remark in pipe.remarks(request, picture):
+            remarks.setdefault(without_sizes(remark), remark)
         return pipe.resolve(request, picture)
 
     return resolve

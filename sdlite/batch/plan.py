@@ -9,6 +9,7 @@ picture; equal keys mean equal bytes. Its seed depends on the row alone, never o
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ class Plan(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What is known of a picture to start from, once it was opened. size: (width, height) in pixels."""
+    """What is known of a picture or mask, once it was opened. size: (width, height) in pixels. grey: of a mask."""
 
     digest: str
     size: tuple[int, int]
+    grey: bool = False
 
 
 def make_plan(
@@ -96,6 +98,7 @@ def make_plan(
             if known:
                 request = request.replace(**{side: picture.digest for side, picture in known.items()})
             request = resolve(request, known.get("image"))
+            _note_mask(faults, **known)
             for k in range(count):
                 drawn = request if k == 0 else request.model_copy(update={"seed": request.seed + k})
                 key = item_key(drawn, engine)
@@ -198,11 +201,25 @@ def _path(folder: Path, name: str | None) -> Path | None:
     return None if name is None else folder / name
 
 
+def _note_mask(faults: Faults, image: Picture | None = None, mask: Picture | None = None) -> None:
+    """How the mask of a row is read, where that is not certain; said once for all rows."""
+    if image is not None and mask is not None:
+        from sdlite.images import mask_notes  # here, as it brings PyTorch
+
+        for note in mask_notes(mask.size, mask.grey, image.size):
+            faults.note(without_sizes(note), note)
+
+
+def without_sizes(note: str) -> str:
+    """What notes that differ only in the sizes of pictures have in common."""
+    return re.sub(r"\d+x\d+", "", note)
+
+
 def _opened(path: Path, side: str, known: dict[tuple[Path, str], Picture]) -> Picture:
     """What is known of a picture or mask, each opened once. Raises FileNotFoundError or ValueError."""
-    from sdlite.images import digest, open_picture  # here, as they bring PyTorch, which a plan does not need
+    from sdlite.images import digest, has_grey, open_picture  # here, as they bring PyTorch
 
     if (path, side) not in known:
         image = open_picture(path, for_mask=side == "mask")
-        known[path, side] = Picture(digest(image), image.size)
+        known[path, side] = Picture(digest(image), image.size, side == "mask" and has_grey(image))
     return known[path, side]
