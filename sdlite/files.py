@@ -28,6 +28,7 @@ MAX_BRACKETS = 500_000  # of lists and objects, which take 20 to 50 times the me
 MAX_DEPTH = 64
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
+SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\r?\n?', re.IGNORECASE)  # Excel reads it, and so people write it
 STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an error of the system
 
@@ -66,6 +67,15 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
     return content
+
+
+def csv_delimiter(first: str) -> tuple[str, bool]:
+    """The delimiter of a CSV by its first line, and whether that is Excel's line `sep=;`, which the header follows.
+
+    A header's delimiter is the one that it has most of: a spreadsheet's depends on its language.
+    """
+    stated = SEPARATOR.fullmatch(first)
+    return (stated[1], True) if stated else (max(",;\t", key=first.count), False)
 
 
 def exported(folder: Path, name: str) -> Path:

@@ -261,7 +261,7 @@ def test_requests_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "x", "steps": "y"}')))
     assert "stdin:1: steps='y'" in run("-", "-o", "out")[2]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"prompt;steps\nx;1")))
-    assert "note: stdin is read as CSV, since its first line is a header: prompt;steps" in run("-", "-o", "out")[2]
+    assert "note: stdin is read as CSV, as its first line says: prompt;steps" in run("-", "-o", "out")[2]
     monkeypatch.setattr("sys.stdin", None)  # `sdlite batch - -o out <&-`
     assert run("-", "-o", "out") == (2, "", "sdlite: error: stdin is closed; give a file of requests instead of -\n")
 

@@ -85,6 +85,9 @@ def test_a_prompt_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 TABLES = {
     "semicolons.csv": "Prompt;Steps;Negative prompt;author\na fox, red;3;blurry;me\n",
+    "excel.csv": "sep=;\r\nprompt;steps;negative prompt;author\r\na fox, red;3;blurry;me\r\n",
+    "excel.txt": 'SEP=,\nprompt,steps,negative prompt,author\n"a fox, red",3,blurry,me\n',
+    "few.csv": "sep=|\nprompt|steps|negative prompt|author\na fox, red|3|blurry|me\n",
     "tabs.csv": "prompt\tsteps\tnegative-prompt\tauthor\na fox, red\t3\tblurry\tme\n",
     "tabs.tsv": "prompt\tsteps\tnegative_prompt\tauthor\na fox, red\t3\tblurry\tme\n",
     "blank-line-first.csv": '\n"PROMPT",steps,negative_prompt,author\n"a fox, red",3,blurry,me\n',
@@ -101,6 +104,11 @@ def test_tables_as_spreadsheets_write_them(tmp_path: Path, monkeypatch: pytest.M
     assert plan(written(tmp_path, name, content)) == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert plan("-") == expected
+
+
+def test_lines_are_counted_with_excels_own(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"a\.csv:3: steps='0' "):
+        plan(written(tmp_path, "a.csv", "sep=;\nprompt;steps\na;0\n"))
 
 
 PROMPTS = [

@@ -198,6 +198,12 @@ def test_captions_come_from_tables_text_files_or_names(tmp_path):
         {"file_name": "red_apple-02.png", "text": "", "n": "2"},
     ]
     assert not caption_notes(tmp_path)
+    listed = read_records(tmp_path)
+    (tmp_path / "metadata.csv").write_text("sep=;\n" + table)  # as people write it for Excel
+    assert read_records(tmp_path) == listed
+    (tmp_path / "metadata.csv").write_text("sep=;\nfile_name;text\na.png\n")
+    with pytest.raises(ValueError, match=r"metadata.csv:3 must have 2 values"):
+        read_records(tmp_path)
     faults = {"file_name,caption\n": "the header has no column 'text'", "file_name,text\na.png\n": "must have 2 values"}
     for text, fault in faults.items():
         (tmp_path / "metadata.csv").write_text(text)

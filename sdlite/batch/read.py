@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sdlite.config import Request
+from sdlite.files import csv_delimiter
 from sdlite.recipe import A1111_SAMPLERS
 
 MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million prompts of 256 letters
@@ -31,7 +32,6 @@ MAX_ROWS = 1_000_000
 MAX_CELLS = 10_000_000
 SHOWN_FAULTS = 10
 FORMATS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".json")
-DELIMITERS = (",", ";", "\t")
 OPTION = re.compile(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)")
 OPTIONS = {  # of a line of a .txt file -> column; the short ones are kohya's
     "prompt": "prompt",
@@ -195,9 +195,9 @@ def _text_rows(file: BinaryIO, faults: Faults) -> Iterator[Row]:
     kind = ".txt"
     if re.match(r'\s*\{\s*(["}]|$)', first[1]):
         kind = ".jsonl"
-    elif _is_header(first[1]):
+    elif csv_delimiter(first[1])[1] or _is_header(first[1]):
         kind = ".csv"
-        faults.note("csv", f"{faults.name} is read as CSV, since its first line is a header: {first[1]:.80}")
+        faults.note("csv", f"{faults.name} is read as CSV, as its first line says: {first[1]:.80}")
     yield from READERS[kind](itertools.chain([first], lines), faults)
 
 
@@ -208,16 +208,11 @@ def column_of(name: str) -> str:
 
 def _is_header(line: str) -> bool:
     """Whether a line names columns, one of them prompt; the others are a word each, or fields of a request."""
-    names = [name.strip().strip('"') for name in line.split(_delimiter(line))]
+    names = [name.strip().strip('"') for name in line.split(csv_delimiter(line)[0])]
     columns = [column_of(name) for name in names]
     return "prompt" in columns and all(
         column in Request.model_fields or " " not in name for column, name in zip(columns, names, strict=True)
     )
-
-
-def _delimiter(header: str) -> str:
-    """The one that the header has most of: a spreadsheet's separator depends on its language."""
-    return max(DELIMITERS, key=header.count)
 
 
 def _txt(lines: Iterable[tuple[int, str]], faults: Faults) -> Iterator[Row]:
@@ -277,8 +272,10 @@ def _csv(lines: Iterable[tuple[int, str]], faults: Faults) -> Iterator[Row]:
     """Cells are text and an empty one is one not given."""
     lines = iter(lines)
     first, start = next((line for line in lines if line[1].strip()), (1, ""))[::-1]
-    texts = itertools.chain([first + "\n"], (line + "\n" for _, line in lines))
-    reader = csv.reader(texts, strict=True, delimiter=_delimiter(first))
+    delimiter, stated = csv_delimiter(first)
+    texts = itertools.chain([] if stated else [first + "\n"], (line + "\n" for _, line in lines))
+    start += stated
+    reader = csv.reader(texts, strict=True, delimiter=delimiter)
     try:
         header = [name.strip() for name in next(reader, [])]
         if not all(header) or len(set(header)) < len(header) or not header:

@@ -20,6 +20,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from sdlite.files import csv_delimiter
+
 Records = list[dict[str, Any]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_METADATA_BYTES = 64 * 2**20  # of a table: about 600,000 pictures
@@ -114,18 +116,22 @@ def _lines(table: Path) -> Iterator[tuple[str, object]]:
 
 def _rows(table: Path, fields: Sequence[str]) -> Iterator[tuple[str, object]]:
     text = _utf8(table)
-    first = text.partition("\n")[0]
-    rows = csv.DictReader(StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    lines = StringIO(text, newline="")
+    delimiter, stated = csv_delimiter(text.partition("\n")[0])
+    if stated:
+        lines.readline()
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        place = f"{table}:{stated + 1}"
         if missing := [name for name in fields if name not in (rows.fieldnames or ())]:
-            raise ValueError(f"{table}:1: the header has no column {missing[0]!r}; it needs " + " and ".join(fields))
+            raise ValueError(f"{place}: the header has no column {missing[0]!r}; it needs " + " and ".join(fields))
         for row in rows:
-            place = f"{table}:{rows.line_num}"
+            place = f"{table}:{stated + rows.line_num}"
             if None in row or None in row.values():
                 raise ValueError(f"{place} must have {len(rows.fieldnames or ())} values, as the header has")
             yield place, {name: value for name, value in row.items() if value or name in fields}
     except csv.Error as error:
-        raise ValueError(f"{table}:{rows.line_num} is not CSV: {error}") from None
+        raise ValueError(f"{table}:{stated + rows.line_num} is not CSV: {error}") from None
 
 
 def _captioned(inside: Path) -> Iterator[tuple[str, object]]:
