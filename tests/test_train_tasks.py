@@ -512,6 +512,24 @@ def test_what_cannot_be_trained_on_is_said_in_a_line(folder, runs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_links_in_a_model_are_followed_as_the_error_advises(folder, tmp_path, monkeypatch, capsys):
+    save_folder(random_model(tiny(), seed=0), tmp_path / "model")
+    (tmp_path / "model" / "unet").rename(tmp_path / "elsewhere")
+    (tmp_path / "model" / "unet").symlink_to(tmp_path / "elsewhere")
+
+    def reached(*_):
+        raise ValueError("the model is loaded")
+
+    monkeypatch.setattr("sdlite.train.stages.fit", reached)
+    monkeypatch.setattr("sdlite.train.evaluate.JudgeTask", reached)
+    for words in (("train", "denoiser", "--samples", 1, "--from"), ("evaluate",)):
+        call = (*words, tmp_path / "model", "--data", folder, "-o", tmp_path / "out")
+        assert command(*call) == 2
+        advice = re.search("--allow-links [^ ]+", capsys.readouterr().err)
+        assert command(*call, *advice[0].split()) == 2
+        assert "the model is loaded" in capsys.readouterr().err
+
+
 def write_text(folder):
     """An untrained text encoder of width 16."""
     save_text(TextEncoder(TEXT.replace(hidden_size=16), small_vocabulary(1024)), folder)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sdlite.checkpoints.places import check_model
-from sdlite.cli.app import Threads, app, check_there, checked, examples
+from sdlite.cli.app import AllowLinks, Threads, app, check_there, checked, examples
 from sdlite.cli.output import Report
 from sdlite.cli.threads import use_threads
 from sdlite.files import sweep
@@ -80,6 +80,7 @@ def train(
             help="Denoiser: the model to train on, such as emoji-128.",
         ),
     ] = None,
+    allow_links: AllowLinks = None,
     codec: Annotated[
         Path | None,
         typer.Option(
@@ -220,6 +221,7 @@ def evaluate(
     minutes: Annotated[float, typer.Option(help="To train the judge, where OUTPUT has none.")] = 10.0,
     steps: Annotated[int, typer.Option(help="Of the solver.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Up to 1: none.")] = 5.0,
+    allow_links: AllowLinks = None,
     threads: Threads = None,
 ) -> None:
     """Measure what a model draws against held-out pictures, with a judge that has never seen it draw."""
@@ -239,7 +241,16 @@ def evaluate(
         bar.update(rows[what], completed=done)
 
     try:
-        text = run(model, folder, output, pictures=pictures, minutes=minutes, fields=fields, progress=progress)
+        text = run(
+            model,
+            folder,
+            output,
+            pictures=pictures,
+            minutes=minutes,
+            fields=fields,
+            allow_links=allow_links or (),
+            progress=progress,
+        )
     finally:
         bar.stop()
     print(text)

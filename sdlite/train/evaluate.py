@@ -126,18 +126,19 @@ def evaluate(
     pictures: int,
     minutes: float,
     fields: Mapping[str, Any],
+    allow_links: Sequence[Path] = (),
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> str:
     """Writes report.json, report.md and sheets into `out`, which keeps the judge; returns the table in Markdown.
 
-    progress: called with what is drawn, the pictures drawn of it and those in all.
+    allow_links: as for Pipeline.load. progress: called with what is drawn, the pictures drawn of it and those in all.
     """
     _check_judge(out / "judge", data)
+    pipe = Pipeline.load(model, allow_links=allow_links)  # before the judge takes its minutes
     if not (out / "judge" / "export").is_dir():
         with torch.enable_grad():
             fit(JudgeTask(data), TrainConfig(minutes=minutes, **JUDGE_SETTINGS), out / "judge")
     judge, names, styles, digest = load_judge(out / "judge" / "export")
-    pipe = Pipeline.load(model)
     trained = read_records(data)
     held = [r for r in read_records(data, "validation") if r["concept"] in names and r["style"] in styles]
     held = [held[i] for i in np.random.default_rng(0).permutation(len(held))[:pictures]]

@@ -33,9 +33,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-OWN = ("size", "fit", "class_weights", "adversarial", *OBJECTIVE)  # options of the tasks, not of TrainConfig
+OWN = ("allow_links", "size", "fit", "class_weights", "adversarial", *OBJECTIVE)  # of the tasks, not of TrainConfig
 ONLY = {  # options and folders that are not for every stage
-    **dict.fromkeys(("text", "start", *OBJECTIVE), ("denoiser",)),
+    **dict.fromkeys(("text", "start", "allow_links", *OBJECTIVE), ("denoiser",)),
     "size": ("codec", "denoiser"),
     "fit": ("codec", "text", "denoiser"),
     "codec": ("codec", "denoiser"),
@@ -60,9 +60,9 @@ def train(
     half the size; "start", a model whose denoiser is trained on, with its own codec and text encoder unless those are
     given. options: fields of TrainConfig; those left out or None are the stage's; arch, "unet" or "dit", size, pixels
     of the pictures, and the fields of Objective are the denoiser's, and where it has one, the start's; size is the
-    codec's, too; fit, "crop", "pad" or "bucket", is what is done with pictures that are
-    not square; class_weights are
-    segmentation's; adversarial is the codec's. Raises ValueError or FileNotFoundError with what is missing.
+    codec's, too; fit, "crop", "pad" or "bucket", is what is done with pictures that are not square; class_weights are
+    segmentation's; adversarial is the codec's; allow_links, as for Pipeline.load, is for "start". Raises ValueError or
+    FileNotFoundError with what is missing.
     """
     parts = {name: folder for name, folder in (folders or {}).items() if folder is not None}
     given = {name: value for name, value in options.items() if value is not None}
@@ -117,7 +117,8 @@ def _denoiser(data: Path, out: Path, folders: Folders, options: Options, arch: s
     from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet
     from sdlite.train.text import load_text
 
-    start = load_model(folder) if (folder := folders.get("start")) else None
+    links = options.pop("allow_links", ())
+    start = load_model(folder, allow_links=links) if (folder := folders.get("start")) else None
     codec, text = (start.codec, start.text) if start else (None, None)
     if path := folders.get("codec"):
         codec = load_codec(path)
