@@ -1,8 +1,8 @@
-"""Pictures made of pictures, with captions that say so: what teaches a model to compose.
+"""Composes new training pictures from pictures, with captions that say what was composed.
 
-Every function takes and gives examples, an RGBA picture and what it shows, and draws its choices from a generator;
-where it would not be right (a recoloured rainbow, a mirrored "right arrow") it gives back what it got.
-The style is kept apart from the subject, so that "a cat and a dog, noto style" names it once.
+Every function takes and returns examples (an RGBA picture and what it shows) and draws its choices from a generator. It
+returns the example unchanged if the change would make the caption wrong (a recoloured rainbow, a mirrored "right
+arrow"). The style is a field of its own, so that "a cat and a dog, noto style" names it once.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Finds pictures that are nearly the same, so that what is held out was never seen."""
+"""Finds pictures that are nearly the same, so that training never sees a copy of a held-out picture."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """The pictures and captions of a data folder (see folder.py) in memory, and the randomness of a sample.
 
-Pictures may have any size; their transparency is kept, so that backgrounds can vary. Where a record has "concept" and
-"style", captions are made of these, of "names" (what people call it) and of "descriptions".
+Pictures may have any size. Their transparency is kept, so that backgrounds can vary. If a record has "concept" and
+"style", its captions use these, "names" (what people call it) and "descriptions".
 """
 
 import hashlib

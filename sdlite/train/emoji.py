@@ -1,10 +1,10 @@
-"""The data that the shipped model is trained on: open emoji sets, from package registries to a folder of pictures.
+"""Makes a data folder from open emoji sets, which it downloads as packages.
 
     packages --fetch--> archives --read_*--> Icon(style, name, svg or webp) --name_concept--> concept, keywords
              --render--> RGBA --drop copies, split--> train/ validation/ test/, each with pictures and metadata.jsonl
 
-The folder is what Hugging Face `datasets` loads as "imagefolder". train/ is for training; validation/ holds pairs of
-concept and style whose concept is in train/ in other styles; test/ holds concepts that train/ has in no style.
+Hugging Face `datasets` loads the folder as an "imagefolder". train/ is for training. validation/ holds pairs of concept
+and style whose concept is in train/ in other styles. test/ holds concepts that train/ has in no style.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What the main process of a run does beside learning: checkpoints, exports, the log, and what the screen shows."""
+"""What the main process of a run does besides training: checkpoints, exports, the log and the screen."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 class Keeper:
-    """Keeps a run: `begin` before the first sample, `step` after every one, `finish` after the last, in any case."""
+    """Keeps a run: call `begin` before the first sample, `step` after every step and `finish` at the end, always."""
 
     def __init__(
         self,

@@ -24,8 +24,8 @@ ENCODED = 32  # pictures at once
 class Latents(NamedTuple):
     """Training data of the denoiser, view by view of all records.
 
-    x_0: (N, C, h, w). tokens: (N, T), of captions. shapes: (N, 2), height and width of each in latent cells; what lies
-    beyond is nothing.
+    x_0: (N, C, h, w). tokens: (N, T), of the captions. shapes: (N, 2), height and width of each in latent cells; cells
+    beyond them are padding.
     """
 
     x_0: Tensor

@@ -3,7 +3,7 @@
     stardist --> one fluorescence picture --cut in two with a gap--> train/, test/
     emoji with transparency + scikit-image's photos, or patterns --composed--> train/, test/
 
-Layout: see `sdlite.train.segmentation`. Both are made the same way each time.
+For the layout see `sdlite.train.pairs`. The same packages give the same pictures each time.
 """
 
 import io

@@ -4,7 +4,8 @@
     mask                       8 bits: the class number of each pixel, 255 where it does not count
                                or black and white: white is class 1
 
-validation/ or test/ is alike and measured. Hugging Face datasets loads the folder as "imagefolder".
+validation/ or test/ has the same layout and is used to measure. Hugging Face `datasets` loads the folder as an
+"imagefolder".
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ GREY = ("1", "L", "LA", "I", "F", "I;16", "I;16B")
 
 
 class Labels(NamedTuple):
-    """What the masks mean. white: they are black and white, cut at half, and white is class 1."""
+    """What the masks mean. white: they are black and white; values above half are class 1."""
 
     classes: int
     white: bool

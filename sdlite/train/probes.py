@@ -1,7 +1,7 @@
 """Free text that no caption holds word for word, and what its picture must show: fifty nouns, and pixels that count.
 
-The nouns are named by the judge. Colours, backgrounds, places and numbers are read off the pixels: the drawing is what
-differs from the colour at the picture's edge.
+The judge names the nouns. Colours, backgrounds, places and numbers are measured on the pixels: pixels that differ from
+the colour at the picture's edge belong to the drawing.
 """
 
 import colorsys

@@ -1,10 +1,10 @@
-"""The folder of a training run: settings, checkpoints and log, each whole or not there, all read as untrusted files.
+"""The folder of a training run. Each file is written whole or not at all, and read as an untrusted file.
 
-    OUT/config.json        what the run is of: its TrainConfig and the settings of its task, written with checkpoints
-    OUT/log.jsonl          a line per report, none from after the last checkpoint when a run goes on
+    OUT/config.json        its TrainConfig and the settings of its task, written with every checkpoint
+    OUT/log.jsonl          a line per report; a resumed run first drops the lines after the last checkpoint
     OUT/state-<samples>/   a checkpoint: safetensors in shards under 16 MB, and state.json with their sums
 
-A run that goes on must be of the same data, parts and network. How it learns (rate, batch size ...) may change.
+A resumed run must have the same data, parts and network. Rate, batch size and other settings may change.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ Changes = dict[str, list[Any]]  # name -> [before, now]
 
 
 class Stated(Record):
-    """state.json. sums: of the files; runs of older versions have none."""
+    """The fields of state.json. sums: checksums of the files; runs of older versions have none."""
 
     samples: Count
     tensors: Count

@@ -1,4 +1,4 @@
-"""UNet against FCN, loss against loss, valid padding against same: every run alike but for what is compared.
+"""UNet against FCN, loss against loss, valid padding against same: the runs differ only in what is compared.
 
 python -c "from sdlite.train.segmentation_table import compare; ..."   see `compare`
 """

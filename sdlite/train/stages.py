@@ -1,4 +1,4 @@
-"""The stages of a model by name, with the settings of the one that ships.
+"""The stages of training by name, with their default settings.
 
 codec --OUT/export--+
 text  --OUT/export--+--> denoiser --> OUT/export is a model folder
@@ -53,7 +53,7 @@ def train(
     folders: Mapping[str, Path | None] | None = None,
     options: Mapping[str, Any],
 ) -> None:
-    """Trains a stage into `out`, from where it was left if `out` holds a run.
+    """Trains a stage into `out`; continues the run if `out` holds one.
 
     folders: "codec" and "text", the exports of those stages, for the denoiser; "codec", for the codec: train its
     decoder further, under the same latents; "teacher", for text a sentence encoder, for the codec one of pictures of

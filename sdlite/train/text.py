@@ -3,9 +3,9 @@
     captions --text encoder--> last state at EOS --project--> (B, 384) <--InfoNCE--> (B, 384) <--image tower-- images
     phrases  --text encoder--> last state at EOS --project--> (B, 384) <--cosine---> (B, 384) of a sentence encoder
 
-The first loss ties captions to pictures (Radford et al. 2021), the second is distillation (Hinton et al. 2015): words
-that no caption holds ("puppy") come to lie near those that some caption does, because the teacher, MiniLM, puts them
-there. Projection and image tower are left behind; the denoiser reads the encoder's states.
+The first loss ties captions to pictures (Radford et al. 2021). The second is distillation (Hinton et al. 2015): the
+teacher, MiniLM, gives similar vectors to words of similar meaning, so the encoder learns where to put words that are in
+no caption. Projection and image tower are not exported; the denoiser reads the encoder's states.
 """
 
 import math
