@@ -1,4 +1,4 @@
-"""`sdlite segment`: which pixels of a picture are what, as a mask, laid over the picture, or cut out of it."""
+"""`sdlite segment`: labels every pixel of an image; writes a mask, an overlay or a cutout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,13 +30,13 @@ def segment(
         typer.Argument(
             metavar="IMAGE...",
             callback=checked(check_there),
-            help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them.",
+            help="Images (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them.",
         ),
     ],
     model: Annotated[
         Path,
         typer.Option(
-            "--model", "-m", callback=checked(check_there), help="OUTPUT/export of `sdlite train segmentation`."
+            "--model", "-m", callback=checked(check_there), help="Folder OUTPUT/export of `sdlite train segmentation`."
         ),
     ],
     output: Annotated[
@@ -44,21 +44,21 @@ def segment(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.png, or a folder, which gets NAME.png of each picture. A mask's values are class numbers.",
-            show_default="mask.png for one picture",
+            help="FILE.png, or a folder for NAME.png of each image. The values of a mask are class numbers.",
+            show_default="mask.png for one image",
         ),
     ] = None,
-    overlay: Annotated[bool, typer.Option("--overlay", help="The picture with the classes coloured instead.")] = False,
-    cutout: Annotated[bool, typer.Option("--cutout", help="The picture without its background instead.")] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Write the image with coloured classes instead.")] = False,
+    cutout: Annotated[bool, typer.Option("--cutout", help="Write the image without its background instead.")] = False,
     threads: Threads = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Label every pixel of pictures with a network that was trained on masks.
+    """Label every pixel of images with a network that was trained on masks.
 
-    Pictures have up to 128 megapixels and are labelled in tiles. Of several pictures, those whose file is in the output
-    folder already are left out unless --force is given, and one that fails stops no other. Ctrl-C finishes the picture
-    in hand. Exit codes: 0 all done, 1 some failed, 2 wrong input, 130 interrupted.
+    Images may have up to 128 megapixels and are labelled in tiles. If you give several images, those whose file is
+    already in the output folder are skipped without --force, and an error in one does not stop the others. Ctrl-C
+    finishes the current image. Exit codes: 0 all done, 1 some failed, 2 wrong input, 3 disk full, 130 interrupted.
     """
     if overlay and cutout:
         raise ValueError("--overlay and --cutout are two different pictures; give one of them")
