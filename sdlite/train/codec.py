@@ -89,8 +89,8 @@ def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
 def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
     """L1 of pixels, of their gradients at two scales, and of a quarter-size picture, there with more weight on colour.
 
-    output, images: (B, 3, H, W) in [-1, 1]. Returns a scalar. Without the colour term reds and greens come out brown
-    for long, since most of a picture's error is in its brightness.
+    output, images: (B, 3, H, W) in [-1, 1]. Returns a scalar. Most of a picture's error is in its brightness, so colour
+    has a term of its own.
     """
     difference = output - images
     small = F.avg_pool2d(difference, 4)
@@ -122,10 +122,10 @@ class Discriminator(nn.Module):
 
 
 def adversarial_loss(discriminator: Discriminator, output: Tensor, images: Tensor) -> Tensor:
-    """Loss of the decoder and of the discriminator in one: each has gradients of its own part only.
+    """Sum of the losses of decoder and discriminator; each gets gradients of its own loss only.
 
-    output, images: (B, 3, H, W). The discriminator's is the hinge loss (Lim and Ye 2017, eq. 5), the decoder's its word
-    and the distance of its features.
+    output, images: (B, 3, H, W). The discriminator has the hinge loss (Lim and Ye 2017, eq. 5). The decoder's loss is
+    the discriminator's output and the distance of its features.
     """
     fixed = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     judged = torch.func.functional_call(discriminator, fixed, (output,))
@@ -136,7 +136,7 @@ def adversarial_loss(discriminator: Discriminator, output: Tensor, images: Tenso
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """Of each image (B, 3, H, W), the mean size of the gradient at the strongest STRONGEST of its pixels. (B,)"""
+    """Mean size of the gradient at the strongest STRONGEST of the pixels of each image. (B, 3, H, W) to (B,)"""
     grey = images.clamp(-1, 1).mean(1)
     across, down = grey[:, :-1].diff(dim=-1), grey[:, :, :-1].diff(dim=-2)  # (B, H-1, W-1) each
     sizes = (across.square() + down.square()).sqrt().flatten(1)
@@ -272,7 +272,7 @@ class CodecTask(nn.Module):
 
 @torch.no_grad()
 def normalized(codec: LatentCodec, pixels: Tensor, pictures: int = 2048) -> LatentCodec:
-    """A copy whose latents of `pictures` of the pictures have mean 0 and deviation 1 in each channel."""
+    """A copy with latents of mean 0 and deviation 1 in each channel, measured on `pictures` of the pictures."""
     other = LatentCodec(codec.config)
     other.load_state_dict(codec.state_dict())
     chosen = pixels[:: max(1, len(pixels) // pictures)]
@@ -295,7 +295,7 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def load_codec(folder: Path) -> LatentCodec:
-    """What `sdlite train codec` exported, frozen. folder: the export, or the run that it is in."""
+    """Loads an export of `sdlite train codec`, frozen. folder: the export, or the run that holds it."""
     folder = exported(folder, "codec.json")
     if not (folder / "codec.json").is_file():
         raise FileNotFoundError(f"{folder} holds no codec; run `sdlite train codec` first and give its export folder")

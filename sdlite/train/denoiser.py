@@ -232,7 +232,7 @@ class DenoiserTask(nn.Module):
         return encode_tokens(self.parts[1].to(self.device), tokens.to(self.device))
 
     def _caption(self, index: int, generator: Generator) -> str | None:
-        """A new caption of a plain view, None for a composed one, which keeps its own."""
+        """A new caption for a plain view; None for a composed view, which keeps its caption."""
         view, row = divmod(index, len(self.records))
         return caption_of(self.records[row], generator) if view < PLAIN else None
 
@@ -245,7 +245,7 @@ class DenoiserTask(nn.Module):
         return tokens
 
     def _timesteps(self, numbers: Tensor) -> Tensor:
-        """(B,) int64, evenly spread over any few samples in a row, which steadies the loss.
+        """(B,) int64, evenly spread over consecutive samples, so that the loss varies less.
 
         Multiples of the golden ratio modulo 1; Kingma et al. 2021 (Variational Diffusion Models), appendix I.1, spread
         those of a batch for the same reason.
@@ -261,7 +261,7 @@ class DenoiserTask(nn.Module):
         return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=gamma)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss of held-out pairs, and of as many trained pictures, at the same timesteps with the same noise."""
+        """Loss of held-out pairs and of equally many trained pictures, at the same timesteps with the same noise."""
         return {"held_out_loss": self._measured(self.held_out), "trained_loss": self._measured(self.latents)}
 
     def _measured(self, latents: Latents) -> float:
@@ -274,7 +274,7 @@ class DenoiserTask(nn.Module):
         return sum(losses) / LEVELS
 
     def preview(self, path: Path) -> None:
-        """Half trained captions, half held-out ones."""
+        """Draws trained captions in one half, held-out captions in the other."""
         codec, text = self.parts
         held = self.held_records or self.records
         chosen = self.records[:: max(1, len(self.records) // SHOWN * 2)][: SHOWN // 2]
@@ -289,7 +289,7 @@ class DenoiserTask(nn.Module):
         save_picture(contact_sheet(pipe.generate(requests, progress=False), captions, columns=6), path, force=True)
 
     def export(self, folder: Path) -> None:
-        """The whole model in diffusers' folder layout, in float16, with a list of its sums."""
+        """Writes the whole model in diffusers' folder layout, in float16, with its checksums."""
         codec, text = self.parts
         config = ModelConfig(
             denoiser=self.denoiser.config,
@@ -304,7 +304,7 @@ class DenoiserTask(nn.Module):
 
 
 def write_sums(folder: Path) -> None:
-    """sha256sums.txt of all weight files, which loading checks."""
+    """Writes sha256sums.txt of all weight files; loading checks it."""
     files = sorted(folder.rglob("*.safetensors"))
     sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files]
     (folder / "sha256sums.txt").write_text("\n".join(sums) + "\n")

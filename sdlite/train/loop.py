@@ -82,7 +82,7 @@ class Task(Protocol):
 
     @property
     def size(self) -> int:
-        """Items of the training data."""
+        """Number of items in the training data."""
 
     def __call__(self, indices: Tensor, numbers: Tensor) -> Tensor:
         """Mean loss of items `indices`, (B,) int64; all randomness comes from the sample `numbers`, (B,) int64."""
@@ -98,7 +98,7 @@ class Task(Protocol):
 
 
 def order(size: int, seed: int, numbers: np.ndarray) -> np.ndarray:
-    """Item of each sample number: every epoch is a permutation of its own. (B,) -> (B,) int64."""
+    """Item of each sample number; every epoch has a new permutation. (B,) -> (B,) int64."""
     epochs = numbers // size
     shuffled = {int(e): np.random.default_rng((seed, int(e))).permutation(size) for e in np.unique(epochs)}
     return np.array([shuffled[int(e)][n % size] for e, n in zip(epochs, numbers, strict=True)], np.int64)
@@ -134,7 +134,7 @@ class State:
         return tensors | {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scales.items()}
 
     def load(self, folder: Path) -> None:
-        """Takes over a checkpoint. Raises ValueError if it is damaged or of another model; then nothing is changed."""
+        """Loads a checkpoint. Raises ValueError, and changes nothing, if it is damaged or of another model."""
         own = {f"{part}.{name}": tuple(t.shape) for part in ("model", "ema") for name, t in self.average.items()}
         samples, tensors = run.read_checkpoint(folder, own)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "scaler": {}}
@@ -160,7 +160,7 @@ class State:
         self.samples = samples
 
     def resume(self, out: Path) -> list[str]:
-        """Takes over the last sound checkpoint of a run, if it has any; a note for each damaged one.
+        """Loads the last sound checkpoint of a run, if it has any. Returns a note for each damaged one.
 
         Raises ValueError if all are damaged.
         """
@@ -204,7 +204,7 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def load_average(module: nn.Module, out: Path) -> int:
-    """Fills module with the averaged weights of a run's last sound checkpoint; the samples that it had seen."""
+    """Fills module with the averaged weights of a run's last sound checkpoint. Returns its number of samples."""
     state = State(module, TrainConfig())
     state.resume(out)
     if not run.checkpoints(out):
@@ -216,8 +216,8 @@ def load_average(module: nn.Module, out: Path) -> int:
 def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
     """Trains task until config.samples or config.minutes are over, from the last sound checkpoint in `out`, if any.
 
-    Leaves a checkpoint, and in out/export the averaged weights as the task exports them. Raises ValueError if out is a
-    run of something else, FloatingPointError for a loss or weights that are not finite, and KeyboardInterrupt when it
+    Writes a checkpoint, and the task's export of the averaged weights to out/export. Raises ValueError if out holds a
+    run of something else, FloatingPointError for a loss or weights that are not finite, and KeyboardInterrupt after it
     was told to stop and has saved and exported.
     """
     assert isinstance(task, nn.Module), "a task is a module, so that its parameters are found"
@@ -281,7 +281,7 @@ def _diverged(value: float, samples: int, indices: list[int], out: Path) -> str:
 
 
 def _over(samples: int, config: TrainConfig, seconds: float, stop: Stop, accelerator: Accelerator) -> bool:
-    """Whether the budget is spent, by the main process's clock, or any process was told to stop."""
+    """Whether the budget is spent (by the main process's clock) or a process was told to stop."""
     if config.samples is not None and samples >= config.samples:
         return True
     late = config.minutes is not None and seconds > 60 * config.minutes and accelerator.is_main_process

@@ -50,9 +50,9 @@ def _member(package: Path, name: str) -> Image.Image:
 
 
 def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
-    """Writes the nuclei, class 1, of stardist's fluorescence picture; the number of pictures of each split.
+    """Writes the nuclei (class 1) of stardist's fluorescence picture. Returns the number of pictures per split.
 
-    sources: folder with the package, to fetch nothing. Raises ValueError for a folder that is not empty.
+    sources: folder that has the package; then nothing is downloaded. Raises ValueError for a folder that is not empty.
     """
     package = _package(folder, NUCLEI, sources)
     image = np.asarray(_member(package, "stardist/data/images/img2d.tif")).clip(0, 255).astype(np.uint8)
@@ -74,11 +74,11 @@ def make_foreground(
     test: int = 200,
     varied: int = 0,
 ) -> Counter[str]:
-    """Writes emoji, class 1, in front of photos and patterns; the number of pictures of each split.
+    """Writes emoji (class 1) in front of photos and patterns. Returns the number of pictures per split.
 
-    emoji: what `sdlite data emoji` wrote; its test concepts and photos of their own make the test split.
-    varied: if not 0, how many pictures each training drawing gets, before more photos, these in other colours, and
-    heaps of shapes; the test split stays as it is. Raises ValueError for a folder that is not empty.
+    emoji: folder that `sdlite data emoji` wrote; its test concepts, and photos that training does not use, make the
+    test split. varied: if not 0, number of pictures per training drawing, on more photos, on photos in other colours and on
+    heaps of shapes; it does not change the test split. Raises ValueError for a folder that is not empty.
     """
     package = _package(folder, PHOTOS, sources)
     counts: Counter[str] = Counter()
@@ -111,7 +111,7 @@ Row = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 
 
 def _write(folder: Path, rows: Iterable[Row]) -> int:
-    """The number of rows."""
+    """Returns the number of rows."""
     (folder / "masks").mkdir(parents=True)
     lines = []
     for i, (image, mask, record) in enumerate(rows):

@@ -64,7 +64,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Muon's step takes its gradients away, so that AdamW's passes those parameters over."""
+        """Muon's step clears the gradients of its parameters, so that AdamW's step skips them."""
         group = self.param_groups[0]
         for weight in group["params"]:
             if weight.grad is not None:

@@ -69,7 +69,7 @@ def read_pairs(folder: Path, records: Records, channels: int, white: bool) -> li
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask as a picture of mode "L" or "P", whose values are as in the file. Raises ValueError for other kinds."""
+    """A mask as a picture of mode "L" or "P" with the values of the file. Raises ValueError for other kinds."""
     mask = decoded(path, FORMATS, MAX_PIXELS)
     if mask.mode == "1":
         return mask.convert("L")
@@ -89,7 +89,7 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def labels_of(data: Path) -> Labels:
-    """What the masks of all splits mean, by the values that they have together.
+    """Decides what the masks mean from the values in all splits.
 
     Raises ValueError for masks that are neither class numbers nor black and white.
     """

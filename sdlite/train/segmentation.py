@@ -131,7 +131,7 @@ def figures(segmenter: Segmenter, pairs: list[Pair]) -> dict[str, float]:
 
 
 def plan_for(data: Path, arch: str) -> SegmenterConfig:
-    """A network for a data folder that trains on a CPU in minutes; grey or colour and the classes as in its files."""
+    """A network for a data folder that trains on a CPU in minutes; channels and classes are those of its files."""
     unet = UNetPlan(
         in_channels=channels_of(data),
         num_classes=labels_of(data).classes,

@@ -35,7 +35,7 @@ class Stop:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """A block that nothing is lost by breaking off: the first signal ends it, and what follows goes on."""
+        """A block that may be broken off without loss: the first signal ends it, and the code after it runs."""
         self._idle = True
         try:
             yield
