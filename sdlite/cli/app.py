@@ -43,7 +43,7 @@ app = typer.Typer(
 
 
 def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
-    """A callback for an option: its check comes before the command, and so before PyTorch is loaded."""
+    """A callback for an option: it runs the check before the command and so before PyTorch is loaded."""
 
     def callback(value: Any) -> Any:
         for each in value if isinstance(value, list) else [value]:
@@ -55,7 +55,7 @@ def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
 
 
 def check_there(path: Path) -> None:
-    """Raises FileNotFoundError for a path where nothing is."""
+    """Raises FileNotFoundError if the path does not exist."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
 
@@ -149,7 +149,7 @@ def load(
     threads: int | None = None,
     **files: Any,
 ) -> "Pipeline":
-    """The model with its notes told. files: vae, variant and allow_links, as for Pipeline.load."""
+    """Loads the model and reports its notes. files: vae, variant and allow_links, as for Pipeline.load."""
     files["allow_links"] = files.get("allow_links") or ()
     with report.busy(f"loading {SHIPPED if model is None else model}"):
         from sdlite.pipeline import Pipeline
@@ -162,7 +162,7 @@ def load(
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Runs the command line to its exit code; None takes the arguments of the process."""
+    """Runs the command line and returns its exit code; None takes the arguments of the process."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with _stopped_in_order():

@@ -230,7 +230,7 @@ def batch(
 
 
 def _run(prepared: "Batch", report: Report) -> int:
-    """Draws what is missing, with a bar or a path each; the exit code."""
+    """Draws what is missing, with a bar or the paths. Returns the exit code."""
     from sdlite.batch.shards import shard_of
 
     missing, start = len(prepared.missing()), perf_counter()
@@ -270,7 +270,7 @@ def _end(done: "BatchReport", report: Report) -> int:
 
 
 def _plan(prepared: "Batch", report: Report) -> None:
-    """What a run would do, its time and space measured on one batch."""
+    """Prints what a run would do; one batch is drawn to measure its time and space."""
     with report.busy("drawing one batch to measure it"):
         estimate = prepared.estimate()
     root = prepared.store.root.absolute()

@@ -1,4 +1,4 @@
-"""`sdlite generate` and `sdlite regen`: flags to Requests, Requests to pictures, pictures to files."""
+"""`sdlite generate` and `sdlite regen`: from flags to requests, images and files."""
 
 import secrets
 from collections.abc import Sequence
@@ -230,7 +230,7 @@ def regen(
 
 
 def _seed(text: str) -> int:
-    """A seed as it was typed; RANDOM draws one."""
+    """Reads a seed; the words in RANDOM draw one."""
     if text.strip().lower() in RANDOM:
         return secrets.randbelow(2**32)
     try:
@@ -240,7 +240,7 @@ def _seed(text: str) -> int:
 
 
 def _check_words(prompt: str, report: Report) -> None:
-    """A note where no word of the prompt is among the names that the shipped model was trained on."""
+    """Notes that the model knows no word of the prompt: none is in the names that it was trained on."""
     names = read_names(shipped_folder())
     if names and knows_none(prompt, names):
         report.note(
@@ -250,7 +250,7 @@ def _check_words(prompt: str, report: Report) -> None:
 
 
 def _check_room(names: Names, request: Request) -> None:
-    """Raises in one line where a JPEG has no room for the prompts."""
+    """Raises ValueError if a JPEG has no room for the prompts."""
     from sdlite.recipe import fits_jpeg
 
     lossy = [path for path in names.paths if path.suffix.lower() in (".jpg", ".jpeg")]
@@ -266,7 +266,7 @@ def _check_sheet(option: str, sheet: Path, names: Names, force: bool) -> None:
 
 
 def _opened(paths: dict[str, Path], report: Report) -> dict[str, "Image"]:
-    """The pictures under the names image and mask. Reading them loads PyTorch, which takes a while."""
+    """Opens image and mask. This loads PyTorch, which takes a while."""
     if not paths:
         return {}
     with report.busy(f"reading {', '.join(path.name for path in paths.values())}"):
@@ -284,7 +284,7 @@ def _draw(
     batch_size: int,
     with_metadata: bool,
 ) -> tuple[list["Image"], bool]:
-    """Draws and saves, batch by batch; the pictures, and whether Ctrl-C ended it."""
+    """Draws and saves batch by batch. Returns the images, and whether Ctrl-C ended it."""
     from sdlite.images import digest
 
     for remark in pipe.remarks(requests[0], sources.get("image"), sources.get("mask")):
@@ -320,7 +320,7 @@ def _draw(
 
 
 def _pair(change: str) -> tuple[str, str | None]:
-    """key=value; "none" clears a field that may be empty."""
+    """Splits key=value; the value "none" clears a field that may be empty."""
     key, equals, value = change.partition("=")
     if not equals:
         raise ValueError(f"--set {change} must be KEY=VALUE, e.g. --set steps=50")
@@ -331,7 +331,7 @@ def _pair(change: str) -> tuple[str, str | None]:
 def _regenerated(
     picture: Path, recipe: "Recipe", changed: dict[str, str | None], sources: dict[str, "Image"], anyway: bool
 ) -> Request:
-    """The recorded request with the changes, its source pictures held against their digests."""
+    """The recorded request with the changes; checks source images against their digests."""
     from sdlite.images import digest
     from sdlite.recipe import UNKNOWN_SOURCE
 

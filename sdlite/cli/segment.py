@@ -78,7 +78,7 @@ def segment(
 
 
 def _pictures(given: Sequence[Path]) -> Iterator[Path]:
-    """The pictures named, and those in the folders named, by their suffix. Raises ValueError for none."""
+    """The given pictures and those in given folders, found by suffix. Raises ValueError for a folder without any."""
     from PIL import Image
 
     from sdlite.segmentation.segmenter import FORMATS
@@ -97,7 +97,7 @@ def _pictures(given: Sequence[Path]) -> Iterator[Path]:
 
 
 def _places(pictures: Sequence[Path], output: Path | None, many: bool) -> list[tuple[Path, Path]]:
-    """Each picture with the file that is made of it. Raises ValueError for two of one name, or one that is given."""
+    """Pairs each picture with its output file. Raises ValueError for two equal outputs or one that is an input."""
     if many and output is None:
         raise ValueError("several pictures need a folder; give one with --output")
     path = Path("mask.png") if output is None else output
@@ -130,7 +130,7 @@ def _task(model: Path, overlay: bool, cutout: bool, threads: int | None) -> Task
 
 
 def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
-    """Makes each file; of many, one that fails stops no other. Returns the exit code."""
+    """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
     from sdlite.batch.draw import reason
 
     failed = 0

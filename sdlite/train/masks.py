@@ -77,7 +77,7 @@ def make_foreground(
     """Writes emoji (class 1) in front of photos and patterns. Returns the number of pictures per split.
 
     emoji: folder that `sdlite data emoji` wrote; its test concepts, and photos that training does not use, make the
-    test split. varied: if not 0, number of pictures per training drawing, on more photos, on photos in other colours and on
+    test split. varied: if not 0, number of pictures per training drawing, on more photos, photos in other colours and
     heaps of shapes; it does not change the test split. Raises ValueError for a folder that is not empty.
     """
     package = _package(folder, PHOTOS, sources)
