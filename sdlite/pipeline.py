@@ -1,7 +1,7 @@
 """From requests to images: text encoder, denoiser and codec in the order of the README's data-flow line.
 
-A Pipeline is its parts and nothing else: it holds no seed and writes no file. Requests that may share a batch
-(`batches`) run together; the noise of an image comes from its own seed, so the picture does not depend on its batch.
+A Pipeline holds the parts of a model and no seed. Requests that may share a batch (`batches`) run together. The noise
+of an image comes from its own seed, so the image does not depend on its batch, except for rounding.
 """
 
 import copy
@@ -41,10 +41,10 @@ Pictures = Sequence[Picture | None] | None
 
 
 class Pipeline:
-    """Text encoder, denoiser, codec and noise schedule, and how they make an image together.
+    """Text encoder, denoiser, codec and noise schedule, which draw images together.
 
-    sample_size: latent cells along each side of the images drawn unless a request says otherwise, or (height, width).
-    name, model_hash: go into the images' metadata. notes: what loading had to guess, for the caller to say.
+    sample_size: default size of an image in latent cells, one number for both sides or (height, width).
+    name, model_hash: go into the images' metadata. notes: what loading had to guess; the caller should show them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Pipeline:
         self.sample_size = sample_size
         config = denoiser.config if isinstance(denoiser, Network) else None
         channels = 0 if config is None else config.in_channels
-        self.inpainting = channels > codec.config.latent_channels  # wants mask and masked image as further channels
+        self.inpainting = channels > codec.config.latent_channels  # it takes mask and masked image as further channels
         self.size_unit = codec.factor * getattr(config, "patch_size", 1)  # pixels; sides are multiples of it
         self.name = name
         self.model_hash = model_hash
@@ -84,14 +84,14 @@ class Pipeline:
         vae: str | Path | None = None,
         allow_links: Sequence[str | Path] = (),
     ) -> Self:
-        """The model of a diffusers folder, an original single file or a hub id; or an untrained "tiny",
-        "tiny-dit", "sd15" or "sd21", where nothing here has that name.
+        """Loads the model of a diffusers folder, an original single file or a hub id; None loads the one that ships.
 
-        device: "auto" takes a GPU if there is one. dtype: of text encoder and denoiser; "auto" is float32 on a CPU and
-        float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or what is guessed.
+        "tiny", "tiny-dit", "sd15" and "sd21" are untrained models, unless a file or folder here has that name.
+        device: "auto" takes a GPU if there is one. dtype: for text encoder and denoiser; "auto" is float32 on a CPU and
+        float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or sdlite guesses.
         variant: which weights of a folder, such as "fp16". vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use
-        instead of the model's. allow_links: folders that links in a model's folder may lead into.
-        Raises CheckpointError, a ValueError, with one line that says what is wrong with which file.
+        instead of the model's. allow_links: links in a model's folder may lead into these folders.
+        Raises CheckpointError, a ValueError, with one line that names the file and what is wrong with it.
         """
         place = find_device(device)
         kind = find_dtype(dtype, place)
@@ -110,9 +110,9 @@ class Pipeline:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model as a folder that this class and diffusers' StableDiffusionPipeline load, which has no DiT.
+        """Writes a folder that this class and diffusers' StableDiffusionPipeline load (a DiT: this class only).
 
-        In the dtype it was loaded in: float16 rounds the weights, and the copy then has another hash.
+        The dtype is that of the loaded model: float16 rounds the weights, and the copy then has another hash.
         """
         if not isinstance(self.denoiser, Network):
             raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
@@ -127,7 +127,7 @@ class Pipeline:
         save_folder(parts, folder)
 
     def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> Self:
-        """A pipeline that shares all parts but the denoiser, which `wrap` replaces: a faster one, or your own."""
+        """A pipeline with the same parts, except the denoiser, which is replaced by wrap(denoiser)."""
         other = copy.copy(self)
         other.denoiser = wrap(self.denoiser)
         return other
@@ -138,13 +138,13 @@ class Pipeline:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(width, height) in pixels of the images drawn unless a request says otherwise."""
+        """Default (width, height) of an image in pixels."""
         size = self.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return width * self.codec.factor, height * self.codec.factor
 
     def summary(self) -> dict[str, str]:
-        """What the pipeline is made of, in words: shown by repr and by notebooks."""
+        """The parts of the pipeline in words; repr and notebooks show it."""
         parts = {"text": self.text, "denoiser": self.denoiser, "codec": self.codec}
         sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items() if isinstance(m, nn.Module)}
         return {
@@ -174,12 +174,12 @@ class Pipeline:
         progress: bool | Progress | None = None,
         **fields: Any,
     ) -> Images:
-        """Draws `num_images` of every prompt, with seeds counting up from the prompt's seed.
+        """Draws `num_images` images of every prompt, with seeds counting up from the prompt's seed.
 
-        image: start from this picture (img2img), changing it by `strength`; a PIL image, a file or its bytes. mask:
-        redraw its white part only (inpainting). progress: as for `generate`. fields: those of Request. Whatever is
-        given as a list holds one for each prompt. Warns where a prompt or a picture is read otherwise than one may
-        think (see `remarks`). Raises ValueError with one line for what cannot be drawn.
+        image: start from this image (img2img) and change it by `strength`; a PIL image, a file or its bytes. mask:
+        black-and-white image; white parts of `image` are redrawn (inpainting). progress: as for `generate`. fields:
+        those of Request. A list gives one value for each prompt. Warns if a prompt or an image may not be read as you
+        expect (see `remarks`). Raises ValueError with one line for a request that cannot be drawn.
         """
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         count = _whole("num_images", num_images)
@@ -209,17 +209,17 @@ class Pipeline:
         masks: Pictures = None,
         progress: bool | Progress | None = None,
     ) -> Images:
-        """A list of images in the order of the requests, each with its recipe in `.info`.
+        """Draws one image for each request, in their order, each with its metadata in `.info`.
 
-        images, masks: one picture, file or None per request, for img2img and inpainting. progress: show a line with the
-        time left; None shows it in a terminal and in a notebook, and a function is called with the steps done and those
-        in all. Raises ValueError with one line for what cannot be drawn, FloatingPointError when the latents of an
-        image are not finite.
+        images, masks: one image, file or None per request, for img2img and inpainting. progress: True shows a line with
+        the time left, None shows it in a terminal or notebook only; a function is called with the number of steps done
+        and the total. Raises ValueError with one line for a request that cannot be drawn, FloatingPointError if an
+        image is not finite.
         """
         jobs = self.jobs(requests, images, masks)
         drawn: dict[int, Image] = {}
         batches = self.batches([job.request for job in jobs])
-        # Before anything is drawn, as this is where a solver says what it refuses.
+        # Before anything is drawn, because solvers raise their errors here.
         total, done = sum(self.num_evaluations(jobs[batch[0]].request) for batch in batches), 0
         with watched(progress, len(jobs)) as tell:
             tell(done, total)
@@ -235,7 +235,7 @@ class Pipeline:
     def sample_latents(
         self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None
     ) -> Iterator[Tensor]:
-        """Yields the latents (B, C, H/f, W/f) of a batch after every step: for progress, previews, stopping early.
+        """Yields the latents (B, C, H/f, W/f) of a batch after every step, for previews and for stopping early.
 
         images, masks: as for `generate`. Raises ValueError if the requests may not share a batch (see `batches`).
         """
@@ -253,10 +253,10 @@ class Pipeline:
         images: Pictures = None,
         masks: Pictures = None,
     ) -> list[Image]:
-        """Pictures of final latents (B, C, H/f, W/f), one at a time, with the recipe of each in `.info`.
+        """Decodes final latents (B, C, H/f, W/f) to images, one after the other, each with its metadata in `.info`.
 
-        images, masks: as for `generate`; where a request says paste, the image is put back outside the mask. Raises
-        FloatingPointError for latents that are not finite, rather than giving a black picture.
+        images, masks: as for `generate`; if a request's paste is true, the part of the image outside the mask is put
+        back. Raises FloatingPointError if an image is not finite.
         """
         requests = [requests] if isinstance(requests, Request) else requests
         columns = [_each(name, value, len(requests)) for name, value in (("images", images), ("masks", masks))]
@@ -285,20 +285,23 @@ class Pipeline:
         return pictures
 
     def num_evaluations(self, request: Request) -> int:
-        """How many steps `sample_latents` will yield."""
+        """Number of steps that `sample_latents` yields."""
         return len(self._solver(request, []).timesteps) - first_step(request)
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of the requests, grouped by what may run together: all but prompt, seed and strength of guidance."""
+        """Groups the indices of requests that may run together.
+
+        In a group the prompts (of equally many chunks), seeds and strengths of guidance may differ.
+        """
         groups: dict[Hashable, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._batch_key(request), []).append(i)
         return list(groups.values())
 
     def jobs(self, requests: Request | Sequence[Request], images: Pictures = None, masks: Pictures = None) -> list[Job]:
-        """Requests with their pictures, sizes filled in and pictures recorded by their digests.
+        """Requests with their images; sizes are filled in, and images are recorded by their digests.
 
-        Raises ValueError for what this model cannot draw and for pictures that do not fit the requests.
+        Raises ValueError for a request that this model cannot draw and for images that do not fit the requests.
         """
         requests = [requests] if isinstance(requests, Request) else list(requests)
         if not requests:
@@ -317,9 +320,9 @@ class Pipeline:
         return jobs
 
     def remarks(self, request: Request, image: Image | None = None, mask: Image | None = None) -> list[str]:
-        """What a user should know before the request is drawn: where it is read otherwise than one may think.
+        """Warnings for the user about parts of a request that may not be read as expected.
 
-        image, mask: as `open_picture` gives them.
+        image, mask: results of `open_picture`.
         """
         remarks = [*foreign_marks(request.prompt), *foreign_marks(request.negative_prompt)]
         open_size = request.width is None and request.height is None
@@ -337,7 +340,7 @@ class Pipeline:
         return fitted_size(request, None if image is None else image.size, self.default_size, self.size_unit)
 
     def resolve(self, request: Request, image: Image | None = None) -> Request:
-        """The request with its size filled in: the picture's, fitted into the model's own area, or that area.
+        """The request with its size filled in: that of the image, scaled down to the model's area, or the model's size.
 
         Raises ValueError if this model cannot draw it.
         """
@@ -370,7 +373,7 @@ class Pipeline:
         yield from denoise(denoiser, solver, x, memory, noise.draw, start=start, constrain=constrain)
 
     def _batch_key(self, request: Request) -> Hashable:
-        """Equal for requests that may share a batch. Guidance counts by being on, pictures by being there."""
+        """Equal for requests that may share a batch. It holds whether there is guidance, an image and a mask."""
         guided = request.guidance_scale > 1
         texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
         chunks = max(map(self.text.num_chunks, texts))
@@ -385,7 +388,7 @@ class Pipeline:
         return ImageNoise([request.seed for request in requests], shape, self.device)
 
     def _context(self, requests: Sequence[Request]) -> Tensor:
-        """(B, T, D), or (2B, T, D) with the negative prompts first where there is guidance."""
+        """(B, T, D), or with guidance (2B, T, D) with the negative prompts first."""
         prompts = [request.prompt for request in requests]
         if requests[0].guidance_scale > 1:
             prompts = [request.negative_prompt for request in requests] + prompts
@@ -400,7 +403,7 @@ def _opened(picture: Any, *, for_mask: bool = False) -> Any:
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each of count prompts: a list's own, or the same for all. Pictures are checked to be pictures."""
+    """One value for each of count prompts: those of a list, or one value for all. Checks that images are images."""
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one for each")
@@ -419,5 +422,5 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _named(picture: Any) -> str | None:
-    """A stand-in for a picture's name in requests that are compared or not yet resolved."""
+    """A placeholder for the image in requests that are compared or not yet resolved."""
     return None if picture is None else "given"

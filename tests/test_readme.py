@@ -1,5 +1,6 @@
 """What the README shows can be typed: its blocks run in order in an empty folder, its counts and links are right."""
 
+import json
 import os
 import re
 import subprocess
@@ -139,3 +140,13 @@ def test_links_and_names_lead_somewhere():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for name in set(re.findall(r"`(test_\w+?)(?:_?\*)?`", README)):
         assert f"def {name}" in tests, f"README names the test {name}, which is not there"
+
+
+def test_the_questions_of_the_notebooks_are_their_titles():
+    rows = re.findall(r"^\| \[[^]]*\]\((notebooks/\w+\.ipynb)\) \| (.*) \|$", README, re.M)
+    assert [name for name, _ in rows] == sorted(
+        f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")
+    )
+    for name, question in rows:
+        first = "".join(json.loads((ROOT / name).read_text())["cells"][0]["source"])
+        assert first.startswith(f"# {question}\n"), f"README gives {name} another question than its title"

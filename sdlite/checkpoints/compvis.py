@@ -1,11 +1,11 @@
-"""Names of the original Stable Diffusion files (CompVis, Stability AI) for the names that our modules have.
+"""Maps the names of our modules to those of the original Stable Diffusion files (CompVis, Stability AI).
 
     model.diffusion_model.input_blocks.1.0.in_layers.0.weight     down_blocks.0.resnets.0.norm1.weight
     first_stage_model.decoder.up.3.block.0.conv1.weight           decoder.up_blocks.0.resnets.0.conv1.weight
     cond_stage_model.transformer.text_model.<name>                <name>, SD1: CLIP as transformers has it
     cond_stage_model.model.transformer.resblocks.0.ln_1.weight    encoder.layers.0.layer_norm1.weight, SD2: OpenCLIP
 
-The map is data and pure functions from our names; reading a file inverts it for the names that the config calls for.
+The map is data and pure functions from our names. To read a file, it is inverted for the names that the config needs.
 Sources: CompVis/stable-diffusion ldm/modules/diffusionmodules/{openaimodel,model}.py and ldm/modules/ema.py,
 Stability-AI/stablediffusion ldm/modules/encoders/modules.py, mlfoundations/open_clip transformer.py.
 """
@@ -105,7 +105,7 @@ UNUSED_PREFIXES = (EMA, "loss.", f"{CODEC}loss.", f"{CODEC}model_ema.")
 
 
 def canonical(key: str) -> str:
-    """The key in the spelling that this module uses."""
+    """The key in this module's spelling."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key, count=1) if spelling.match(key) else key
     if leaf := CODEC_LEAF.fullmatch(key):
@@ -115,13 +115,13 @@ def canonical(key: str) -> str:
 
 
 def is_unused(key: str, config: TextConfig) -> bool:
-    """Whether a canonical key is known and not needed, like the OpenCLIP layer after the last that SD2 uses."""
+    """Whether a canonical key is known and not needed, such as the OpenCLIP layer after the last one that SD2 uses."""
     last = f"{OPEN_CLIP}transformer.resblocks.{config.num_hidden_layers}."
     return is_spare(key) or key.startswith(last)
 
 
 def is_spare(key: str) -> bool:
-    """Whether a canonical key is known and of no use for drawing."""
+    """Whether a canonical key is known and not needed for drawing."""
     return key in UNUSED or key.startswith(UNUSED_PREFIXES)
 
 
@@ -216,22 +216,22 @@ def _stack_order(name: str) -> int:
 
 
 def original_shape(key: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape in the file of the tensors that share a key."""
+    """Shape that the tensors of one key have together in the file."""
     first, *rest = shapes[0]
     return with_kernel(key, (first * len(shapes), *rest))
 
 
 def with_kernel(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with the 1x1 kernel that the codec's attention has in most files: it is made of convolutions there."""
+    """Adds the 1x1 kernel of the codec's attention: most files store it as convolutions."""
     return (*shape, 1, 1) if key.startswith(CODEC) and ".attn_1." in key and len(shape) == 2 else shape
 
 
 def split(tensor: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Our tensors from the file's: stacked Q, K and V apart, the codec's 1x1 convolutions as matrices."""
+    """Turns the file's tensor into ours: splits stacked Q, K and V, makes the codec's 1x1 convolutions matrices."""
     return [part.reshape(shape) for part, shape in zip(tensor.chunk(len(shapes)), shapes, strict=True)]
 
 
 def join(key: str, tensors: list[Tensor]) -> Tensor:
-    """The file's tensor from ours."""
+    """Turns our tensors into the file's; the inverse of `split`."""
     joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     return joined.reshape(original_shape(key, [tuple(t.shape) for t in tensors]))

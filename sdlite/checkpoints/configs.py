@@ -1,9 +1,9 @@
 """Translates the config.json files of a diffusers folder into our records and back.
 
-A config is data from strangers: every key either maps to a field, or must have the one value that sdlite implements,
-or is known not to matter. Any other key is an error unless its value says that the model does not use it (null, false),
-and nothing that names code is ever followed. A key that is not there has the default of the class in diffusers or
-transformers, which is often not Stable Diffusion's.
+A config is untrusted: every key either maps to a field, or must have a value that sdlite implements, or is known not to
+matter. Any other key is an error unless its value says that the model does not use it (null, false). Names of code are
+never followed. A missing key has the default of the class in diffusers or transformers, which often differs from Stable
+Diffusion's.
 """
 
 import math
@@ -206,7 +206,7 @@ def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Predict
 
 
 def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The JSON files of a folder: model_index.json and part/config.json, of which diffusers fills in the rest."""
+    """The JSON files of a folder: model_index.json and part/config.json; diffusers fills in missing keys."""
     schedule, text, codec = config.schedule, config.text, config.codec
     if schedule.steps_offset != 1:
         raise CheckpointError(f"steps_offset={schedule.steps_offset} cannot be saved: diffusers' pipeline takes 1")

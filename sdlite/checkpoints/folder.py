@@ -1,4 +1,4 @@
-"""A model folder in diffusers' layout as files: is it one, is it whole, and where are the weights of each part."""
+"""Checks a model folder in diffusers' layout and finds the weights of each part."""
 
 import glob
 import hashlib
@@ -17,9 +17,9 @@ MAX_SUMS_BYTES = 2**20
 
 
 def check_folder(folder: Path, allow_links: Sequence[Path] = ()) -> None:
-    """Raises CheckpointError unless a folder is one model, holds what it links to, and has the sums that it states.
+    """Raises CheckpointError unless a folder holds one model, its links are allowed and its checksums are right.
 
-    allow_links: folders that links in it may lead into.
+    allow_links: links in the folder may lead into these folders.
     """
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: model_index.json is missing{_advice(folder)}")
@@ -99,7 +99,7 @@ def open_part(folder: Path, stem: str, variant: str | None = None) -> Weights:
 
 
 class Reader(NamedTuple):
-    """How weights are read: those of a single file, and those of a folder's part as `open_part` does."""
+    """Functions that read weights: `file` from a single file, `part` from a part of a folder (see `open_part`)."""
 
     file: Callable[[Path], Weights]
     part: Callable[[Path, str, str | None], Weights]
@@ -109,7 +109,7 @@ SAFE = Reader(open_safetensors, open_part)
 
 
 def variants(folder: Path, stem: str) -> dict[str, Path]:
-    """The weight files, or the indices of shards, of a part by variant; "" is the plain one."""
+    """Maps each variant of a part to its weight file or index of shards; "" is the plain variant."""
     name = re.compile(rf"{re.escape(stem)}(?:\.([\w-]+))?\.safetensors(\.index(?:\.([\w-]+))?\.json)?")
     found: dict[str, Path] = {}
     for file in sorted(folder.glob(f"{glob.escape(stem)}*")):  # an index comes after a file of the same variant
@@ -119,7 +119,7 @@ def variants(folder: Path, stem: str) -> dict[str, Path]:
 
 
 def check_variant(folder: Path, parts: Iterable[str], variant: str | None) -> None:
-    """Raises CheckpointError unless one of the parts at least has that variant."""
+    """Raises CheckpointError unless at least one of the parts has that variant."""
     found = {name for part in parts for name in variants(folder / part, WEIGHT_STEMS[part])}
     if variant is not None and variant not in found:
         known = ", ".join(sorted(found - {""})) or "none"

@@ -1,4 +1,4 @@
-"""Fetches a model folder from the Hugging Face hub: the only place that may use the network."""
+"""Downloads a model folder from the Hugging Face hub. Loading a model uses the network nowhere else."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ UNWANTED = (["*.fp16*", "*non_ema*"], ["*non_ema*"])
 
 
 def cache_folder() -> Path:
-    """Where the hub's files lie on this machine."""
+    """The folder of the hub's cache on this machine."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE).resolve()
 
 
 def download(name: str, wanted: Sequence[str] = WANTED) -> Path:
-    """The folder of a hub id in the local cache, fetched if it is not there. Raises CheckpointError."""
+    """The folder of a hub id in the local cache; downloads what is missing. Raises CheckpointError."""
     for unwanted in UNWANTED:
         folder = _snapshot(name, wanted, unwanted)
         found = {file.parent.name for file in folder.glob("*/*.safetensors")}
@@ -33,7 +33,7 @@ def download(name: str, wanted: Sequence[str] = WANTED) -> Path:
 
 
 def download_variant(name: str, variant: str) -> Path:
-    """As `download`, with the weights of that variant, and the plain ones of parts that have none such."""
+    """As `download`, with the weights of that variant, and plain weights for parts without that variant."""
     small = [pattern for pattern in WANTED if not pattern.endswith(".safetensors")]
     folder = _snapshot(name, [*small, *(f"{part}/*.{variant}*.safetensors" for part in WEIGHTED)], [])
     lacking = [part for part in WEIGHTED if (folder / part).is_dir() and not any((folder / part).glob(f"*.{variant}*"))]

@@ -1,8 +1,8 @@
-"""Loads a model: a diffusers folder, an original single file or a hub id, to modules on the CPU in float32.
+"""Loads a diffusers folder, an original single file or a hub id into modules on the CPU, in float32.
 
     path --> configs --> modules without memory (meta) --> names and shapes equal? --> weights, finite? --> ModelParts
 
-Nothing is allocated before the file is known to hold what the config asks for; no file can run code (see weights.py).
+Memory is allocated only after names and shapes are checked. No file can run code (see weights.py).
 """
 
 import math
@@ -48,7 +48,7 @@ UNTRAINED = "untrained (random weights)"
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A loaded model. hash: sha256 of all weights, whatever files they came from. notes: what was guessed, by what."""
+    """A loaded model. hash: sha256 of all weights, the same for every file layout. notes: what was guessed, and why."""
 
     text: TextEncoder
     denoiser: Network
@@ -70,14 +70,14 @@ def load_model(
     allow_links: Sequence[str | Path] = (),
     reader: Reader = SAFE,
 ) -> ModelParts:
-    """The model of a diffusers folder, an original .safetensors file or a hub id, in float32 on the CPU.
+    """Loads a diffusers folder, an original .safetensors file or a hub id, in float32 on the CPU.
 
-    "emoji-128" is the model that ships; "tiny", "tiny-dit", "sd15" and "sd21" are untrained models of those sizes. A
-    file or folder of such a name comes first.
-    prediction: overrides what the files say. config: of a single file whose size is not Stable Diffusion's. ema: the
-    moving average of the UNet of a single file that has both. variant: which weights of a folder, such as "fp16" or
-    "non_ema". vae: takes the model's VAE's place (see `load_vae`). allow_links: folders that links in a model's folder
-    may lead into. reader: how weights are read. Raises CheckpointError with one line.
+    "emoji-128" is the model that ships; "tiny", "tiny-dit", "sd15" and "sd21" are untrained models of those sizes. If a
+    file or folder has such a name, it is loaded instead.
+    prediction: overrides what the files say. config: for a single file whose size is not Stable Diffusion's. ema: use
+    the moving average of the UNet from a single file that has both. variant: which weights of a folder, such as "fp16"
+    or "non_ema". vae: used instead of the model's VAE (see `load_vae`). allow_links: links in a model's folder may lead
+    into these folders. reader: how to read weights. Raises CheckpointError with one line.
     """
     check_model(str(path))
     location = Path(path)
@@ -198,9 +198,9 @@ def load_single_file(
 
 
 def random_model(config: ModelConfig, seed: int, codec: Codec | None = None) -> ModelParts:
-    """An untrained model with weights drawn from the seed: it runs like a trained one and draws nothing of use.
+    """An untrained model with random weights that depend on the seed. It runs, but its images are noise.
 
-    codec: in place of a random one.
+    codec: used instead of a random one.
     """
     config = config if codec is None else config.replace(codec=codec[0].config)
     text, denoiser, own = empty_modules(config, load_tokenizer(), Path("random_model"))

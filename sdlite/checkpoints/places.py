@@ -1,4 +1,4 @@
-"""Where a model can be: a file or a folder, the model that ships, an untrained preset, or the hub.
+"""The places of a model: a file, a folder, the model that ships, an untrained preset, or the hub.
 
 Imports nothing heavy, so that the command line can refuse a wrong name at once.
 """
@@ -17,11 +17,11 @@ FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # a name that
 
 
 class CheckpointError(ValueError):
-    """A model that cannot be loaded, with one line that says what is wrong with which file."""
+    """A model cannot be loaded. The message is one line that names the file and what is wrong with it."""
 
 
 def shipped_folder() -> Path:
-    """Where the model that ships lies: inside an installed package, beside it in a clone."""
+    """The folder of the model that ships: inside an installed package, beside the package in a clone."""
     package = Path(__file__).parents[1]
     places = [folder / "weights" / SHIPPED for folder in (package, package.parent)]
     return next((place for place in places if place.is_dir()), places[-1])

@@ -1,7 +1,7 @@
-"""Writes models: a folder in diffusers' layout, or one file in the original layout; both appear whole or not at all.
+"""Writes a model as a folder in diffusers' layout or as one file in the original layout, whole or not at all.
 
-`convert` goes from any form to either. With trust_pickle it is the one place that reads a pickle, and then lets it
-make tensors and plain containers only (weights_only).
+`convert` reads any form and writes either. Only `convert` with trust_pickle reads a pickle, and only tensors and plain
+containers from it (weights_only).
 """
 
 import json
@@ -33,9 +33,9 @@ def save_folder(
     """Writes a folder that `load_model` and diffusers' StableDiffusionPipeline.from_pretrained load.
 
     diffusers has no pipeline for a DiT with CLIP; it loads the parts of such a folder one by one.
-    dtype: None keeps that of each part. max_shard_size: bytes of a weight file, beyond which it is split.
-    Raises CheckpointError for what diffusers' layout has no place for, FileExistsError if the folder is there and not
-    empty, DiskFull.
+    dtype: None keeps that of each part. max_shard_size: a weight file with more bytes is split.
+    Raises CheckpointError for what diffusers' layout cannot hold, FileExistsError for a folder that is not empty,
+    DiskFull.
     """
     files = configs.to_diffusers(parts.config)
     if UNTRAINED_NOTE in parts.notes:
@@ -97,11 +97,11 @@ def convert(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ModelParts:
-    """Loads a model and saves it in the other form: as one file if target ends in .safetensors, else as a folder.
+    """Loads a model and saves it: as one file if target ends in .safetensors, else as a folder.
 
-    trust_pickle: read pickles where there are no safetensors: a .ckpt file, or a folder of .bin files. options: those
-    of `load_model`. dtype: as for `save_folder`. Returns the parts, whose notes say what was guessed. Raises as both
-    do.
+    trust_pickle: read pickles if there are no safetensors: a .ckpt file, or a folder of .bin files. options: those of
+    `load_model`. dtype: as for `save_folder`. Returns the parts; their notes say what was guessed. Raises the errors of
+    `load_model`, `save_folder` and `save_single_file`.
     """
     goal = Path(target)
     as_file = goal.suffix == ".safetensors"
@@ -139,9 +139,9 @@ def _open_trusted_part(folder: Path, stem: str, variant: str | None) -> Weights:
 
 
 def _read_pickle(path: Path) -> Weights:
-    """Tensors of a pickle that its owner trusts, out of the "state_dict"s around them.
+    """The tensors of a trusted pickle, taken out of "state_dict"s around them.
 
-    It may hold as much as its bytes say and no more: views that repeat a few numbers and packed archives are refused.
+    Tensors with more numbers than the file has bytes for are refused: views that repeat numbers, and packed archives.
     """
     if _is_packed(path):
         raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")

@@ -1,7 +1,8 @@
-"""What an original single file holds: its config from the shapes, and epsilon or v from whatever says so.
+"""Finds the config of an original single file from its shapes, and epsilon or v from other marks.
 
-Shapes tell Stable Diffusion 1 from 2 and inpainting from the rest. They do not tell epsilon from v, nor heads or
-activations, so any other size needs a config: the one sdlite wrote into the file, or the `config` argument.
+Shapes distinguish Stable Diffusion 1 from 2, and inpainting models from others. They do not show epsilon or v, the
+number of heads or the activations. So any other size needs a config: the one that sdlite wrote into the file, or the
+argument `config`.
 """
 
 import re

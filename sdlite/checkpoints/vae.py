@@ -1,7 +1,7 @@
-"""A VAE on its own: a file or folder of one, in diffusers' layout or the original one, or the VAE of a whole model.
+"""Loads a VAE: a file or folder in diffusers' or the original layout, or the VAE of a whole model.
 
-A file does not say its config. It is that of the config.json beside it, of a model that sdlite wrote, or else Stable
-Diffusion's; the names of the tensors tell the full autoencoder from the tiny one.
+A VAE's file has no config. sdlite takes config.json beside it, or the config that sdlite wrote into the file, or else
+Stable Diffusion's. The names of the tensors distinguish the full autoencoder from the tiny one.
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,8 @@
 
     8 bytes: length N | N bytes: JSON {name: {dtype, shape, data_offsets}} | tensors, end to end
 
-Nothing that a file says is trusted: not its suffix, its sizes, its names or its numbers. Whatever is wrong is one
-CheckpointError of one line. Pickles, which can run code when they are read, are recognised by content and refused.
+Nothing in a file is trusted: not its suffix, sizes, names or numbers. Any fault is a CheckpointError of one line.
+Pickles, which can run code when they are read, are recognised by content and refused.
 """
 
 import hashlib
@@ -52,9 +52,9 @@ WAY_OUT = "convert it once, if you trust who made it: sdlite convert --trust-pic
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of a model by name, read when asked for. read: gives the named ones as finite float32 on the CPU.
+    """The tensors of a model by name, read on demand. read: returns the named ones as finite float32 on the CPU.
 
-    unread: names and dtypes of those that are no weights, such as integers.
+    unread: names and dtypes of tensors that are not weights, such as integers.
     """
 
     shapes: Mapping[str, tuple[int, ...]]

@@ -1,7 +1,7 @@
 """The `sdlite` command. This folder is the only place that reads flags and the environment.
 
-stdout holds the paths of the pictures, or with --json one event per line; notes and the progress bar go to stderr.
-Heavy modules are imported inside the commands, so that `--help` is immediate.
+stdout holds the paths of the images, or with --json one event per line; notes and the progress bar go to stderr.
+Heavy modules are imported inside the commands, so that `--help` is quick.
 """
 
 import os
@@ -18,7 +18,7 @@ from sdlite.cli.threads import spin_briefly
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with its code; whatever the user got wrong is one line on stderr."""
+    """Runs the command line and exits with its code; wrong input gives one line on stderr."""
     spin_briefly()
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

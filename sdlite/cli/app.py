@@ -1,7 +1,7 @@
-"""What the commands share: the app, their common flags, and how a run ends.
+"""The shared part of the commands: the app, their common flags, and how a run ends.
 
-Whatever the user got wrong is one line on stderr and exit code 2; a full disk exits with 3, a fault of the program with
-70, and a run that was stopped with 130. SDLITE_DEBUG=1 in the environment shows the traceback as well.
+Wrong input gives one line on stderr and exit code 2. A full disk exits with 3, a fault of the program with 70, and a
+run that was stopped with 130. SDLITE_DEBUG=1 in the environment also shows the traceback.
 """
 
 import os
@@ -43,7 +43,7 @@ app = typer.Typer(
 
 
 def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
-    """A callback for an option: its check comes before the command, and so before PyTorch is loaded."""
+    """A callback for an option: it runs the check before the command and so before PyTorch is loaded."""
 
     def callback(value: Any) -> Any:
         for each in value if isinstance(value, list) else [value]:
@@ -55,7 +55,7 @@ def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
 
 
 def check_there(path: Path) -> None:
-    """Raises FileNotFoundError for a path where nothing is."""
+    """Raises FileNotFoundError if the path does not exist."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
 
@@ -66,7 +66,7 @@ Model = Annotated[
         "--model",
         "-m",
         callback=checked(check_model),
-        help="Folder, .safetensors file or hub id; 'tiny' is an untrained toy.",
+        help="Folder, .safetensors file or hub id; 'tiny' is an untrained model for trials.",
         show_default="the model that ships",
     ),
 ]
@@ -74,38 +74,51 @@ Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"),
 ]
-Device = Annotated[str, typer.Option(callback=checked(check_device), help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    str, typer.Option(callback=checked(check_device), help="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", min=1, max=512, help="Threads on the CPU.", show_default="one for each core allowed"
+        "--threads",
+        metavar="N",
+        min=1,
+        max=512,
+        help="Number of CPU threads.",
+        show_default="one for each core allowed",
     ),
 ]
-DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of text encoder and UNet.")]
+DType = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Number type of text encoder and denoiser.")
+]
 DTypeName = Literal["float32", "float16", "bfloat16"]
-Override = Annotated[Prediction | None, typer.Option(help="What the model predicts, if its files do not say so.")]
+Override = Annotated[Prediction | None, typer.Option(help="What the model predicts; overrides what its files say.")]
 Vae = Annotated[
     str | None,
     typer.Option(
         "--vae",
         metavar="FILE|FOLDER|tiny",
         callback=checked(check_vae),
-        help="Use this VAE instead of the model's; tiny is TAESD, which the hub gives.",
+        help="Use this VAE instead of the model's; tiny is TAESD from the hub.",
         show_default="the model's",
     ),
 ]
 Variant = Annotated[
     str | None,
-    typer.Option("--variant", help="Which weights of a folder: fp16, non_ema, ...", show_default="plain, else fp16"),
+    typer.Option(
+        "--variant", help="Which weights of a folder to use: fp16, non_ema, ...", show_default="plain, else fp16"
+    ),
 ]
 AllowLinks = Annotated[
     list[Path] | None,
-    typer.Option("--allow-links", metavar="ROOT", help="Links in a model's folder may lead into this folder."),
+    typer.Option("--allow-links", metavar="ROOT", help="Allow links in a model's folder to lead into ROOT."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the PNG.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+NoMetadata = Annotated[
+    bool, typer.Option("--no-metadata", help="Do not write prompt and settings into the image file.")
+]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress bar and no notes, but a word on untrained models.")
+    bool, typer.Option("--quiet", "-q", help="Show no progress bar and no notes, except that a model is untrained.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -136,7 +149,7 @@ def load(
     threads: int | None = None,
     **files: Any,
 ) -> "Pipeline":
-    """The model with its notes told. files: vae, variant and allow_links, as for Pipeline.load."""
+    """Loads the model and reports its notes. files: vae, variant and allow_links, as for Pipeline.load."""
     files["allow_links"] = files.get("allow_links") or ()
     with report.busy(f"loading {SHIPPED if model is None else model}"):
         from sdlite.pipeline import Pipeline
@@ -149,7 +162,7 @@ def load(
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Runs the command line to its exit code; None takes the arguments of the process."""
+    """Runs the command line and returns its exit code; None takes the arguments of the process."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with _stopped_in_order():

@@ -1,4 +1,4 @@
-"""`sdlite batch`: a file of requests to a folder of pictures, interrupted at will."""
+"""`sdlite batch`: draws a file of requests into a folder; it may be interrupted at any time."""
 
 import shutil
 import sys
@@ -60,23 +60,23 @@ def batch(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder of the images. An existing one is continued."),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the images. An existing batch is continued."),
     ] = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images drawn at the same time.")] = 4,
     workers: Annotated[
-        int, typer.Option(help="Number of processes, or of Ray actors; each gets its share of the cores, or a GPU.")
+        int, typer.Option(help="Number of processes or Ray actors; they share the cores, or each gets a GPU.")
     ] = 1,
     exact: Annotated[
         bool,
-        typer.Option(
-            "--exact", help="Same bytes for every --batch-size, --workers and number of cores, on one kind of CPU."
-        ),
+        typer.Option("--exact", help="Same bytes for every --batch-size and --workers, on one kind of CPU."),
     ] = False,
     seed: Annotated[
         int, typer.Option("--seed", "-s", help="Rows without a seed get different seeds, derived from this one.")
     ] = 0,
-    same_seed: Annotated[bool, typer.Option("--same-seed", help="Rows without a seed all get --seed.")] = False,
+    same_seed: Annotated[
+        bool, typer.Option("--same-seed", help="Give all rows without a seed the seed --seed.")
+    ] = False,
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", "-n", help="What to keep out, for rows without this column.")
     ] = None,
@@ -97,29 +97,33 @@ def batch(
         typer.Option(
             "--guidance-scale",
             "--cfg-scale",
-            help="How closely to follow the prompt, for rows without this column; 1 = off.",
+            help="How closely to follow the prompt, for rows without this column; 1 turns guidance off.",
             show_default=f"{DEFAULT.guidance_scale}",
         ),
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(help="Images of a row, for rows without this column.", show_default="1")
+        int | None, typer.Option(help="Number of images, for rows without this column.", show_default="1")
     ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
-            help="How much to change the start image, 0 to 1, for rows that have one.",
+            help="How much to change the start image, 0 to 1, for rows that have a start image but not this column.",
             show_default=f"{DEFAULT.strength}",
         ),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option("--width", "-W", help="In pixels, for rows without this column.", show_default="the model's"),
+        typer.Option(
+            "--width", "-W", help="Width in pixels, for rows without this column.", show_default="the model's"
+        ),
     ] = None,
     height: Annotated[
         int | None,
-        typer.Option("--height", "-H", help="In pixels, for rows without this column.", show_default="the model's"),
+        typer.Option(
+            "--height", "-H", help="Height in pixels, for rows without this column.", show_default="the model's"
+        ),
     ] = None,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Do not stop at a row that fails.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Continue after a row that fails.")] = False,
     shards: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +139,7 @@ def batch(
         ),
     ] = None,
     form: Annotated[
-        Form, typer.Option("--format", help="Write PNGs into a folder, or WebDataset shards: DIR/00000.tar, ...")
+        Form, typer.Option("--format", help="folder: PNG files. webdataset: shards DIR/00000.tar, ...")
     ] = "folder",
     ray: Annotated[
         bool, typer.Option("--ray", help="Make the workers actors of a Ray cluster on this machine.")
@@ -146,7 +150,7 @@ def batch(
             metavar="ADDR", help="Address of a running Ray cluster; all its machines must see DIR and the model."
         ),
     ] = None,
-    contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
+    contact_sheet: Annotated[Path | None, typer.Option(help="Also write all images into this one PNG.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Draw nothing; estimate the time and the disk space.")
     ] = False,
@@ -168,16 +172,16 @@ def batch(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw all requests of a file into a folder; the same command again draws what is missing.
+    """Draw all requests of a file into a folder. Run the same command again to draw only the missing images.
 
-    Prints the path of each PNG, or of each shard. Every field of a request is a column (prompt, seed, steps, ...),
-    num_images repeats a row, and other columns go into the metadata. The options of this command hold for the rows that
-    do not have the column. A .json file is a grid: its lists are combined each with each. Ctrl-C or SIGTERM finishes
-    the batch in hand; a second one stops at once. Exit codes: 0 all done, 1 some failed (see DIR/errors.jsonl), 2 wrong
+    Prints the path of each PNG or shard. Every field of a request is a column (prompt, seed, steps, ...). num_images
+    repeats a row; other columns go into the metadata. The options of this command apply to rows without that column. A
+    .json file is a grid: every value of one list is combined with every value of the others. Ctrl-C or SIGTERM finishes
+    the current batch; a second one stops at once. Exit codes: 0 all done, 1 some failed (see DIR/errors.jsonl), 2 wrong
     input, 3 disk full, 130 interrupted.
 
-    --verify renames a damaged picture to NAME.corrupt, and the same batch command then makes it again; it exits with 1
-    if anything is damaged or missing.
+    --verify renames a damaged image to NAME.corrupt; the same batch command then draws it again. It exits with 1 if
+    anything is damaged or missing.
     """
     report = Report(quiet, as_json)
     if verify is not None:
@@ -226,7 +230,7 @@ def batch(
 
 
 def _run(prepared: "Batch", report: Report) -> int:
-    """Draws what is missing, with a bar or a path each; the exit code."""
+    """Draws what is missing, with a bar or the paths. Returns the exit code."""
     from sdlite.batch.shards import shard_of
 
     missing, start = len(prepared.missing()), perf_counter()
@@ -266,7 +270,7 @@ def _end(done: "BatchReport", report: Report) -> int:
 
 
 def _plan(prepared: "Batch", report: Report) -> None:
-    """What a run would do, its time and space measured on one batch."""
+    """Prints what a run would do; one batch is drawn to measure its time and space."""
     with report.busy("drawing one batch to measure it"):
         estimate = prepared.estimate()
     root = prepared.store.root.absolute()

@@ -1,4 +1,4 @@
-"""`sdlite generate` and `sdlite regen`: flags to Requests, Requests to pictures, pictures to files."""
+"""`sdlite generate` and `sdlite regen`: from flags to requests, images and files."""
 
 import secrets
 from collections.abc import Sequence
@@ -58,10 +58,10 @@ def generate(
     output: Output = None,
     model: Model = None,
     negative_prompt: Annotated[
-        str, typer.Option("--negative-prompt", "-n", help="What to keep out of the image.")
+        str, typer.Option("--negative-prompt", "-n", help="What the image should not show.")
     ] = "",
     seed: Annotated[
-        str, typer.Option("--seed", "-s", help="Seed of the first image; the others count up. random or -1: any.")
+        str, typer.Option("--seed", "-s", help="Seed of the first image; the others count up. random or -1 picks one.")
     ] = str(DEFAULT.seed),
     num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Number of images.")] = 1,
     batch_size: Annotated[
@@ -69,27 +69,26 @@ def generate(
     ] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps; more is slower.")] = DEFAULT.steps,
     guidance_scale: Annotated[
-        float, typer.Option("--guidance-scale", "--cfg-scale", help="How closely to follow the prompt; 1 = off.")
+        float,
+        typer.Option("--guidance-scale", "--cfg-scale", help="How closely to follow the prompt; 1 turns guidance off."),
     ] = DEFAULT.guidance_scale,
-    guidance_rescale: Annotated[float, typer.Option(help="Against too strong colours, 0 to 1.")] = 0.0,
+    guidance_rescale: Annotated[float, typer.Option(help="Reduce too strong contrast of guidance, 0 to 1.")] = 0.0,
     solver: Annotated[SolverName, typer.Option(help="How to step from noise to image.")] = DEFAULT.solver,
-    eta: Annotated[float, typer.Option(help="Noise that ddim adds at each step, 0 to 1.")] = DEFAULT.eta,
+    eta: Annotated[float, typer.Option(help="How much noise ddim adds at each step, 0 to 1.")] = DEFAULT.eta,
     width: Annotated[int | None, typer.Option("--width", "-W", help="In pixels.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option("--height", "-H", help="In pixels.", show_default="the model's")] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", "-i", callback=checked(check_there), help="Picture to start from.")
+        Path | None, typer.Option("--image", "-i", callback=checked(check_there), help="Image to start from.")
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(
-            callback=checked(check_there), help="Black-and-white picture; white parts of --image are redrawn."
-        ),
+        typer.Option(callback=checked(check_there), help="Black-and-white image; white parts of --image are redrawn."),
     ] = None,
     mask_blur: Annotated[
-        float, typer.Option(help="Width of the soft edge around them in pixels, 0 to 64.")
+        float, typer.Option(help="Width in pixels of the soft edge around the white parts of --mask, 0 to 64.")
     ] = DEFAULT.mask_blur,
     no_paste: Annotated[
-        bool, typer.Option("--no-paste", help="Let the model change the rest of --image as well, as diffusers does.")
+        bool, typer.Option("--no-paste", help="Let the model also change the rest of --image, as diffusers does.")
     ] = False,
     strength: Annotated[float, typer.Option(help="How much to change --image, 0 to 1.")] = DEFAULT.strength,
     clip_skip: Annotated[int, typer.Option(help="Number of last text layers to skip.")] = DEFAULT.clip_skip,
@@ -100,7 +99,7 @@ def generate(
     vae: Vae = None,
     variant: Variant = None,
     allow_links: AllowLinks = None,
-    contact_sheet: Annotated[Path | None, typer.Option(help="Also write all pictures into this one PNG.")] = None,
+    contact_sheet: Annotated[Path | None, typer.Option(help="Also write all images into this one PNG.")] = None,
     attention: Annotated[
         Path | None, typer.Option(help="Also write a PNG that shows where the model looked for each word.")
     ] = None,
@@ -109,12 +108,12 @@ def generate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw pictures from a prompt.
+    """Draw images from a prompt.
 
-    Prints the path of each picture. Without -o they are named 000000-SEED.png, 000001-SEED.png, ... in this folder;
-    with -o FOLDER in that folder; with -o NAME.png, NAME.jpg or NAME.webp and --num-images above 1, NAME-1.png,
-    NAME-2.png, ... No file is ever replaced without --force. Ctrl-C finishes the picture in hand; a second one stops
-    at once.
+    Prints the path of each image. Without -o the files are 000000-SEED.png, 000001-SEED.png, ... in this folder. With
+    -o FOLDER they have the same names in that folder. With -o NAME.png (or .jpg, .webp) and --num-images above 1 they
+    are NAME-1.png, NAME-2.png, ... No file is replaced without --force. Ctrl-C finishes the current image; a second one
+    stops at once.
     """
     fields = {name: value for name, value in locals().items() if name in Request.model_fields}
     sources = {name: fields[name] and str(fields[name]) for name in ("image", "mask")}
@@ -164,11 +163,11 @@ def regen(
     picture: Annotated[
         Path,
         typer.Argument(
-            metavar="IMAGE", callback=checked(check_there), help="A picture that sdlite or Automatic1111 drew."
+            metavar="IMAGE", callback=checked(check_there), help="An image that sdlite or Automatic1111 drew."
         ),
     ],
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Draw with this instead, e.g. steps=50.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. steps=50.")
     ] = None,
     output: Output = None,
     model: Model = None,
@@ -180,17 +179,18 @@ def regen(
     variant: Variant = None,
     allow_links: AllowLinks = None,
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="Draw although the model or a source picture is not the recorded one.")
+        bool, typer.Option("--anyway", help="Draw even if the model or a source image is not the recorded one.")
     ] = False,
     no_metadata: NoMetadata = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a picture again from its metadata.
+    """Draw an image again from its metadata.
 
     --set takes any field of the request (`sdlite info IMAGE` lists them); "none" clears width, height, image or mask.
-    A picture that was started from another needs that one again: --set image=FILE, checked by its pixels.
+    An image that was started from another one needs that one again: --set image=FILE. Its pixels are compared with the
+    record.
     """
     changed = dict(_pair(change) for change in changes or ())
     given = {name: Path(path) for name, path in changed.items() if name in ("image", "mask") and path is not None}
@@ -230,7 +230,7 @@ def regen(
 
 
 def _seed(text: str) -> int:
-    """A seed as it was typed; RANDOM draws one."""
+    """Reads a seed; the words in RANDOM draw one."""
     if text.strip().lower() in RANDOM:
         return secrets.randbelow(2**32)
     try:
@@ -240,7 +240,7 @@ def _seed(text: str) -> int:
 
 
 def _check_words(prompt: str, report: Report) -> None:
-    """A note where no word of the prompt is among the names that the shipped model was trained on."""
+    """Notes that the model knows no word of the prompt: none is in the names that it was trained on."""
     names = read_names(shipped_folder())
     if names and knows_none(prompt, names):
         report.note(
@@ -250,7 +250,7 @@ def _check_words(prompt: str, report: Report) -> None:
 
 
 def _check_room(names: Names, request: Request) -> None:
-    """Raises in one line where a JPEG has no room for the prompts."""
+    """Raises ValueError if a JPEG has no room for the prompts."""
     from sdlite.recipe import fits_jpeg
 
     lossy = [path for path in names.paths if path.suffix.lower() in (".jpg", ".jpeg")]
@@ -266,7 +266,7 @@ def _check_sheet(option: str, sheet: Path, names: Names, force: bool) -> None:
 
 
 def _opened(paths: dict[str, Path], report: Report) -> dict[str, "Image"]:
-    """The pictures under the names image and mask. Reading them loads PyTorch, which takes a while."""
+    """Opens image and mask. This loads PyTorch, which takes a while."""
     if not paths:
         return {}
     with report.busy(f"reading {', '.join(path.name for path in paths.values())}"):
@@ -284,7 +284,7 @@ def _draw(
     batch_size: int,
     with_metadata: bool,
 ) -> tuple[list["Image"], bool]:
-    """Draws and saves, batch by batch; the pictures, and whether Ctrl-C ended it."""
+    """Draws and saves batch by batch. Returns the images, and whether Ctrl-C ended it."""
     from sdlite.images import digest
 
     for remark in pipe.remarks(requests[0], sources.get("image"), sources.get("mask")):
@@ -320,7 +320,7 @@ def _draw(
 
 
 def _pair(change: str) -> tuple[str, str | None]:
-    """key=value; "none" clears a field that may be empty."""
+    """Splits key=value; the value "none" clears a field that may be empty."""
     key, equals, value = change.partition("=")
     if not equals:
         raise ValueError(f"--set {change} must be KEY=VALUE, e.g. --set steps=50")
@@ -331,7 +331,7 @@ def _pair(change: str) -> tuple[str, str | None]:
 def _regenerated(
     picture: Path, recipe: "Recipe", changed: dict[str, str | None], sources: dict[str, "Image"], anyway: bool
 ) -> Request:
-    """The recorded request with the changes, its source pictures held against their digests."""
+    """The recorded request with the changes; checks source images against their digests."""
     from sdlite.images import digest
     from sdlite.recipe import UNKNOWN_SOURCE
 

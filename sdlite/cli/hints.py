@@ -1,4 +1,4 @@
-"""What to type instead: a wrong flag or argument, said in one line with the way out."""
+"""Error lines for wrong flags or arguments, which say what to type instead."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ FLAGS = {  # of other programs -> here, besides the names of fields
 
 
 def usage(error: Any) -> str:
-    """The line for an error of typer's, which brings its own click or takes the installed one."""
+    """The line for an error of typer or click."""
     message = str(error.format_message()).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     if context is not None:

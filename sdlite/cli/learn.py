@@ -19,18 +19,28 @@ if TYPE_CHECKING:
     epilog=examples("sdlite data emoji -o emoji", "sdlite data foreground --emoji emoji --varied 2 -o foreground")
 )
 def data(
-    kind: Annotated[Literal["emoji", "nuclei", "foreground"], typer.Argument(help="The latter two: with masks.")],
+    kind: Annotated[
+        Literal["emoji", "nuclei", "foreground"],
+        typer.Argument(help="What to make; nuclei and foreground come with masks."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder. Downloads stay in OUTPUT-sources.")],
-    sources: Annotated[Path | None, typer.Option(help="Folder with the packages, to fetch nothing.")] = None,
+    sources: Annotated[
+        Path | None, typer.Option(help="Folder that already has the packages; then nothing is downloaded.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Side of an emoji in pixels, 64 to 512.")] = 256,
-    style: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    concepts: Annotated[Path | None, typer.Option(help="Text file: only these, a name a line.")] = None,
+    style: Annotated[list[str] | None, typer.Option(help="Use only this style; may be repeated.")] = None,
+    concepts: Annotated[
+        Path | None, typer.Option(help="Text file with the names of the concepts to use, one per line.")
+    ] = None,
     emoji: Annotated[Path | None, typer.Option(help="For foreground: folder that `data emoji` made.")] = None,
     varied: Annotated[
-        int, typer.Option(min=0, help="For foreground: pictures of each drawing, with more kinds of backgrounds.")
+        int,
+        typer.Option(
+            min=0, help="For foreground: number of pictures per drawing, with more kinds of backgrounds; 0: plain."
+        ),
     ] = 0,
 ) -> None:
-    """Make a data folder out of open packages, from npm, PyPI and Debian."""
+    """Download open packages from npm and PyPI and make a data folder of them."""
     from sdlite.train.emoji import make
     from sdlite.train.masks import make_foreground, make_nuclei
 
@@ -56,7 +66,8 @@ def data(
 )
 def train(
     stage: Annotated[
-        Literal["codec", "text", "denoiser", "segmentation"], typer.Argument(help="The first three in this order.")
+        Literal["codec", "text", "denoiser", "segmentation"],
+        typer.Argument(help="What to train; a model needs the first three, in this order."),
     ],
     folder: Annotated[
         Path,
@@ -65,11 +76,9 @@ def train(
             help="Pictures with captions: .txt files beside them, metadata.jsonl or .csv.",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the run; one that is there goes on where it was stopped.")
-    ],
-    minutes: Annotated[float | None, typer.Option(help="Time for this call.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Length of the whole run.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an existing run is resumed.")],
+    minutes: Annotated[float | None, typer.Option(help="Time budget of this call.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Length of the whole run in samples.")] = None,
     start: Annotated[
         str | None,
         typer.Option(
@@ -85,17 +94,17 @@ def train(
         Path | None,
         typer.Option(
             callback=checked(check_there),
-            help="Denoiser: the codec stage's folder. Codec: the one whose decoder is trained further.",
+            help="Denoiser: folder of the codec stage. Codec: folder of the codec whose decoder is trained further.",
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(callback=checked(check_there), help="Denoiser: the text stage's folder.")
+        Path | None, typer.Option(callback=checked(check_there), help="Denoiser: folder of the text stage.")
     ] = None,
     teacher: Annotated[
         Path | None,
         typer.Option(
             callback=checked(check_there),
-            help="Text: folder of a sentence encoder to learn from. Codec: one of pictures of half the size.",
+            help="Folder of a model to learn from. Text: a sentence encoder. Codec: a codec for half the size.",
         ),
     ] = None,
     arch: Annotated[
@@ -120,7 +129,9 @@ def train(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Per process.", show_default="codec 12, text 32, denoiser 32, segmentation 8"),
+        typer.Option(
+            help="Samples in a batch, per process.", show_default="codec 12, text 32, denoiser 32, segmentation 8"
+        ),
     ] = None,
     lr: Annotated[
         float | None,
@@ -130,31 +141,30 @@ def train(
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "muon"] | None,
-        typer.Option(help="Muon learns more per sample.", show_default="denoiser muon, others adamw"),
+        typer.Option(help="How the weights are updated.", show_default="denoiser muon, others adamw"),
     ] = None,
     decay: Annotated[
         Literal["constant", "cosine"] | None,
         typer.Option(help="cosine lets the rate fall to zero at --samples.", show_default="constant"),
     ] = None,
     precision: Annotated[
-        Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of autocast on a GPU.", show_default="no")
+        Literal["no", "bf16", "fp16"] | None, typer.Option(help="Precision of autocast on a GPU.", show_default="no")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and noise.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of first weights, order and noise.", show_default="0")] = None,
     save_minutes: Annotated[
-        float | None, typer.Option(help="Between checkpoints; 0 is only at the end.", show_default="4")
+        float | None, typer.Option(help="Minutes between checkpoints; 0: only at the end.", show_default="4")
     ] = None,
     show_minutes: Annotated[
-        float | None, typer.Option(help="Between exports with previews; 0 is only at the end.", show_default="20")
+        float | None, typer.Option(help="Minutes between exports with previews; 0: only at the end.", show_default="20")
     ] = None,
     show_samples: Annotated[
-        int | None, typer.Option(help="The same by samples; 0 is never.", show_default="denoiser 50000, others 0")
+        int | None,
+        typer.Option(help="Samples between exports with previews; 0: never.", show_default="denoiser 50000, others 0"),
     ] = None,
     plot: Annotated[
         bool, typer.Option("--plot", help="Draw OUTPUT/curves.png, and OUTPUT/progress.html, a film of the previews.")
     ] = False,
-    new_data: Annotated[
-        bool, typer.Option("--new-data", help="Go on although the data are not those that the run began with.")
-    ] = False,
+    new_data: Annotated[bool, typer.Option("--new-data", help="Resume the run even if its data have changed.")] = False,
     prediction: Annotated[
         Literal["epsilon", "v"] | None, typer.Option(help="Denoiser: what it predicts.", show_default="v")
     ] = None,
@@ -164,7 +174,10 @@ def train(
     ] = None,
     min_snr_gamma: Annotated[
         float | None,
-        typer.Option(help="Denoiser: limit of the weight of clean levels; 0 weighs all alike.", show_default="5"),
+        typer.Option(
+            help="Denoiser: limits the weight of low noise levels in the loss; 0: all levels count the same.",
+            show_default="5",
+        ),
     ] = None,
     zero_terminal_snr: Annotated[
         bool | None,
@@ -179,9 +192,9 @@ def train(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Train one stage of a model until its time or samples are over; OUTPUT/export is what it made.
+    """Train one stage of a model until --minutes or --samples are over. The result is in OUTPUT/export.
 
-    Ctrl-C stops in order: the run is saved and exported, and the same command goes on with it.
+    Ctrl-C saves and exports the run; the same command resumes it.
     """
     from sdlite.train.folder import MASKED, read_records
 
@@ -212,19 +225,24 @@ def _numbers(text: str) -> list[float]:
     )
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(callback=checked(check_model), help="What --model takes elsewhere.")],
+    model: Annotated[str, typer.Argument(callback=checked(check_model), help="Folder, .safetensors file or hub id.")],
     folder: Annotated[
         Path, typer.Option("--data", callback=checked(check_there), help="Data folder that the model was trained on.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report and its judge.")],
-    pictures: Annotated[int, typer.Option(min=8, max=10_000, help="Held-out pairs to draw.")] = 100,
-    minutes: Annotated[float, typer.Option(help="To train the judge, where OUTPUT has none.")] = 10.0,
-    steps: Annotated[int, typer.Option(help="Of the solver.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Up to 1: none.")] = 5.0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the judge.")],
+    pictures: Annotated[int, typer.Option(min=8, max=10_000, help="Number of held-out pairs to draw.")] = 100,
+    minutes: Annotated[float, typer.Option(help="Time to train the judge, if OUTPUT has none.")] = 10.0,
+    steps: Annotated[int, typer.Option(help="Denoising steps; more is slower.")] = 20,
+    guidance_scale: Annotated[
+        float, typer.Option(help="How closely to follow the prompt; 1 turns guidance off.")
+    ] = 5.0,
     allow_links: AllowLinks = None,
     threads: Threads = None,
 ) -> None:
-    """Measure what a model draws against held-out pictures, with a judge that has never seen it draw."""
+    """Measure what a model draws against held-out pictures.
+
+    The judge, a classifier, is trained on the real pictures of --data only.
+    """
     typer.echo(f"sdlite: loading {model}", err=True)
     from sdlite.train.evaluate import evaluate as run
 

@@ -1,4 +1,4 @@
-"""`sdlite info`, `sdlite convert` and `sdlite bench`: what a picture or a model is, another form of it, its speed."""
+"""`sdlite info`, `sdlite convert` and `sdlite bench`: facts on an image or model, other file layouts, speed."""
 
 import json
 from pathlib import Path
@@ -38,18 +38,21 @@ NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor") 
 
 @app.command(epilog=examples("sdlite info star.png", "sdlite info emoji-128 --search clock"))
 def info(
-    subject: Annotated[str, typer.Argument(metavar="IMAGE|MODEL", help="A picture, or what --model takes.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="IMAGE|MODEL", help="An image, or a model: folder, .safetensors file or hub id.")
+    ],
     vae: Vae = None,
     variant: Variant = None,
     allow_links: AllowLinks = None,
     search: Annotated[
-        str | None, typer.Option("--search", metavar="WORD", help="Only list the names nearest to it in spelling.")
+        str | None,
+        typer.Option("--search", metavar="WORD", help="Only list the names whose spelling is nearest to WORD."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a picture was drawn, or what a model consists of.
+    """Show how an image was drawn, or what a model consists of.
 
-    For the model that ships, also the styles and the names of things that it was trained to draw.
+    For the model that ships it also lists the styles and the things that the model was trained to draw.
     """
     if search is not None:
         found = nearest(search, _names(subject), SHOWN_NAMES)
@@ -80,27 +83,34 @@ def convert(
         typer.Argument(
             metavar="SRC",
             callback=checked(check_model),
-            help="What --model takes, an old .ckpt, or a folder of .bin files.",
+            help="Folder, .safetensors file or hub id; with --trust-pickle also a .ckpt or a folder of .bin files.",
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="NAME.safetensors for one file, else a new folder.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="NAME.safetensors writes one file, any other name a folder.")
+    ],
     trust_pickle: Annotated[
         bool,
         typer.Option(
-            "--trust-pickle", help="Read .ckpt and .bin files, whose maker you trust: a pickle can carry code."
+            "--trust-pickle",
+            help="Read .ckpt and .bin files. Use it only if you trust their maker: a pickle can hold code.",
         ),
     ] = False,
     prediction: Override = None,
     vae: Vae = None,
     variant: Variant = None,
     allow_links: AllowLinks = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The averaged UNet of a single file that has both.")] = False,
-    dtype: Annotated[DTypeName | None, typer.Option(show_default="as in SRC")] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the averaged weights of the UNet from a single file that has both.")
+    ] = False,
+    dtype: Annotated[
+        DTypeName | None, typer.Option(help="Number type of the weights in DST.", show_default="as in SRC")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model in the other form: a folder as diffusers has it, or one file in the original layout.
+    """Write a model as a diffusers folder or as one file in the original layout.
 
-    Prints DST. Nothing is replaced: DST must not exist, or be an empty folder.
+    Prints DST. Nothing is replaced: DST must not exist, or must be an empty folder.
     """
     check_writable(target.absolute().parent)
     if target.suffix.lower() in NOT_WRITTEN:
@@ -124,13 +134,21 @@ def convert(
     epilog=examples("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny --json timings.json")
 )
 def bench(
-    prompt: Annotated[str, typer.Argument(help="What to draw; a running number is added.")] = "a red apple",
+    prompt: Annotated[str, typer.Argument(help="What to draw; a number is appended in each run.")] = "a red apple",
     model: Model = None,
-    vs: Annotated[Literal["diffusers"] | None, typer.Option(help="Measure it on the same weights too.")] = None,
-    runs: Annotated[int, typer.Option(min=1, max=1000, help="Timings of each side, in turn.")] = 5,
-    steps: Annotated[int, typer.Option(help="Of the whole image.")] = 10,
-    width: Annotated[int | None, typer.Option("--width", "-W", show_default="the model's")] = None,
-    height: Annotated[int | None, typer.Option("--height", "-H", show_default="the model's")] = None,
+    vs: Annotated[
+        Literal["diffusers"] | None, typer.Option(help="Also measure diffusers, on the same weights.")
+    ] = None,
+    runs: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of timings of each side; the sides take turns.")
+    ] = 5,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the image.")] = 10,
+    width: Annotated[
+        int | None, typer.Option("--width", "-W", help="Width in pixels.", show_default="the model's")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", "-H", help="Height in pixels.", show_default="the model's")
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
     threads: Threads = None,
@@ -138,16 +156,16 @@ def bench(
     variant: Variant = None,
     allow_links: AllowLinks = None,
     batch: Annotated[
-        bool, typer.Option("--batch", help="Measure what a batch adds, and the price of --exact.")
+        bool, typer.Option("--batch", help="Measure the overhead of `sdlite batch` and the cost of --exact instead.")
     ] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="On whose disk, with --batch.")] = Path(),
+    folder: Annotated[Path, typer.Option("--dir", help="With --batch: folder to write into.")] = Path(),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write every timing to this file.")] = None,
     force: Force = False,
 ) -> None:
     """Measure one UNet evaluation, one image, peak memory and cold start.
 
-    With --batch instead what the machinery of `sdlite batch` takes for a picture, and how much longer --exact is.
-    Prints a Markdown table, as ratios with --vs, that says so when the machine was too busy for them to be quoted.
+    With --batch it measures instead the time that `sdlite batch` adds to an image, and how much slower --exact is.
+    Prints a Markdown table, with ratios for --vs. The table says if the machine was too busy for reliable figures.
     """
     request = Request(prompt=prompt, steps=steps, width=width, height=height)
     if json_file is not None:

@@ -1,4 +1,4 @@
-"""Where a run's pictures go and what it says about them: file names, events, notes, the progress bar, Ctrl-C."""
+"""The output of a run: file names, events, notes, the progress bar, and Ctrl-C."""
 
 import hashlib
 import json
@@ -27,19 +27,19 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 def shown(text: str) -> str:
-    """The text without what would move a terminal's cursor or change its colours."""
+    """The text without characters that move a terminal's cursor or change its colours."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def check_free(paths: Sequence[Path], force: bool) -> None:
-    """Raises in one line if one of these files of a folder may not be written, or if nothing can be in that folder."""
+    """Raises in one line if one of these files, all in one folder, or the folder may not be written."""
     for path in paths:
         check_file(path, force)
     check_writable(paths[0].absolute().parent)
 
 
 def check_writable(folder: Path) -> None:
-    """Raises in one line unless files can be made in a folder, or in the nearest one above that exists."""
+    """Raises in one line unless the folder, or its nearest existing parent, can be written."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         tempfile.TemporaryFile(dir=nearest).close()
@@ -48,7 +48,7 @@ def check_writable(folder: Path) -> None:
 
 
 class Names:
-    """Where the pictures of a run go, checked before anything is drawn; nothing is created until one is saved."""
+    """The files of a run. They are checked before anything is drawn; nothing is created before the first save."""
 
     def __init__(self, output: str | None, count: int, force: bool) -> None:
         if output == "":
@@ -69,7 +69,7 @@ class Names:
         check_free(self.paths or [self.folder / "*"], force)
 
     def save(self, picture: "Image", index: int, seed: int, with_metadata: bool) -> Path:
-        """Writes the picture number `index` of the run and says where."""
+        """Writes image number `index` of the run and returns its path."""
         from sdlite.images import save_numbered, save_picture
 
         if index == 0:
@@ -81,7 +81,7 @@ class Names:
 
 
 class Report:
-    """What a run says: paths or events on stdout, notes and a bar on stderr."""
+    """The messages of a run: paths or events on stdout, notes and a bar on stderr."""
 
     def __init__(self, quiet: bool, as_json: bool) -> None:
         self.quiet, self.as_json = quiet, as_json
@@ -112,7 +112,7 @@ class Report:
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """A bar without an end, gone afterwards, while something runs that cannot say how far it is."""
+        """Shows a bar without percentage while the block runs, and removes it afterwards."""
         bar = self.bar()
         bar.add_task(shown(what), total=None)
         with bar:

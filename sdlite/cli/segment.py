@@ -1,4 +1,4 @@
-"""`sdlite segment`: which pixels of a picture are what, as a mask, laid over the picture, or cut out of it."""
+"""`sdlite segment`: labels every pixel of an image; writes a mask, an overlay or a cutout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,13 +30,13 @@ def segment(
         typer.Argument(
             metavar="IMAGE...",
             callback=checked(check_there),
-            help="Pictures (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them.",
+            help="Images (PNG, JPEG, WebP, TIFF, BMP, ...) or folders of them.",
         ),
     ],
     model: Annotated[
         Path,
         typer.Option(
-            "--model", "-m", callback=checked(check_there), help="OUTPUT/export of `sdlite train segmentation`."
+            "--model", "-m", callback=checked(check_there), help="Folder OUTPUT/export of `sdlite train segmentation`."
         ),
     ],
     output: Annotated[
@@ -44,21 +44,21 @@ def segment(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.png, or a folder, which gets NAME.png of each picture. A mask's values are class numbers.",
-            show_default="mask.png for one picture",
+            help="FILE.png, or a folder for NAME.png of each image. The values of a mask are class numbers.",
+            show_default="mask.png for one image",
         ),
     ] = None,
-    overlay: Annotated[bool, typer.Option("--overlay", help="The picture with the classes coloured instead.")] = False,
-    cutout: Annotated[bool, typer.Option("--cutout", help="The picture without its background instead.")] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Write the image with coloured classes instead.")] = False,
+    cutout: Annotated[bool, typer.Option("--cutout", help="Write the image without its background instead.")] = False,
     threads: Threads = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Label every pixel of pictures with a network that was trained on masks.
+    """Label every pixel of images with a network that was trained on masks.
 
-    Pictures have up to 128 megapixels and are labelled in tiles. Of several pictures, those whose file is in the output
-    folder already are left out unless --force is given, and one that fails stops no other. Ctrl-C finishes the picture
-    in hand. Exit codes: 0 all done, 1 some failed, 2 wrong input, 130 interrupted.
+    Images may have up to 128 megapixels and are labelled in tiles. If you give several images, those whose file is
+    already in the output folder are skipped without --force, and an error in one does not stop the others. Ctrl-C
+    finishes the current image. Exit codes: 0 all done, 1 some failed, 2 wrong input, 3 disk full, 130 interrupted.
     """
     if overlay and cutout:
         raise ValueError("--overlay and --cutout are two different pictures; give one of them")
@@ -78,7 +78,7 @@ def segment(
 
 
 def _pictures(given: Sequence[Path]) -> Iterator[Path]:
-    """The pictures named, and those in the folders named, by their suffix. Raises ValueError for none."""
+    """The given pictures and those in given folders, found by suffix. Raises ValueError for a folder without any."""
     from PIL import Image
 
     from sdlite.segmentation.segmenter import FORMATS
@@ -97,7 +97,7 @@ def _pictures(given: Sequence[Path]) -> Iterator[Path]:
 
 
 def _places(pictures: Sequence[Path], output: Path | None, many: bool) -> list[tuple[Path, Path]]:
-    """Each picture with the file that is made of it. Raises ValueError for two of one name, or one that is given."""
+    """Pairs each picture with its output file. Raises ValueError for two equal outputs or one that is an input."""
     if many and output is None:
         raise ValueError("several pictures need a folder; give one with --output")
     path = Path("mask.png") if output is None else output
@@ -130,7 +130,7 @@ def _task(model: Path, overlay: bool, cutout: bool, threads: int | None) -> Task
 
 
 def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
-    """Makes each file; of many, one that fails stops no other. Returns the exit code."""
+    """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
     from sdlite.batch.draw import reason
 
     failed = 0

@@ -1,8 +1,7 @@
-"""How many threads a command computes with, and how they wait for each other.
+"""Sets how many threads a command computes with, and how they wait for each other.
 
-PyTorch's wheels for Linux bring GCC's OpenMP. At the end of each parallel part its threads spin for some milliseconds
-until the last one is there, which takes long when another program has that thread's core: an evaluation of emoji-128
-took 3.4 s on two busy cores, and 0.1 s with the short spinning below.
+PyTorch's wheels for Linux bring GCC's OpenMP. At the end of each parallel part its threads spin until the last one
+arrives, which takes long if another program has that thread's core. tests/compare_threads.py measures this.
 """
 
 import os
@@ -18,7 +17,7 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def spin_briefly() -> None:
-    """Must come before torch is imported: OpenMP reads the environment once. What the user has set stays."""
+    """Must come before torch is imported: OpenMP reads the environment once. Keeps the user's own settings."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
@@ -39,7 +38,7 @@ def use_threads(asked: int | None = None, cgroups: Path = CGROUPS, own: Path = O
 
 
 def _cores() -> float:
-    """Cores that taskset or a container's cpuset leaves to this process; only Linux says it."""
+    """Cores that taskset or a container's cpuset leaves to this process; known on Linux only."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else inf
 
 
@@ -60,7 +59,7 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
 
 
 def _quota(group: Path, is_v1: bool) -> Iterator[float]:
-    """quota / period of one control group, where it has a limit."""
+    """quota / period of one control group, if it has a limit."""
     files = [group / name for name in (("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",))]
     if all(file.is_file() for file in files):
         quota, period = " ".join(file.read_text() for file in files).split()

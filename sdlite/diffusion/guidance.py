@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
-    """uncond + scale * (cond - uncond): Stable Diffusion's convention, in which scale 1 is no guidance.
+    """uncond + scale * (cond - uncond), Stable Diffusion's convention: scale 1 turns guidance off.
 
     uncond, cond: (B, C, H, W) outputs of the denoiser. scale: a number or (B, 1, 1, 1).
     """
@@ -22,8 +22,8 @@ def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
 def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
     """Takes guided outputs part of the way back to the spread of cond (Lin et al. 2023, section 3.4, eq. 15 and 16).
 
-    guided, cond: (B, C, H, W). rescale: 0 leaves guided as it is, 1 gives it cond's standard deviation; their 0.7 is
-    made for zero terminal SNR.
+    guided, cond: (B, C, H, W). rescale: 0 changes nothing, 1 gives guided the standard deviation of cond. Lin et al.
+    use 0.7 with a zero terminal SNR.
     """
     tiny = torch.finfo(guided.dtype).tiny  # constant outputs, as of an untrained network, have no spread to divide by
     spread = cond.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=tiny)  # (B,)
@@ -31,7 +31,7 @@ def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> T
 
 
 class Guided:
-    """A denoiser that runs another with two prompts per image, unconditional first, and guides by the difference."""
+    """Runs another denoiser with two prompts per image, the unconditional one first, and combines the outputs."""
 
     def __init__(self, denoiser: "Denoiser", scale: float | Tensor, rescale: float | Tensor = 0.0) -> None:
         self.denoiser = denoiser

@@ -1,8 +1,8 @@
 """Inpainting: repaint the masked part of an image and keep the rest.
 
-Any UNet can do it by putting the known part back after every step (`keep_known`; Lugmayr et al. 2022, section 3.2,
-without their resampling). An inpainting UNet instead sees mask and masked image as further channels (`WithChannels`;
-Rombach et al. 2022, appendix D.5).
+For any denoiser, `keep_known` puts the known part back after every step (Lugmayr et al. 2022, section 3.2, without
+their resampling). An inpainting model instead gets mask and masked image as further channels (`WithChannels`; Rombach
+et al. 2022, appendix D.5).
 """
 
 from typing import TYPE_CHECKING
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 def keep_known(solver: Solver, x_0: Tensor, noise: Tensor, mask: Tensor) -> Constrain:
     """A `constrain` for `denoise`: outside the mask, latents are x_0 noised to the timestep reached.
 
-    x_0, noise: (B, C, H, W), the image's latents and the noise that is always put on them. mask: (B, 1, H, W), 1 where
-    to repaint.
+    x_0, noise: (B, C, H, W), the image's latents and the noise that is added to them at every step. mask: (B, 1, H, W),
+    1 where to repaint.
     """
     return lambda x, i: (1 - mask) * solver.noised(x_0, noise, i) + mask * x
 
 
 class WithChannels:
-    """A denoiser of 4-channel latents out of one that also wants constant channels, appended to every call."""
+    """Wraps an inpainting denoiser of 9 channels as one of 4: appends the same 5 channels in every call."""
 
     def __init__(self, denoiser: "Denoiser", channels: Tensor) -> None:
         self.denoiser = denoiser

@@ -1,4 +1,4 @@
-"""What a noise predictor is trained on: the squared error of its output, weighted by the timestep."""
+"""The training loss of a noise predictor: the squared error of its output, weighted by the timestep."""
 
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def min_snr_weight(abar_t: Tensor, prediction: Prediction, gamma: float = 5.0) -> Tensor:
     """Weight of a timestep's error (Hang et al. 2023, section 3.4): min(snr, gamma) in terms of x_0's error.
 
-    For v the signal-to-noise ratio is taken plus one, so that pure noise (snr 0) is trained as well. Same shape as
-    abar_t; gamma 5 is the paper's.
+    For v it uses snr + 1, so that pure noise (snr 0) is trained as well. Returns the shape of abar_t; gamma 5 is the
+    paper's.
     """
     snr = abar_t / (1 - abar_t)
     if prediction == "epsilon":

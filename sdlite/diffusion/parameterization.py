@@ -4,7 +4,7 @@
     v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0          (Salimans and Ho 2022, appendix D)
 
 x_t, x_0, eps, v, noise: (B, C, H, W), scaled latents. abar_t: float64, () for all images or (B,) for one each, as
-`Schedule.abar` gives it. Everything returned has the shape and dtype of the latents.
+`Schedule.abar` gives it. All functions return the shape and dtype of the latents.
 """
 
 from torch import Tensor

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sdlite.models.denoiser import Denoiser, Memory
 
 Constrain: TypeAlias = Callable[[Tensor, int], Tensor]
-"""Changes the latents after a step, given the index of the timestep that they have reached."""
+"""Changes the latents after a step; the second argument is the index of the timestep that they have reached."""
 
 
 def denoise(
@@ -24,11 +24,11 @@ def denoise(
     start: int = 0,
     constrain: Constrain | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the latents after every step; the last are x_0. Stop early by not asking for more.
+    """Yields the latents after every step; the last ones are x_0. To stop early, leave the loop.
 
     x: (B, C, H, W), noise of the solver's initial_scale, or an image noised to timesteps[start].
-    memory: `denoiser.prepare(context)`. noise: draws what stochastic solvers add.
-    constrain: inpainting puts the known part of the image back with it.
+    memory: `denoiser.prepare(context)`. noise: draws the noise that stochastic solvers add.
+    constrain: changes the latents after every step; inpainting puts the known part of the image back.
     """
     timesteps = solver.timesteps.to(x.device)
     for i in range(start, len(timesteps)):

@@ -1,8 +1,8 @@
 """How much of the image is left at each training timestep, and which timesteps a run visits.
 
 Forward noising mixes image and noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4), where
-abar_t is the cumulative product of 1 - beta. Timestep 0 is almost clean, the last one almost, or with a zero terminal
-signal-to-noise ratio exactly, pure noise.
+abar_t is the cumulative product of 1 - beta. At timestep 0 x_t is almost the image. At the last timestep it is almost
+pure noise, or exactly pure noise with a zero terminal signal-to-noise ratio.
 """
 
 import math
@@ -32,7 +32,7 @@ def betas(config: ScheduleConfig) -> Tensor:
 
 
 def with_zero_terminal_snr(abars: Tensor) -> Tensor:
-    """Shifts and scales sqrt(abar) so that the last is 0 and the first stays (Lin et al. 2023, algorithm 1)."""
+    """Shifts and scales sqrt(abar) so that the last is 0 and the first is kept (Lin et al. 2023, algorithm 1)."""
     roots = abars.sqrt()
     first, last = roots[0], roots[-1]
     return ((roots - last) * first / (first - last)) ** 2
@@ -41,9 +41,10 @@ def with_zero_terminal_snr(abars: Tensor) -> Tensor:
 def spaced_timesteps(num_train_steps: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     """The `steps` training timesteps of a run, (steps,) int64, descending.
 
-    "leading": multiples of num_train_steps // steps, plus offset; the usual grid of Stable Diffusion. "trailing": ends
-    of equal intervals, from the last timestep; the right one for a zero terminal SNR. "linspace": first and last
-    timestep and equal distances. Lin et al. 2023, table 2. Raises ValueError if steps is not in 1..num_train_steps.
+    "leading": multiples of num_train_steps // steps, plus offset; the usual grid of Stable Diffusion. "trailing": the
+    ends of equal intervals, beginning at the last timestep; needed for a zero terminal SNR. "linspace": equal distances
+    from the first to the last timestep. Source: Lin et al. 2023, table 2. Raises ValueError if steps is not in
+    1..num_train_steps.
     """
     if not 1 <= steps <= num_train_steps:
         raise ValueError(f"steps={steps} must be from 1 to {num_train_steps}, the timesteps of the training schedule")
@@ -77,6 +78,6 @@ class Schedule:
         return torch.cat([self.abars, self.final_abar[None]])[t.cpu()]  # index -1 is the end
 
     def timesteps(self, steps: int) -> Tensor:
-        """The grid of a run, (steps,) int64 descending; "leading" where the config leaves the choice open."""
+        """The grid of a run, (steps,) int64 descending; "leading" if the config does not name one."""
         config = self.config
         return spaced_timesteps(config.num_train_steps, steps, config.spacing or "leading", config.steps_offset)

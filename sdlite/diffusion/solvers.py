@@ -1,8 +1,8 @@
 """From noise to image, one step at a time.
 
 `ddim_step` and `ddpm_step` are the papers' formulas. `DDIM` and `DDPM` fix all pairs (t, t_prev) of a run beforehand
-and apply them; a step never re-derives its neighbour. `DiffusersSolver` gives diffusers' schedulers the same face.
-Noise is an argument everywhere: `noise()` draws it, and is called only where a step needs it.
+and apply them. `DiffusersSolver` gives diffusers' schedulers the same interface. Noise is always an argument: `noise()`
+draws it and is called only by steps that need it.
 """
 
 import copy
@@ -28,8 +28,8 @@ def ddim_step(
 ) -> Tensor:
     """One DDIM update to x_prev (Song et al. 2021, eq. 12; sigma from eq. 16).
 
-    x_0, eps: (B, C, H, W), the network's idea of clean latents and noise in x_t. abar_t, abar_prev: () float64.
-    eta: 0 is deterministic, 1 has DDPM's noise. noise: (B, C, H, W), required if eta > 0.
+    x_0, eps: (B, C, H, W), the clean latents and the noise that the network predicts in x_t. abar_t, abar_prev: ()
+    float64. eta: 0 is deterministic, 1 has DDPM's noise. noise: (B, C, H, W), required if eta > 0.
     """
     variance = eta**2 * (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)
     mean = abar_prev.sqrt() * x_0 + (1 - abar_prev - variance).clamp(min=0).sqrt() * eps
@@ -52,7 +52,7 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, abar_t: Tensor, abar_prev: Tensor, *, no
 
 
 class Solver(Protocol):
-    """A run of S steps. The sampling loop iterates over `timesteps`, of which some solvers have more than S."""
+    """A run of S steps. The sampling loop iterates over `timesteps`; some solvers have more than S of them."""
 
     timesteps: Tensor  # (S,) descending
     initial_scale: float  # standard deviation of x_T
@@ -68,7 +68,7 @@ class Solver(Protocol):
 
 
 class _OwnSolver:
-    """What DDIM and DDPM share: the trajectory, fixed beforehand, and unit-variance latents."""
+    """The shared part of DDIM and DDPM: the trajectory, fixed beforehand, and unit-variance latents."""
 
     initial_scale = 1.0
 
@@ -114,9 +114,9 @@ class DDPM(_OwnSolver):
 class DiffusersSolver:
     """A scheduler of diffusers as a Solver.
 
-    Copies the scheduler, whose state belongs to one run. generators: one per image, from which the scheduler draws the
-    noise that it adds. start: the step at which the run begins (image to image). levels: (sigmas, timesteps), (S,)
-    each, descending, to use in place of the scheduler's own.
+    It copies the scheduler, because a scheduler holds the state of one run. generators: one per image; the scheduler
+    draws the noise that it adds from them. start: the step at which the run begins (image to image). levels: (sigmas,
+    timesteps), (S,) each, descending, to use instead of the scheduler's own.
     """
 
     def __init__(

@@ -4,8 +4,8 @@
     context        (B, T, D) --to_k--> K (B, N, T, K)     softmax(Q K^T / sqrt(K)) V --to_out--> (B, L, C)
                              --to_v--> V (B, N, T, K)
 
-In self-attention the image tokens are their own context. In cross-attention the context is the prompt, which does not
-change between steps, so its K and V are projected once (`project_kv`) and handed to every call.
+In self-attention the image tokens are their own context. In cross-attention the context is the prompt. It does not
+change between steps, so its K and V are projected once (`project_kv`) and passed to every call.
 Letters: B batch, G prompts per image (2 under guidance, else 1), L image tokens H*W, C channels, T text tokens, D text
 width, N heads, K head width.
 Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
@@ -29,17 +29,20 @@ FEED_FORWARD_FACTOR = 4  # hidden width of the feed-forward part (Vaswani et al.
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V (Vaswani et al. 2017, eq. 1). q: (B, N, L, K); k, v: (B, N, T, K). Returns q's shape.
 
-    On a CPU the gradient of PyTorch's fused kernel takes up to four times as long as that of the formula.
+    With a gradient on a CPU it computes the formula itself, because PyTorch's fused kernel is slow backwards there.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):  # which would take the softmax to float32 and back
+    with torch.autocast("cpu", enabled=False):  # autocast would convert the softmax to float32 and back
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, N, L, T)
         return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values are an argument. bias: of Q, K and V, which the UNet's have not."""
+    """Multi-head attention whose keys and values are an argument.
+
+    bias: add a bias to Q, K and V (the UNet's attention has none).
+    """
 
     def __init__(self, channels: int, context_dim: int, num_heads: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each on normalised input, added to its input."""
+    """Self-attention, cross-attention to the prompt, feed-forward; each with a norm before and a residual path."""
 
     def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -103,13 +106,13 @@ class TransformerBlock(nn.Module):
         """x: (B, L, C) image tokens. prompt: `attn2.project_kv(context)` of G B prompts. Returns (G B, L, C)."""
         z = self.norm1(x)
         x = x + self.attn1(z, self.attn1.project_kv(z))
-        x = repeat_rows(x, len(prompt[0]))  # (G B, L, C): until here all prompts of an image have the same
+        x = repeat_rows(x, len(prompt[0]))  # (G B, L, C); up to here it is the same for all prompts of an image
         x = x + self.attn2(self.norm2(x), prompt)
         return x + self.ff(self.norm3(x))
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution on tokens: the linear layer of SD1's checkpoints, which store it as a (C, C, 1, 1) kernel."""
+    """A linear layer on tokens, stored as the (C, C, 1, 1) kernel of a 1x1 convolution, as in SD1's checkpoints."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 1)

@@ -1,4 +1,4 @@
-"""Images to latents and back: diffusers' autoencoders, in latents of about unit variance.
+"""Images to latents and back: diffusers' autoencoders, with latents scaled to about unit variance.
 
     images (B, 3, H, W) in [-1, 1]  --encode-->  latents (B, C, H/f, W/f)  --decode-->  images
 
@@ -14,9 +14,9 @@ COPIES = 3  # of the largest activation, held at the same time while it is norma
 
 
 class LatentCodec(nn.Module):
-    """AutoencoderKL (Kingma and Welling 2014; Rombach et al. 2022) or AutoencoderTiny with its scale and shift.
+    """AutoencoderKL (Kingma and Welling 2014; Rombach et al. 2022) or AutoencoderTiny, with its scale and shift.
 
-    `model` holds the autoencoder under diffusers' names, `factor` the pixels per latent cell.
+    `model` is the autoencoder with diffusers' names; `factor` is the number of pixels along a latent cell's side.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -36,11 +36,11 @@ class LatentCodec(nn.Module):
 
     @property
     def deterministic(self) -> bool:
-        """Whether `encode` has no use for noise."""
+        """Whether `encode` ignores noise."""
         return isinstance(self.config, AutoencoderTinyConfig)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of images: the posterior's mean, or with noise a sample of it.
+        """Latents of images: the mean of the posterior, or a sample of the posterior if noise is given.
 
         images: (B, 3, H, W) in [-1, 1], H and W multiples of `factor`. noise: (B, C, H/f, W/f).
         """
@@ -55,13 +55,13 @@ class LatentCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of latents (B, C, H/f, W/f).
 
-        In one piece whatever the size: GroupNorm takes its statistics of the whole image, so that tiles, each with
-        its own, would differ in colour and contrast.
+        Decodes an image of any size in one piece. GroupNorm's statistics are those of the whole image; tiles, each with
+        statistics of its own, would differ in colour and contrast.
         """
         return self.model.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)).sample
 
     def decode_bytes(self, width: int, height: int) -> int:
-        """Memory that the decoding of an image of that many pixels takes at least."""
+        """Lower bound of the memory, in bytes, that decoding an image of that size takes."""
         if isinstance(self.config, AutoencoderKLConfig):
             channels = self.config.block_out_channels[:2]  # the finest, and the next as its upsampled input
         else:

@@ -1,8 +1,7 @@
 """The one contract between networks and diffusion mathematics.
 
-Everything that predicts noise implements it: UNet, DiT, and every wrapper that makes one of them faster. `prepare`
-runs once per batch of images and may keep whatever does not change between steps (here the prompt's K and V);
-`__call__` runs once per step.
+UNet, DiT and every wrapper of them implement it. `prepare` runs once per batch of images and may keep whatever does not
+change between steps (for UNet and DiT the prompt's K and V). `__call__` runs once per step.
 """
 
 from typing import Any, Protocol, TypeAlias
@@ -12,7 +11,7 @@ from torch import Tensor
 from sdlite.config import Prediction
 
 Memory: TypeAlias = Any
-"""What `prepare` made of a context. Opaque to everyone but the denoiser that made it."""
+"""The result of `prepare`. Only the denoiser that made it looks inside."""
 
 
 class Denoiser(Protocol):
@@ -26,7 +25,7 @@ class Denoiser(Protocol):
         """context: (B, T, D) text features. Once per batch of images."""
 
     def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """x: (B, C, H, W) noisy latents. t: (B,) training timesteps. memory: of G B prompts, G a whole number.
+        """x: (B, C, H, W) noisy latents. t: (B,) training timesteps. memory: from `prepare` of G B prompts, G whole.
 
-        Returns (G B, C, H, W): all images with the first B prompts, then with the next, as guidance needs it.
+        Returns (G B, C, H, W): all images with the first B prompts, then all images with the next B (for guidance).
         """

@@ -5,9 +5,9 @@
       + positions                                                            norm, modulation by t
         block 1 ... block `depth`  self-attention, cross-attention, feed-forward, all at one resolution
 
-The timestep enters through modulation: one linear layer for all blocks makes six vectors of it (adaLN-single; Chen et
-al. 2023, section 2.3), to which every block adds its own table: shift, scale and gate of its self-attention, and of its
-feed-forward. Cross-attention has neither norm nor modulation.
+The timestep enters through modulation: one linear layer, shared by all blocks, turns it into six vectors (adaLN-single;
+Chen et al. 2023, section 2.3): shift, scale and gate for the self-attention and for the feed-forward. Every block adds
+its own table to them. Cross-attention has neither norm nor modulation.
 Attribute names are those of diffusers' PixArtTransformer2DModel: renaming an attribute breaks every file
 (tests/test_dit.py compares the keys).
 Letters: B batch, G prompts per image, C channels, H W latent cells, P patch side, L tokens (H/P * W/P), D token width,
@@ -35,7 +35,7 @@ def axis_positions(length: int, span: int, shrink: int, width: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Latents to tokens: every patch linearly, plus where it is."""
+    """Latents to tokens: a linear projection of every patch plus its position."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class PatchEmbedding(nn.Module):
         return (z + self.positions(*z.shape[-2:]).to(z)).flatten(2).transpose(1, 2)  # (B, L, D)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """(D, rows, columns) float32: half of the channels say the column, half the row.
+        """(D, rows, columns) float32: half of the channels encode the column, the other half the row.
 
-        Any number of rows or columns spans what `sample_size` does in training.
+        Any number of rows or columns is spread over the range that `sample_size` has in training.
         """
         config = self.config
         span, shrink, half = config.sample_size // config.patch_size, config.position_shrink, config.width // 2
@@ -59,7 +59,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimeModulation(nn.Module):
-    """The timestep as a vector, and as the six of adaLN-single."""
+    """The timestep as one vector, and as the six vectors of adaLN-single."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class TimeModulation(nn.Module):
 
 
 class PromptProjection(nn.Module):
-    """Text features to the width of the tokens, by two layers."""
+    """Two linear layers from text features to the width of the tokens."""
 
     def __init__(self, context_dim: int, width: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class PromptProjection(nn.Module):
 
 
 class GELU(nn.Module):
-    """Linear layer, then the GELU as approximated by tanh."""
+    """Linear layer, then the tanh approximation of the GELU."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Block(nn.Module):
         shift, scale, gate = table[: len(x), :3].chunk(3, dim=1)  # (B, 1, D) each, of self-attention
         z = modulate(x, shift, scale)
         x = x + gate * self.attn1(z, self.attn1.project_kv(z))
-        x = repeat_rows(x, len(table))  # (G B, L, D): until here all prompts of an image have the same
+        x = repeat_rows(x, len(table))  # (G B, L, D); up to here it is the same for all prompts of an image
         x = x + self.attn2(x, prompt)
         shift, scale, gate = table[:, 3:].chunk(3, dim=1)  # (G B, 1, D) each, of the feed-forward part
         return x + gate * self.ff(modulate(x, shift, scale))
@@ -163,8 +163,8 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, memory: tuple[KV, ...]) -> Tensor:
         """x: (B, C_in, H, W) noisy latents. t: (B,) timesteps. memory: from `prepare`, for G B prompts.
 
-        Returns (G B, C_out, H, W), what `prediction` says, in x's dtype; computes in that of the weights. Raises
-        ValueError unless the patch divides H and W.
+        Returns (G B, C_out, H, W): noise, v or x_0, as `prediction` says, in x's dtype. Computes in the weights' dtype.
+        Raises ValueError unless the patch divides H and W.
         """
         height, width, patch = *x.shape[-2:], self.config.patch_size
         if height % patch or width % patch:
@@ -179,7 +179,7 @@ class DiT(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens of zero mean and unit variance, scaled and shifted: (B, L, D)."""
+    """Normalises each token to zero mean and unit variance, then scales and shifts it: (B, L, D)."""
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 

@@ -1,4 +1,4 @@
-"""Blocks the UNet is made of, without attention: time embedding, residual block, resampling.
+"""The UNet's blocks without attention: time embedding, residual block, resampling.
 
 Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
 Letters: B batch, G prompts per image, C channels, E time width, H W height and width in latent cells.
@@ -17,7 +17,7 @@ MAX_PERIOD = 10_000  # slowest wavelength of the sinusoids, in timesteps (Vaswan
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoids of the timestep, cosines first (Ho et al. 2020, appendix B).
 
-    t: (B,) timesteps, whole or fractional. Returns (B, width) float32 whatever t's type; width must be even.
+    t: (B,) timesteps, whole or fractional. Returns (B, width) float32 for any type of t; width must be even.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -26,10 +26,10 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """(B, ...) to (rows, ...), the whole batch again for each of rows / B prompts; as it is where rows is B.
+    """Repeats the whole batch for each of rows / B prompts: (B, ...) to (rows, ...). Unchanged if rows is B.
 
-    Guidance runs the same image with several prompts. They differ from the first cross-attention on only, so what lies
-    before it is computed once and repeated here, which saves 2 to 3 % of an evaluation of Stable Diffusion 1.
+    Guidance runs the same image with several prompts. They make no difference before the first cross-attention, so that
+    part is computed once and repeated here.
     """
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
@@ -83,8 +83,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour enlargement to a given size, then a convolution.
 
-    The size is the next skip's: twice the input's, or one less where Downsample rounded up, so that every latent size
-    works and not only multiples of 2 ** stages.
+    `size` is that of the next skip: twice the input's, or one less where Downsample rounded up. So every latent size
+    works, not only multiples of 2 ** stages.
     """
 
     def __init__(self, channels: int) -> None:

@@ -1,4 +1,4 @@
-"""The networks that a model folder may hold, and the one that a config describes."""
+"""The networks that a model folder may hold, and how to build one from its config."""
 
 from typing import TypeAlias
 
@@ -10,5 +10,5 @@ Network: TypeAlias = UNet | DiT
 
 
 def network(config: DenoiserConfig) -> Network:
-    """The denoiser of a config, with PyTorch's initial weights."""
+    """Builds the denoiser of a config, with PyTorch's initial weights."""
     return DiT(config) if isinstance(config, DiTConfig) else UNet(config)

@@ -4,11 +4,11 @@
     tokens of each section         --split_chunks-->  chunks of at most 75 tokens
 
 `(x)` multiplies the weight of x by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3; brackets nest, and a
-backslash makes the next bracket or backslash plain text. A bracket that is never closed holds to the end, a closing
-one that nothing opened is text. BREAK ends a section: what follows starts a new chunk.
+backslash makes the next bracket or backslash plain text. A bracket that is never closed applies to the end of the
+prompt. A closing bracket without an opening one is text. BREAK ends a section: the text after it starts a new chunk.
 Two things differ from Automatic1111: BREAK works inside brackets too, and weights stay within +-MAX_WEIGHT. Its prompt
-editing (`[from:to:when]`), AND and <lora:...> are not part of the grammar and are read as text.
-`foreign_marks` finds those.
+editing (`[from:to:when]`), AND and <lora:...> are not part of the grammar and are read as text; `foreign_marks` finds
+them.
 Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py and modules/sd_hijack_clip.py.
 """
 
@@ -41,7 +41,7 @@ _BREAK = re.compile(r"\bBREAK\b")
 
 
 class Piece(NamedTuple):
-    """Text of one weight."""
+    """A piece of text and its weight."""
 
     text: str
     weight: float
@@ -92,9 +92,9 @@ def parse_prompt(prompt: str) -> list[list[Piece]]:
 
 
 def escaped(text: str) -> str:
-    """A prompt of which every character is plain text, whatever `text` holds.
+    """The prompt that draws `text` literally: brackets and backslashes are escaped.
 
-    BREAK, which no backslash protects, becomes lower case; CLIP's tokenizer knows no upper case.
+    BREAK cannot be escaped, so it becomes lower case; CLIP's tokenizer ignores case.
     """
     return _BREAK.sub("break", re.sub(r"[\\()\[\]]", r"\\\g<0>", text))
 

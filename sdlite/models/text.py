@@ -1,10 +1,10 @@
-"""Prompts to context: CLIP's tokenizer and text encoder (Radford et al. 2021), the only import of transformers.
+"""Prompts to context with CLIP's tokenizer and text encoder (Radford et al. 2021).
 
     prompt --parse_prompt--> weighted pieces --tokenizer--> tokens --split_chunks--> chunks of L - 2 tokens
-    chunk  --> BOS, tokens, EOS, pads --CLIP--> (L, D) --emphasize--> (L, D);  a prompt's chunks follow each other on L
+    chunk  --> BOS, tokens, EOS, pads --CLIP--> (L, D) --emphasize--> (L, D);  the chunks of a prompt are joined along L
 
-Text that looks like a special token ("<|endoftext|>", or "!", the pad token of SD2) is plain text here, as in the
-training of these models; transformers and diffusers put the special token in its place.
+Text that looks like a special token ("<|endoftext|>", or "!", the pad token of SD2) is plain text here; transformers
+and diffusers read it as the special token.
 """
 
 import json
@@ -30,9 +30,9 @@ MIN_MEAN = 1e-3  # of the mean magnitude: below it a mean is rounding noise and 
 class TextEncoder(nn.Module):
     """CLIP's text model with its tokenizer; starts in eval mode with random weights in `model`.
 
-    May be built under torch.device("meta") and filled with
+    It may be built under torch.device("meta") and filled with
     `encoder.model.load_state_dict(text_state_dict(weights), assign=True)`.
-    The tokenizer is the encoder's from here on: its pad token and length are set from config.
+    The encoder changes the tokenizer that it is given: it sets the pad token and the length from config.
     Raises ValueError if tokenizer and config do not fit each other.
     """
 
@@ -59,9 +59,9 @@ class TextEncoder(nn.Module):
     def encode(self, prompts: Sequence[str], *, clip_skip: int = 0, chunks: int | None = None) -> Tensor:
         """Context (B, n L, D) of B prompts, on the model's device; L is max_position_embeddings, 77 for SD.
 
-        n is the chunk count of the longest prompt, or `chunks`; shorter prompts are followed by empty chunks.
-        clip_skip: layers left out at the end; the final layer norm is applied all the same, as in diffusers.
-        Each chunk is encoded alone, so a prompt's context does not depend on its neighbours, and is remembered until
+        n is the chunk count of the longest prompt, or `chunks`; empty chunks are added to shorter prompts.
+        clip_skip: number of last layers to skip; the final layer norm is still applied, as in diffusers.
+        Each chunk is encoded alone, so a prompt's context does not depend on its neighbours. Chunks are cached until
         the weights change. Raises ValueError for a clip_skip beyond the layers and for fewer `chunks` than needed.
         """
         if isinstance(prompts, str) or not prompts:
@@ -81,7 +81,7 @@ class TextEncoder(nn.Module):
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Words of a prompt in order, in the tokenizer's spelling, each with its rows of the context of `encode`.
 
-        Signs between spaces or letters are words of their own; the rows of start, end and padding belong to none.
+        Punctuation counts as words of its own. The rows of start, end and padding belong to no word.
         """
         words: list[tuple[str, list[int]]] = []
         ids: list[int] = []
@@ -98,7 +98,7 @@ class TextEncoder(nn.Module):
     def caption_tokens(self, caption: str) -> tuple[list[int], bool]:
         """Ids of a caption's first chunk, without start and end, and whether that is the whole caption.
 
-        What a model is trained on: brackets in it are plain text. `encode` of the escaped caption has the same tokens.
+        Models are trained on these. Brackets are plain text: `encode` of the escaped caption uses the same tokens.
         """
         chunks = self._split(escaped(caption))
         return [token.id for token in chunks[0]], len(chunks) == 1

@@ -8,12 +8,12 @@
               down 3  resnet x2 ---------------- skips ------ up 0  resnet x3
                                 mid  resnet, attention, resnet
 
-Every resnet receives the time vector, every attention the prompt's K and V, which `prepare` projects once per prompt.
-`UNetConfig` sets the number of stages and their widths; the drawing is SD1's.
-Attribute names are those of diffusers' UNet2DConditionModel, so its checkpoints load as they are: renaming an attribute
-breaks every file (tests/test_unet.py compares the keys).
-Letters: B batch, of images and, once the prompts have entered, of images times prompts; C channels, E time width, H W
-latent cells, T text tokens, D text width.
+Every resnet receives the time vector. Every attention receives the prompt's K and V, which `prepare` projects once per
+prompt. `UNetConfig` sets the number of stages and their widths; the drawing shows SD1's.
+Attribute names are those of diffusers' UNet2DConditionModel, so its checkpoints load without renaming: renaming an
+attribute breaks every file (tests/test_unet.py compares the keys).
+Letters: B batch (images; after the first cross-attention images times prompts), G prompts per image, C channels, E time
+width, H W latent cells, T text tokens, D text width.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """`layers_per_block` layers, then half the resolution unless it is the coarsest stage."""
+    """`layers_per_block` layers, then Downsample, except in the coarsest stage."""
 
     def __init__(self, config: UNetConfig, stage: int) -> None:
         out, before = config.block_out_channels[stage], config.block_out_channels[max(stage - 1, 0)]
@@ -56,7 +56,7 @@ class DownStage(Stage):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
 
     def forward(self, h: Tensor, time: Tensor, memory: Iterator[KV]) -> list[Tensor]:
-        """Returns the output of every layer and of the downsampler: the skips, of which the last goes on down."""
+        """Returns the skips: the output of every layer and of the downsampler. The last is the next stage's input."""
         skips = []
         for i in range(len(self.resnets)):
             h = self.layer(i, h, time, memory)  # (B, C_out, H, W)
@@ -67,7 +67,7 @@ class DownStage(Stage):
 
 
 class MiddleStage(Stage):
-    """Resnet, attention, resnet at the coarsest resolution; has attention even where that stage has none."""
+    """Resnet, attention, resnet at the coarsest resolution; has attention even if the coarsest stage has none."""
 
     def __init__(self, config: UNetConfig) -> None:
         stage = len(config.block_out_channels) - 1
@@ -81,7 +81,7 @@ class MiddleStage(Stage):
 
 
 class UpStage(Stage):
-    """One layer more than the way down, each on the concatenation with a skip, then the next finer resolution."""
+    """One layer more than the way down, each on its input and a skip, then Upsample, except in the finest stage."""
 
     def __init__(self, config: UNetConfig, stage: int) -> None:
         channels = config.block_out_channels
@@ -122,7 +122,7 @@ class UNet(nn.Module):
         return self.config.prediction
 
     def prepare(self, context: Tensor) -> tuple[KV, ...]:
-        """Projects the prompt to K and V for every cross-attention, in the order in which `forward` meets them.
+        """Projects the prompt to K and V for every cross-attention, in the order in which `forward` uses them.
 
         context: (B, T, D) text features, D = config.context_dim. Raises ValueError for another D.
         """
@@ -138,7 +138,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, memory: tuple[KV, ...]) -> Tensor:
         """x: (B, C_in, H, W) noisy latents, any H and W. t: (B,) timesteps. memory: from `prepare`, for G B prompts.
 
-        Returns (G B, C_out, H, W), what `prediction` says, in x's dtype; computes in that of the weights.
+        Returns (G B, C_out, H, W): noise, v or x_0, as `prediction` says, in x's dtype. Computes in the weights' dtype.
         """
         time = self.time_embedding(t)  # (B, E)
         prompt = iter(memory)

@@ -1,7 +1,7 @@
 """CLIP's vocabulary as data: tokens and their ids, merges of the byte-pair encoding, the name of the pad token.
 
-The standard one is built from the merges that ship with the package; others are read from a model folder's tokenizer
-files. Nothing here runs or fetches what a file names. Errors are FileNotFoundError or a ValueError with the file in it.
+The standard vocabulary is built from the merges that ship with the package; others are read from a model folder's
+tokenizer files. Nothing that a file names is run or fetched. Errors (FileNotFoundError, ValueError) name the file.
 """
 
 import gzip

@@ -11,7 +11,7 @@ MAX_MEMBER_BYTES = 256 * 2**20  # of a file in an archive
 
 @contextmanager
 def opened(path: Path, package: str) -> Iterator[tarfile.TarFile]:
-    """A package's archive. What is wrong with it, or with what the block finds in it, is a ValueError of one line."""
+    """Opens a package's archive. Any fault in it, also one found inside the block, is a ValueError of one line."""
     try:
         with tarfile.open(path) as tar:
             yield tar

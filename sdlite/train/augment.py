@@ -1,8 +1,8 @@
-"""Pictures made of pictures, with captions that say so: what teaches a model to compose.
+"""Composes new training pictures from pictures, with captions that say what was composed.
 
-Every function takes and gives examples, an RGBA picture and what it shows, and draws its choices from a generator;
-where it would not be right (a recoloured rainbow, a mirrored "right arrow") it gives back what it got.
-The style is kept apart from the subject, so that "a cat and a dog, noto style" names it once.
+Every function takes and returns examples (an RGBA picture and what it shows) and draws its choices from a generator. It
+returns the example unchanged if the change would make the caption wrong (a recoloured rainbow, a mirrored "right
+arrow"). The style is a field of its own, so that "a cat and a dog, noto style" names it once.
 """
 
 import re
@@ -65,14 +65,14 @@ def a(subject: str) -> str:
 
 
 def mirrored(example: Example, generator: Generator) -> Example:
-    """Left and right exchanged, unless the subject has sides."""
+    """Mirrors left and right, unless the subject names a side."""
     if SIDED.search(example.subject) or generator.random() < 0.5:
         return example
     return example._replace(image=example.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
 
 def main_hue(image: Image.Image) -> float | None:
-    """Hue in degrees that most of the picture has, None where there is no such hue."""
+    """The hue, in degrees, of most of the picture; None if there is no such hue."""
     pixels = np.asarray(image.convert("RGBA"))
     hsv = np.asarray(image.convert("RGB").convert("HSV"), np.float32)
     covered = pixels[..., 3] > 127
@@ -88,7 +88,7 @@ def main_hue(image: Image.Image) -> float | None:
 
 
 def recoloured(example: Example, generator: Generator) -> Example:
-    """The main hue turned into another, which the subject then names ("blue apple"); others turn along."""
+    """Turns all hues so that the main one becomes another, which the subject then names ("blue apple")."""
     hue = None if COLOURED.search(example.subject) else main_hue(example.image)
     if hue is None:
         return example
@@ -102,7 +102,7 @@ def recoloured(example: Example, generator: Generator) -> Example:
 
 
 def on_background(example: Example, generator: Generator) -> Example:
-    """On one named colour, filled out: the result has no transparency."""
+    """Puts the example on a background of one named colour; the result has no transparency."""
     name = str(generator.choice(list(BACKGROUNDS)))
     image = Image.new("RGBA", example.image.size, (*BACKGROUNDS[name], 255))
     image.alpha_composite(example.image)
@@ -115,7 +115,7 @@ def _shrunk(image: Image.Image, part: float) -> Image.Image:
 
 
 def in_corner(example: Example, generator: Generator) -> Example:
-    """Half as large, in a corner that the caption names."""
+    """Puts the example at half size into a corner that the caption names."""
     i = int(generator.integers(len(CORNERS)))
     small = _shrunk(example.image, 0.5)
     image = Image.new("RGBA", example.image.size)
@@ -137,7 +137,7 @@ def side_by_side(first: Example, second: Example, generator: Generator) -> Examp
 
 
 def several(example: Example, generator: Generator) -> Example:
-    """Two, three or four of it at half size; one in a corner where it is more than one thing already."""
+    """Two, three or four copies at half size; if the example is plural already, one copy in a corner."""
     if is_plural(example.subject):
         return in_corner(example, generator)
     number = int(generator.integers(2, len(NUMBERS)))
@@ -162,7 +162,7 @@ def plural(noun: str) -> str:
 
 
 def augmented(example: Example, other: Example, generator: Generator) -> Example:
-    """One composition out of those above; `other` is used where two are wanted."""
+    """Applies one random composition of those above; `other` is the second example if it needs two."""
     example = mirrored(example, generator)
     kind = generator.random()
     if kind < 0.25:

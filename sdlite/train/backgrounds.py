@@ -1,6 +1,6 @@
 """What is behind the drawings of `sdlite.train.masks`: crops of photos, patterns, and heaps of shapes made of both.
 
-Each function gives (size, size, 3) uint8 and draws everything from its generator.
+Each function returns (size, size, 3) uint8 and takes all its random choices from the given generator.
 """
 
 import numpy as np

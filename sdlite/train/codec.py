@@ -2,19 +2,18 @@
 
     image --encode--> mean --noise--> z --decode--> image';  loss = difference of image' and image + KL
 
-Trained on crops at first, which is faster, then on whole pictures: group normalization sees all of a picture, and what
-it learned on crops tints it. The whole ones are decoded from noisy latents, half of them averaged to half the size and
-compared with the picture at half the size: latents that are little pictures are easier to predict (Kouzelis et al.
-2025, EQ-VAE, arXiv 2502.09509), and a denoiser can begin at half the size. At the end every latent channel is brought
-to mean 0 and deviation 1 by folding both into the 1x1 convolutions on either side of the latents, so that the denoiser
-needs no scaling factor.
+Training uses crops at first and whole pictures later, because group normalization averages over the whole picture.
+Whole pictures are decoded from noisy latents. Half of these latents are averaged to half the size and compared with the
+picture at half the size (after Kouzelis et al. 2025, EQ-VAE, arXiv 2502.09509), so that a denoiser can begin at half
+the size. At the end every latent channel gets mean 0 and deviation 1: both are folded into the 1x1 convolutions on
+either side of the latents, so the denoiser needs no scaling factor.
 
-A codec for pictures of twice the size begins with a smaller one's latents (`--teacher OUT/export`): its encoder learns
-to give them, its decoder to draw from them. That is far quicker than to find them anew at 16 pixels a cell.
+A codec for pictures of twice the size can learn the latents of a smaller one (`--teacher OUT/export`): its encoder
+learns to give them, and its decoder learns to draw from them.
 
-The absolute error alone leaves edges soft, since a blurred edge is the safe guess where it could lie. So the decoder is
-trained on against a discriminator of patches (`--codec OUT/export --adversarial`; Isola et al. 2017), which also says
-how far its features of output and picture are apart (Wang et al. 2018).
+The absolute error alone leaves edges soft, because a blurred edge is the safest guess. `--codec OUT/export
+--adversarial` therefore trains the decoder further against a discriminator of patches (Isola et al. 2017) and compares
+the discriminator's features of output and picture (Wang et al. 2018).
 """
 
 import math
@@ -55,7 +54,7 @@ SHOWN = 24  # pictures of the preview
 
 
 def emoji_codec(size: int = 256) -> AutoencoderKLConfig:
-    """The shipped model's: 256-pixel images in 16x16 latents of 8 channels; or its teacher's, for 128-pixel images."""
+    """The default codec: 16 pixels a latent cell, or 8 for sizes up to TEACHER_SIZE; 8 channels either way."""
     return AutoencoderKLConfig(
         block_out_channels=(16, 16, 48, 96, 128) if size > TEACHER_SIZE else (8, 16, 48, 96),
         layers_per_block=1,
@@ -69,8 +68,8 @@ def emoji_codec(size: int = 256) -> AutoencoderKLConfig:
 def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
     """Residual branches start at zero, the convolutions between them as (near) orthogonal maps or identities.
 
-    So the fresh autoencoder is almost linear and lets the picture through, and learns several times faster at first
-    than from PyTorch's defaults, which damp the signal in every layer.
+    So the fresh autoencoder is almost linear and lets the picture through; PyTorch's defaults damp the signal in every
+    layer.
     """
     with torch.no_grad():
         for name, conv in codec.named_modules():
@@ -90,8 +89,8 @@ def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
 def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
     """L1 of pixels, of their gradients at two scales, and of a quarter-size picture, there with more weight on colour.
 
-    output, images: (B, 3, H, W) in [-1, 1]. Returns a scalar. Without the colour term reds and greens come out brown
-    for long, since most of a picture's error is in its brightness.
+    output, images: (B, 3, H, W) in [-1, 1]. Returns a scalar. Most of a picture's error is in its brightness, so colour
+    has a term of its own.
     """
     difference = output - images
     small = F.avg_pool2d(difference, 4)
@@ -123,10 +122,10 @@ class Discriminator(nn.Module):
 
 
 def adversarial_loss(discriminator: Discriminator, output: Tensor, images: Tensor) -> Tensor:
-    """Loss of the decoder and of the discriminator in one: each has gradients of its own part only.
+    """Sum of the losses of decoder and discriminator; each gets gradients of its own loss only.
 
-    output, images: (B, 3, H, W). The discriminator's is the hinge loss (Lim and Ye 2017, eq. 5), the decoder's its word
-    and the distance of its features.
+    output, images: (B, 3, H, W). The discriminator has the hinge loss (Lim and Ye 2017, eq. 5). The decoder's loss is
+    the discriminator's output and the distance of its features.
     """
     fixed = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     judged = torch.func.functional_call(discriminator, fixed, (output,))
@@ -137,7 +136,7 @@ def adversarial_loss(discriminator: Discriminator, output: Tensor, images: Tenso
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """Of each image (B, 3, H, W), the mean size of the gradient at the strongest STRONGEST of its pixels. (B,)"""
+    """Mean size of the gradient at the strongest STRONGEST of the pixels of each image. (B, 3, H, W) to (B,)"""
     grey = images.clamp(-1, 1).mean(1)
     across, down = grey[:, :-1].diff(dim=-1), grey[:, :, :-1].diff(dim=-2)  # (B, H-1, W-1) each
     sizes = (across.square() + down.square()).sqrt().flatten(1)
@@ -153,11 +152,11 @@ def psnr(output: Tensor, images: Tensor) -> Tensor:
 class CodecTask(nn.Module):
     """Reconstruction of the pictures of a data folder.
 
-    size: pixels of a picture; one of the first `cropped` samples is a square of half that. seed: of the first
-    weights and all samples. start: an exported codec to begin with, of which only the decoder is trained, on whole
-    pictures: the latents stay what they are, and a denoiser that was trained on them stays right. adversarial: train
-    that decoder against a discriminator as well. teacher: an exported codec of pictures of half the size, whose latents
-    this one shall have. fit: of `fitted`.
+    size: side of a picture in pixels; the first `cropped` samples are squares of half that side. seed: for the first
+    weights and all samples. start: an exported codec; only its decoder is trained, on whole pictures, so its latents do
+    not change and a denoiser that was trained on them still fits. adversarial: also train that decoder against a
+    discriminator. teacher: an exported codec for pictures of half the size, whose latents this one learns. fit: how
+    pictures become square, see `fitted`.
     """
 
     def __init__(  # noqa: PLR0913
@@ -273,7 +272,7 @@ class CodecTask(nn.Module):
 
 @torch.no_grad()
 def normalized(codec: LatentCodec, pixels: Tensor, pictures: int = 2048) -> LatentCodec:
-    """A copy whose latents of `pictures` of the pictures have mean 0 and deviation 1 in each channel."""
+    """A copy with latents of mean 0 and deviation 1 in each channel, measured on `pictures` of the pictures."""
     other = LatentCodec(codec.config)
     other.load_state_dict(codec.state_dict())
     chosen = pixels[:: max(1, len(pixels) // pictures)]
@@ -296,7 +295,7 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def load_codec(folder: Path) -> LatentCodec:
-    """What `sdlite train codec` exported, frozen. folder: the export, or the run that it is in."""
+    """Loads an export of `sdlite train codec`, frozen. folder: the export, or the run that holds it."""
     folder = exported(folder, "codec.json")
     if not (folder / "codec.json").is_file():
         raise FileNotFoundError(f"{folder} holds no codec; run `sdlite train codec` first and give its export folder")

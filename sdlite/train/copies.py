@@ -1,4 +1,4 @@
-"""Finds pictures that are nearly the same, so that what is held out was never seen."""
+"""Finds pictures that are nearly the same, so that training never sees a copy of a held-out picture."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def thumbnail(picture: Image.Image) -> np.ndarray:
 
 
 def near_copies(pictures: Sequence[Image.Image], held_out: Sequence[bool]) -> set[int]:
-    """Indices to leave out: of two near copies the later one, but of a trained and a held-out one the trained."""
+    """Indices to leave out: of two near copies the trained one if the other is held out, else the later one."""
     order = np.argsort(~np.asarray(held_out, bool), kind="stable")  # held-out pictures come first
     thumbs = np.stack([thumbnail(pictures[i]) for i in order])
     means = thumbs.mean(1)  # two thumbnails differ at least as much as their means

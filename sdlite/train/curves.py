@@ -14,7 +14,7 @@ SETTINGS = {"samples", "lr", "samples_per_second", "time", "changed"}  # of a li
 
 
 def read_log(log: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each figure of log.jsonl with the samples at which it was taken; a torn last line is left out."""
+    """Each figure of log.jsonl with the samples at which it was taken; an incomplete last line is ignored."""
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for text in log.read_text().splitlines():
         try:
@@ -27,7 +27,7 @@ def read_log(log: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_curves(log: Path, path: Path) -> None:
-    """One panel per unit: losses share theirs, every other figure has its own."""
+    """Draws one panel per unit: all losses share one, every other figure has its own."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -76,7 +76,7 @@ show()
 
 
 def draw_progress(out: Path) -> None:
-    """OUT/curves.png, and OUT/progress.html with the curves and all previews inside: one file that can be sent."""
+    """Writes OUT/curves.png, and OUT/progress.html, one file that contains the curves and all previews."""
     draw_curves(out / "log.jsonl", out / "curves.png")
     previews = sorted(out.glob("preview-*.png"))
     if not previews:

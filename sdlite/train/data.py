@@ -1,7 +1,7 @@
 """The pictures and captions of a data folder (see folder.py) in memory, and the randomness of a sample.
 
-Pictures may have any size; their transparency is kept, so that backgrounds can vary. Where a record has "concept" and
-"style", captions are made of these, of "names" (what people call it) and of "descriptions".
+Pictures may have any size. Their transparency is kept, so that backgrounds can vary. If a record has "concept" and
+"style", its captions use these, "names" (what people call it) and "descriptions".
 """
 
 import hashlib
@@ -32,7 +32,7 @@ WIDEST = 2.5  # longer side over the shorter one, of a bucket
 
 
 def sample_generator(seed: int, number: int) -> Generator:
-    """All randomness of one training sample."""
+    """The generator for all random choices of one training sample."""
     return np.random.default_rng((seed, int(number)))
 
 
@@ -42,9 +42,9 @@ def normal(generators: Sequence[Generator], shape: tuple[int, ...]) -> Tensor:
 
 
 def cached(path: Path | None, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """make(), or what it gave before if the file at path was written under the same key.
+    """The result of make(), or the file at path if it was written with the same key.
 
-    key: a hash of all that the tensors depend on. A file of another key, or a damaged one, is made again and replaced.
+    key: a hash of everything that the tensors depend on. A file with another key, or a damaged one, is replaced.
     """
     if path is None:
         return make()
@@ -82,8 +82,8 @@ def load_shaped(folder: Path, records: Records, size: int, fit: Fit, step: int) 
 def load_buckets(folder: Path, records: Records, size: int, step: int) -> tuple[Tensor, Tensor]:
     """Pictures cut to the bucket that is nearest to their shape, and these shapes.
 
-    A bucket has sides that are multiples of step, and at most size * size pixels. Returns (N, 4, M, M) uint8 RGBA, each
-    picture at the top left, where M is the longest side, and (N, 2) int64, height and width of each in pixels.
+    The sides of a bucket are multiples of step; it has at most size * size pixels. Returns (N, 4, M, M) uint8 RGBA,
+    each picture at the top left, where M is the longest side, and (N, 2) int64, height and width of each in pixels.
     """
     shapes = [bucket_of(*_shape(folder / record["file_name"]), size, step) for record in records]
     longest = max((max(shape) for shape in shapes), default=size)
@@ -122,8 +122,8 @@ def _rgba(path: Path) -> Image.Image:
 def fitted(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
     """An RGBA picture as a square of size x size pixels.
 
-    fit: "pad" keeps the whole picture, in the middle of a transparent square; "crop" keeps its middle square. A picture
-    with transparent parts is always padded, since more transparency around it does not show.
+    fit: "pad" puts the whole picture into the middle of a transparent square; "crop" keeps its middle square. A picture
+    with transparent parts is always padded.
     """
     if image.size == (size, size):
         return image
@@ -137,7 +137,7 @@ def fitted(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
 
 
 def fit_notes(folder: Path, records: Records, fit: Fit) -> list[str]:
-    """What to tell the user of pictures that are not square."""
+    """Notes for the user on pictures that are not square."""
     shapes = [_shape(folder / record["file_name"]) for record in records]
     count = sum(width != height for width, height in shapes)
     if not count:
@@ -149,7 +149,7 @@ def fit_notes(folder: Path, records: Records, fit: Fit) -> list[str]:
 
 
 def _shape(path: Path) -> tuple[int, int]:
-    """Width and height of a picture that stands upright, by its header."""
+    """Width and height of the upright picture, read from its header."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
@@ -177,7 +177,7 @@ def tokenize(text: TextEncoder, captions: Sequence[str]) -> Tensor:
 
 
 def cut_notes(text: TextEncoder, captions: Sequence[str]) -> list[str]:
-    """What to tell the user of captions that are too long to be learned whole."""
+    """Notes for the user on captions that are too long to be learned completely."""
     cut = sum(not text.caption_tokens(caption)[1] for caption in captions)
     tokens = text.config.max_position_embeddings - 2
     what = f"{cut} of {len(captions)} captions have more than {tokens} tokens; what comes after them is not learned"
@@ -209,14 +209,14 @@ def article(noun: str) -> str:
 
 
 def subject_of(record: dict[str, Any], generator: Generator) -> str:
-    """One of the record's "names", most often the first; the concept where it has none."""
+    """One of the record's "names", most often the first; the concept if it has none."""
     names = record.get("names") or [record.get("concept", record["text"])]
     first = len(names) == 1 or generator.random() < FIRST_NAME
     return str(names[0] if first else generator.choice(names[1:]))
 
 
 def caption_of(record: dict[str, Any], generator: Generator) -> str:
-    """One of several ways to ask for the picture; "text" as it is where the record has no concept and style."""
+    """One of several captions for the picture; the record's "text" if it has no concept and style."""
     if "concept" not in record or "style" not in record:
         return str(record["text"])
     template = str(generator.choice(TEMPLATES, p=TEMPLATE_WEIGHTS))

@@ -59,7 +59,7 @@ SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 
 
 def emoji_unet(latent_channels: int = 8, context_dim: int = 256) -> UNetConfig:
-    """The shipped model's: 16 million parameters for 16x16 latents, with attention to the prompt at all three sizes."""
+    """The default UNet of training, with attention to the prompt at all three resolutions."""
     return UNetConfig(
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -74,7 +74,7 @@ def emoji_unet(latent_channels: int = 8, context_dim: int = 256) -> UNetConfig:
 
 
 def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int = 16) -> DiTConfig:
-    """15.8 million parameters for 16x16 latents: those of `emoji_unet`, to 0.1 %."""
+    """The default DiT of training: as many parameters as `emoji_unet` within 0.2 %."""
     return DiTConfig(
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -89,12 +89,12 @@ def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int
 
 
 class Objective(Record):
-    """What the denoiser learns. The defaults are the shipped model's; the figures behind them are on its card.
+    """What the denoiser learns. The card of emoji-128 compares these choices.
 
-    timesteps: "logit_normal" draws more of the middle ones (Esser et al. 2024, section 3.1: location 0, scale 1). One
-    sample of EVEN is uniform all the same, so that the last timestep, where drawing begins, is learned as well.
-    min_snr_gamma: of `min_snr_weight`; None weighs all timesteps alike. zero_terminal_snr: the last timestep is pure
-    noise, so that dark and light pictures start from the same (Lin et al. 2023); eps cannot be learned from it.
+    timesteps: "logit_normal" draws more of the middle ones (Esser et al. 2024, section 3.1: location 0, scale 1), but
+    one sample in EVEN is uniform, so that the last timestep, where drawing begins, is learned as well.
+    min_snr_gamma: see `min_snr_weight`; None weighs all timesteps alike. zero_terminal_snr: makes the last timestep
+    pure noise, so that dark and light images start from the same noise (Lin et al. 2023); eps cannot be learned there.
     """
 
     prediction: Literal["epsilon", "v"] = "v"
@@ -109,7 +109,7 @@ class Objective(Record):
         return self
 
     def schedule(self, start: ScheduleConfig | None = None) -> ScheduleConfig:
-        """That of the model to start from, if it ends as the objective asks; else its noise up to that end."""
+        """The schedule of the model to start from, with another end if the objective asks for one."""
         if start is not None and start.zero_terminal_snr == self.zero_terminal_snr:
             return start
         end = {"zero_terminal_snr": self.zero_terminal_snr, "spacing": "trailing", "final_abar_one": True}
@@ -122,9 +122,9 @@ OBJECTIVE = Objective()
 class DenoiserTask(nn.Module):
     """Learns to predict the noise, or the velocity, in the latents of a data folder.
 
-    parts: codec and text encoder, frozen. config: of the network, whose prediction the objective sets; a DiT's
-    sample_size must be the pictures'. views: of each picture. cache: file that keeps the latents and tokens. fit: of
-    `fitted`.
+    parts: codec and text encoder, both frozen. config: describes the network; the objective sets its prediction, and a
+    DiT's sample_size must be that of the pictures. views: number of views of each picture. cache: file that keeps the
+    latents and tokens. fit: how pictures become square, see `fitted`.
     """
 
     def __init__(  # noqa: PLR0913
@@ -176,7 +176,7 @@ class DenoiserTask(nn.Module):
         )
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Encodes the data, or takes them from the cache; what needs them does so by itself."""
+        """Encodes the data or reads the cache. Calling it is optional: the first use of the data does the same."""
         self._say = say
         _ = self._encoded
 
@@ -193,7 +193,7 @@ class DenoiserTask(nn.Module):
         return self._encoded[1]
 
     def start_from(self, model: ModelParts) -> None:
-        """Its weights and noise, of training on other pictures, say, or at half the size: a quarter of the cost."""
+        """Takes the weights and noise schedule of a model that was trained on other pictures or at another size."""
         if model.denoiser.config != self.denoiser.config:
             raise ValueError("the denoiser to start from has another shape or prediction; take the same config")
         self.denoiser.load_state_dict(model.denoiser.state_dict())
@@ -232,7 +232,7 @@ class DenoiserTask(nn.Module):
         return encode_tokens(self.parts[1].to(self.device), tokens.to(self.device))
 
     def _caption(self, index: int, generator: Generator) -> str | None:
-        """A new caption of a plain view, None for a composed one, which keeps its own."""
+        """A new caption for a plain view; None for a composed view, which keeps its caption."""
         view, row = divmod(index, len(self.records))
         return caption_of(self.records[row], generator) if view < PLAIN else None
 
@@ -245,7 +245,7 @@ class DenoiserTask(nn.Module):
         return tokens
 
     def _timesteps(self, numbers: Tensor) -> Tensor:
-        """(B,) int64, evenly spread over any few samples in a row, which steadies the loss.
+        """(B,) int64, evenly spread over consecutive samples, so that the loss varies less.
 
         Multiples of the golden ratio modulo 1; Kingma et al. 2021 (Variational Diffusion Models), appendix I.1, spread
         those of a batch for the same reason.
@@ -261,7 +261,7 @@ class DenoiserTask(nn.Module):
         return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=gamma)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss of held-out pairs, and of as many trained pictures, at the same timesteps with the same noise."""
+        """Loss of held-out pairs and of equally many trained pictures, at the same timesteps with the same noise."""
         return {"held_out_loss": self._measured(self.held_out), "trained_loss": self._measured(self.latents)}
 
     def _measured(self, latents: Latents) -> float:
@@ -274,7 +274,7 @@ class DenoiserTask(nn.Module):
         return sum(losses) / LEVELS
 
     def preview(self, path: Path) -> None:
-        """Half trained captions, half held-out ones."""
+        """Draws trained captions in one half, held-out captions in the other."""
         codec, text = self.parts
         held = self.held_records or self.records
         chosen = self.records[:: max(1, len(self.records) // SHOWN * 2)][: SHOWN // 2]
@@ -289,7 +289,7 @@ class DenoiserTask(nn.Module):
         save_picture(contact_sheet(pipe.generate(requests, progress=False), captions, columns=6), path, force=True)
 
     def export(self, folder: Path) -> None:
-        """The whole model in diffusers' folder layout, in float16, with a list of its sums."""
+        """Writes the whole model in diffusers' folder layout, in float16, with its checksums."""
         codec, text = self.parts
         config = ModelConfig(
             denoiser=self.denoiser.config,
@@ -304,7 +304,7 @@ class DenoiserTask(nn.Module):
 
 
 def write_sums(folder: Path) -> None:
-    """sha256sums.txt of all weight files, which loading checks."""
+    """Writes sha256sums.txt of all weight files; loading checks it."""
     files = sorted(folder.rglob("*.safetensors"))
     sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files]
     (folder / "sha256sums.txt").write_text("\n".join(sums) + "\n")

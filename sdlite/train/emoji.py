@@ -1,10 +1,10 @@
-"""The data that the shipped model is trained on: open emoji sets, from package registries to a folder of pictures.
+"""Makes a data folder from open emoji sets, which it downloads as packages.
 
     packages --fetch--> archives --read_*--> Icon(style, name, svg or webp) --name_concept--> concept, keywords
              --render--> RGBA --drop copies, split--> train/ validation/ test/, each with pictures and metadata.jsonl
 
-The folder is what Hugging Face `datasets` loads as "imagefolder". train/ is for training; validation/ holds pairs of
-concept and style whose concept is in train/ in other styles; test/ holds concepts that train/ has in no style.
+Hugging Face `datasets` loads the folder as an "imagefolder". train/ is for training. validation/ holds pairs of concept
+and style whose concept is in train/ in other styles. test/ holds concepts that train/ has in no style.
 """
 
 import errno
@@ -87,7 +87,7 @@ class Icon(NamedTuple):
 
 
 def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> Path:
-    """Downloads the pinned archives into folder through npm and pip; those that are there stay. Returns the folder."""
+    """Downloads the pinned archives into folder through npm and pip, except those that are there. Returns the folder."""
     sweep(folder)
     for source in sources:
         if not _archives(folder, source):
@@ -133,7 +133,7 @@ def _archives(folder: Path, source: Source) -> list[Path]:
 
 
 def archive(folder: Path, source: Source) -> Path:
-    """Where `fetch` has put a package. Raises FileNotFoundError."""
+    """The archive of a package that `fetch` downloaded. Raises FileNotFoundError."""
     found = _archives(folder, source)
     if not found:
         raise FileNotFoundError(
@@ -173,7 +173,7 @@ def _svg(body: str, width: int, height: int) -> str:
 
 
 def render_svg(svg: str, size: int) -> Image.Image:
-    """RGBA picture of size x size pixels, transparent around the drawing; fonts are not looked for."""
+    """RGBA picture of size x size pixels, transparent around the drawing. Does not load fonts."""
     try:
         import resvg_py
     except ImportError:
@@ -218,7 +218,7 @@ def _squeezed(name: str) -> str:
 
 
 def concept_of(name: str, names: Names) -> str | None:
-    """Label of a package's picture, None where it has none or is left out (people by sex, flags, letters, ...)."""
+    """Label of a package's picture; None if it has no label or is left out (people by sex, flags, letters, ...)."""
     label = names.by_code.get(_code(name)) or names.by_name.get(_squeezed(name))
     plain = re.sub("[:“”]", "", label or "keycap")
     return None if DROPPED.search(plain) else plain
@@ -236,7 +236,7 @@ def _hash(text: str) -> int:
 
 
 class Words(NamedTuple):
-    """What people call a concept, the commonest word first, and short descriptions of its picture."""
+    """Names of a concept, the commonest first, and short descriptions of its picture."""
 
     names: list[str]
     descriptions: list[str]
@@ -252,7 +252,7 @@ def read_everyday(path: Path = EVERYDAY) -> dict[str, Words]:
 def collect(
     folder: Path, size: int, styles: Iterable[str], concepts: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """Records and pictures of all sources, one of each concept and style, with split; near copies left out."""
+    """Records with their split, and pictures: one for each concept and style, without near copies."""
     names, everyday = read_names(folder), read_everyday()
     records: dict[str, dict[str, Any]] = {}
     pictures: list[Image.Image] = []
@@ -285,7 +285,7 @@ def collect(
 def _chosen(
     folder: Path, names: Names, styles: Collection[str], concepts: Collection[str]
 ) -> list[tuple[Source, Icon, str]]:
-    """Every icon of the styles whose concept enough of them draw, or that is asked for by name."""
+    """Every icon of the styles whose concept enough sources draw, or which is asked for by name."""
     found = [
         (source, icon, concept)
         for source in SOURCES
@@ -313,7 +313,7 @@ def _purified(
 
 
 def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable[Image.Image]) -> Counter[str]:
-    """Writes the data folder, metadata last; the number of pictures of each split."""
+    """Writes the data folder, metadata last. Returns the number of pictures of each split."""
     lines: dict[str, list[str]] = defaultdict(list)
     for record, picture in zip(records, pictures, strict=True):
         split = record["split"]
@@ -326,7 +326,7 @@ def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable
 
 
 def card(records: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown: what the data folder holds, from whom, under which licence."""
+    """The folder's card in Markdown: its contents, their authors and licences."""
     counts = Counter((record["source"], record["split"]) for record in records)
     rows = [
         f"| {s.package} {s.version} | {s.author} | {s.licence} | {s.style} | "
@@ -371,11 +371,11 @@ def make(
     styles: Iterable[str] = (),
     concepts: Collection[str] = (),
 ) -> Counter[str]:
-    """Makes the data folder, whole or not at all; the number of pictures of each split.
+    """Makes the data folder, whole or not at all. Returns the number of pictures of each split.
 
-    sources: archives that are already there, for use without a network; None downloads them into `downloads_of` the
-    folder. styles, concepts: fewer than all. Raises ValueError for a size outside of 64-512 and an unknown style or
-    concept, FileExistsError for a folder that is not empty.
+    sources: folder with the archives, for use without a network; None downloads them into `downloads_of` the folder.
+    styles, concepts: use only these. Raises ValueError for a size outside 64 to 512 and an unknown style or concept,
+    FileExistsError for a folder that is not empty.
     """
     known = [source.style for source in SOURCES if source.style]
     chosen = list(styles) or known

@@ -1,8 +1,9 @@
-"""What a model draws, measured offline against held-out pictures; a figure stands between its floor and its ceiling.
+"""Measures offline what a model draws, against held-out pictures.
 
-For held-out pairs of concept and style: R-precision of the concept (is it the likeliest of 100 candidates, and of all,
-to the judge) and accuracy of the style. The ceiling is the same of the real held-out pictures, the floor that of drawn
-pictures with shuffled captions. MMD compares sets of pictures, copy rate looks for training pictures drawn again.
+For held-out pairs of concept and style, the judge gives the R-precision of the concept (is it the likeliest of 100
+candidates, and of all?) and the accuracy of the style. The same figures for the real held-out pictures are the ceiling,
+those for drawn pictures with shuffled captions the floor. MMD compares sets of pictures; the copy rate looks for
+training pictures that the model drew again.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a stage exports and a later one reads: a config in JSON and weights, both checked as untrusted files."""
+"""The export of a stage, which a later one reads: a JSON config and weights, both checked as untrusted files."""
 
 import hashlib
 import json

@@ -5,9 +5,9 @@
     DIR/a.png, DIR/a.txt      without either: the caption is in a text file beside the picture
     DIR/red_apple.png         without a text file: the name of the picture is its caption
 
-If there is a folder DIR/train, the training data are in it; DIR/validation and DIR/test are alike and optional. Beside
-"text", the columns "concept", "style" and "keywords" make more captions. Everything in the folder is untrusted: each
-fault is one error that names the file and the line.
+If there is a folder DIR/train, the training data are in it; DIR/validation and DIR/test are optional and have the same
+layout. The optional columns "concept", "style" and "keywords" make more captions. The folder is untrusted: a fault is
+one error that names the file and the line.
 """
 
 import csv
@@ -48,7 +48,7 @@ def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("f
 
 
 def caption_notes(folder: Path) -> list[str]:
-    """What to tell the user of where the training captions come from."""
+    """Notes for the user on the source of the training captions."""
     inside = _inside(folder, "train")
     if inside is None or _table(inside) is not None:
         return []
@@ -63,7 +63,7 @@ def caption_notes(folder: Path) -> list[str]:
 
 
 def fingerprints(folder: Path, records: Records, fields: Sequence[str] = ("file_name",)) -> dict[str, str]:
-    """What a run on this data is known by: a hash of its records ("data") and one of its files ("pictures").
+    """Identifies the data of a run: a hash of the records ("data") and one of the files ("pictures").
 
     fields: the columns that name files.
     """

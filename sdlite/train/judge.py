@@ -1,8 +1,8 @@
-"""The judge: names what a picture shows, for evaluation only.
+"""The judge: a classifier that names what a picture shows, for evaluation only.
 
-A classifier of concepts and styles, of another architecture (strided convolutions on 48 pixels, no transformer, no
-words) and another seed than anything in the generator, trained on train/ alone and frozen before it sees a picture
-that a model drew. Its hash goes into every report. It fits into 8 MB.
+It predicts concept and style. Its architecture (strided convolutions on 48 pixels, no transformer, no words) and its
+seed differ from everything in the generator. It is trained on train/ alone and frozen before it sees a picture that a
+model drew. Every report holds its hash.
 """
 
 import hashlib

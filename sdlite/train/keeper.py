@@ -1,4 +1,4 @@
-"""What the main process of a run does beside learning: checkpoints, exports, the log, and what the screen shows."""
+"""What the main process of a run does besides training: checkpoints, exports, the log and the screen."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 class Keeper:
-    """Keeps a run: `begin` before the first sample, `step` after every one, `finish` after the last, in any case."""
+    """Keeps a run: call `begin` before the first sample, `step` after every step and `finish` at the end, always."""
 
     def __init__(
         self,
@@ -93,13 +93,13 @@ class Keeper:
         self.saved = self.clock()
 
     def _export(self) -> None:
-        """Replaces the export when the new one is whole."""
+        """Writes a new export; the old one stays until the new one is complete."""
         run.check_finite(self.state.average, f"after {self.state.samples} samples")
         with atomic_folder(self.out / "export", force=True) as temporary:
             self.state.with_average(lambda: self.task.export(temporary))
 
     def _show(self, stop: Stop) -> None:
-        """Figures on held-out data into the log, and pictures of what the task can do by now."""
+        """Writes figures on held-out data into the log, and a preview."""
         with stop.idle():
             self.state.with_average(self._measure_and_draw)
         self.shown, self.shown_samples = self.clock(), self.state.samples
@@ -116,7 +116,7 @@ class Keeper:
             draw_progress(out)
 
     def _report(self) -> None:
-        """The bar, and every `report_every` samples a line in the log and on the screen."""
+        """Updates the bar; every `report_every` samples also writes a line to the log and the screen."""
         samples = self.state.samples
         rate = (samples - self.samples) / max(self.clock() - self.time, 1e-9)
         loss = sum(self.losses) / len(self.losses)
@@ -135,7 +135,7 @@ class Keeper:
         self.said = self.time
 
     def _progress(self, rate: float) -> tuple[float, float]:
-        """Part of this call that is over, 0 to 1, and the minutes left, by whichever budget ends first."""
+        """Finished part of this call, 0 to 1, and the minutes left, for the budget that ends first."""
         passed, samples = (self.clock() - self.begun) / 60, self.state.samples
         budgets = []
         if (minutes := self.config.minutes) is not None:

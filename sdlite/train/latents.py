@@ -24,8 +24,8 @@ ENCODED = 32  # pictures at once
 class Latents(NamedTuple):
     """Training data of the denoiser, view by view of all records.
 
-    x_0: (N, C, h, w). tokens: (N, T), of captions. shapes: (N, 2), height and width of each in latent cells; what lies
-    beyond is nothing.
+    x_0: (N, C, h, w). tokens: (N, T), of the captions. shapes: (N, 2), height and width of each in latent cells; cells
+    beyond them are padding.
     """
 
     x_0: Tensor
@@ -36,9 +36,9 @@ class Latents(NamedTuple):
 def view(
     mine: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor], number: int, generator: Generator
 ) -> tuple[Tensor, str]:
-    """Image (4, H, W) uint8 and caption: the first view is plain, the second mirrored if right, then composed.
+    """Image (4, H, W) uint8 and caption. View 0 is plain, view 1 mirrored if the caption allows it, others composed.
 
-    Pictures that are not square are not composed; their views are plain and mirrored in turn.
+    Pictures that are not square are not composed; their views are plain and mirrored alternately.
     """
     record, pixels = mine
     caption = caption_of(record, generator)
@@ -69,7 +69,7 @@ def encode(
     shapes: Tensor | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Latents:
-    """All views of all records as latents in float16 and tokens. shapes: of `load_buckets`; None is all of pixels."""
+    """All views of all records as latents in float16 and tokens. shapes: from `load_buckets`; None: whole pictures."""
     shapes = torch.tensor(pixels.shape[-2:]).expand(len(records), 2) if shapes is None else shapes
     x_0, captions = [], []
     for number in range(views):
@@ -107,6 +107,6 @@ def encode_tokens(text: TextEncoder, tokens: Tensor) -> Tensor:
 
 
 def preview_prompt(text: TextEncoder, caption: str) -> str:
-    """A prompt with the tokens that were learned of a caption."""
+    """A prompt with the tokens of a caption that were trained on."""
     tokens, whole = text.caption_tokens(caption)
     return escaped(caption if whole else text.tokenizer.decode(tokens))

@@ -2,12 +2,12 @@
 
     sample numbers n, n+1, ... --order--> indices --task--> loss --AdamW, EMA--> weights --> OUT/state-<samples>/
 
-Progress is counted in samples. Whatever is random, order and augmentation and noise, is derived from the seed and the
-number of the sample, and rates from the samples seen; so a run that was stopped and resumed has the weights of one
-that was not, and P processes with batch B compute what one does with batch P B.
+Progress is counted in samples. Order, augmentation and noise are derived from the seed and the number of the sample;
+learning rates are derived from the samples seen. So a run that was stopped and resumed has the same weights as one that
+was not, and P processes with batch B compute what one process computes with batch P B.
 
-The first Ctrl-C or SIGTERM ends a run after the step in hand: it is saved and exported all the same, and goes on later
-as if it had not been stopped. run.py says what is in OUT.
+The first Ctrl-C or SIGTERM ends a run after the current step: it is saved and exported, and can be resumed as if it had
+not been stopped. run.py describes the files in OUT.
 """
 
 import math
@@ -33,13 +33,13 @@ TORCHRUN_SECONDS = 2.0  # in which torchrun passes a signal on to processes that
 
 
 class TrainConfig(Record):
-    """How to train. All lengths are in samples; minutes is the budget of this call, samples that of the whole run.
+    """How to train. All lengths are in samples. minutes limits this call, samples limits the whole run.
 
-    optimizer: "muon" is for all matrices and kernels but the task's `edges`, whose rate is then lr; AdamW for the rest.
-    decay: "cosine" lets the rate fall to zero at `samples`. precision: of autocast. half_life: of the EMA.
-    save_minutes, show_minutes: between checkpoints, and between exports with figures on held-out data and a preview;
-    0 is only at the end. show_samples: the same by samples. plot: draw curves.png and progress.html whenever figures
-    are taken. new_data: go on with a run that was of other data.
+    optimizer: "muon" uses Muon with rate lr for all matrices and kernels except the task's `edges`, and AdamW for the
+    rest. decay: "cosine" lets the rate fall to zero at `samples`. precision: for autocast. half_life: of the EMA.
+    save_minutes: time between checkpoints. show_minutes: time between exports, each with figures on held-out data and a
+    preview. 0 means only at the end, for both. show_samples: samples between exports; 0 means never. plot: draw
+    curves.png and progress.html with every export. new_data: continue a run although its data have changed.
     """
 
     batch_size: int = Field(32, ge=1, le=65_536)
@@ -69,18 +69,20 @@ class TrainConfig(Record):
 
 
 class Task(Protocol):
-    """What to learn: a module that gives the loss of a batch. Its parameters are trained; all else stays fixed.
+    """What to learn: a module that gives the loss of a batch. Training changes its parameters and nothing else.
 
-    It may have `settings`, a dict of what it is made with, which must be the same when its run goes on (see
-    `run.changes`); `prepare(say)`, what takes long and is done after that check; `notes`, texts for the user;
-    `previews`, how many pictures its preview has; `begun`, true if it can do something before the first sample, which
-    is then shown as well; and `edges`, parts of the names of matrices that Muon must leave to AdamW: the first and the
-    last layer, embeddings.
+    It may also have:
+    `settings`, a dict of what it was made with; it must be the same when the run is resumed (see `run.changes`);
+    `prepare(say)`, slow work that is done after that check;
+    `notes`, texts for the user;
+    `previews`, the number of images in its preview;
+    `begun`, true if it can draw before the first sample: then a preview is shown before training too;
+    `edges`, parts of the names of matrices that AdamW trains instead of Muon: first and last layer, embeddings.
     """
 
     @property
     def size(self) -> int:
-        """Items of the training data."""
+        """Number of items in the training data."""
 
     def __call__(self, indices: Tensor, numbers: Tensor) -> Tensor:
         """Mean loss of items `indices`, (B,) int64; all randomness comes from the sample `numbers`, (B,) int64."""
@@ -96,7 +98,7 @@ class Task(Protocol):
 
 
 def order(size: int, seed: int, numbers: np.ndarray) -> np.ndarray:
-    """Item of each sample number: every epoch is a permutation of its own. (B,) -> (B,) int64."""
+    """Item of each sample number; every epoch has a new permutation. (B,) -> (B,) int64."""
     epochs = numbers // size
     shuffled = {int(e): np.random.default_rng((seed, int(e))).permutation(size) for e in np.unique(epochs)}
     return np.array([shuffled[int(e)][n % size] for e, n in zip(epochs, numbers, strict=True)], np.int64)
@@ -132,7 +134,7 @@ class State:
         return tensors | {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scales.items()}
 
     def load(self, folder: Path) -> None:
-        """Takes over a checkpoint. Raises ValueError if it is damaged or of another model; then nothing is changed."""
+        """Loads a checkpoint. Raises ValueError, and changes nothing, if it is damaged or of another model."""
         own = {f"{part}.{name}": tuple(t.shape) for part in ("model", "ema") for name, t in self.average.items()}
         samples, tensors = run.read_checkpoint(folder, own)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "scaler": {}}
@@ -158,7 +160,7 @@ class State:
         self.samples = samples
 
     def resume(self, out: Path) -> list[str]:
-        """Takes over the last sound checkpoint of a run, if it has any; a note for each damaged one.
+        """Loads the last sound checkpoint of a run, if it has any. Returns a note for each damaged one.
 
         Raises ValueError if all are damaged.
         """
@@ -202,7 +204,7 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def load_average(module: nn.Module, out: Path) -> int:
-    """Fills module with the averaged weights of a run's last sound checkpoint; the samples that it had seen."""
+    """Fills module with the averaged weights of a run's last sound checkpoint. Returns its number of samples."""
     state = State(module, TrainConfig())
     state.resume(out)
     if not run.checkpoints(out):
@@ -214,8 +216,8 @@ def load_average(module: nn.Module, out: Path) -> int:
 def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
     """Trains task until config.samples or config.minutes are over, from the last sound checkpoint in `out`, if any.
 
-    Leaves a checkpoint, and in out/export the averaged weights as the task exports them. Raises ValueError if out is a
-    run of something else, FloatingPointError for a loss or weights that are not finite, and KeyboardInterrupt when it
+    Writes a checkpoint, and the task's export of the averaged weights to out/export. Raises ValueError if out holds a
+    run of something else, FloatingPointError for a loss or weights that are not finite, and KeyboardInterrupt after it
     was told to stop and has saved and exported.
     """
     assert isinstance(task, nn.Module), "a task is a module, so that its parameters are found"
@@ -279,7 +281,7 @@ def _diverged(value: float, samples: int, indices: list[int], out: Path) -> str:
 
 
 def _over(samples: int, config: TrainConfig, seconds: float, stop: Stop, accelerator: Accelerator) -> bool:
-    """Whether the budget is spent, by the main process's clock, or any process was told to stop."""
+    """Whether the budget is spent (by the main process's clock) or a process was told to stop."""
     if config.samples is not None and samples >= config.samples:
         return True
     late = config.minutes is not None and seconds > 60 * config.minutes and accelerator.is_main_process

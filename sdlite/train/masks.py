@@ -3,7 +3,7 @@
     stardist --> one fluorescence picture --cut in two with a gap--> train/, test/
     emoji with transparency + scikit-image's photos, or patterns --composed--> train/, test/
 
-Layout: see `sdlite.train.segmentation`. Both are made the same way each time.
+For the layout see `sdlite.train.pairs`. The same packages give the same pictures each time.
 """
 
 import io
@@ -51,10 +51,10 @@ def _member(package: Path, name: str) -> Image.Image:
 
 
 def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
-    """Writes the nuclei, class 1, of stardist's fluorescence picture; the number of pictures of each split.
+    """Writes the nuclei (class 1) of stardist's fluorescence picture. Returns the number of pictures per split.
 
-    The folder is made whole or not at all. sources: folder with the package; None downloads it into `downloads_of` the
-    folder. Raises FileExistsError for a folder that is not empty.
+    The folder is made whole or not at all. sources: folder that has the package; None downloads it into `downloads_of`
+    the folder. Raises FileExistsError for a folder that is not empty.
     """
     with atomic_folder(folder) as temporary:
         return _nuclei(temporary, _package(folder, NUCLEI, sources))
@@ -80,12 +80,12 @@ def make_foreground(
     test: int = 200,
     varied: int = 0,
 ) -> Counter[str]:
-    """Writes emoji, class 1, in front of photos and patterns; the number of pictures of each split.
+    """Writes emoji (class 1) in front of photos and patterns. Returns the number of pictures per split.
 
     The folder is made whole or not at all. sources: as for `make_nuclei`.
-    emoji: what `sdlite data emoji` wrote; its test concepts and photos of their own make the test split.
-    varied: if not 0, how many pictures each training drawing gets, before more photos, these in other colours, and
-    heaps of shapes; the test split stays as it is. Raises FileExistsError for a folder that is not empty.
+    emoji: folder that `sdlite data emoji` wrote; its test concepts, and photos that training does not use, make the
+    test split. varied: if not 0, number of pictures per training drawing, on more photos, photos in other colours and
+    heaps of shapes; it does not change the test split. Raises FileExistsError for a folder that is not empty.
     """
     with atomic_folder(folder) as temporary:
         package = _package(folder, PHOTOS, sources)
@@ -120,7 +120,7 @@ Row = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 
 
 def _write(folder: Path, rows: Iterable[Row]) -> int:
-    """The number of rows."""
+    """Returns the number of rows."""
     (folder / "masks").mkdir(parents=True)
     lines = []
     for i, (image, mask, record) in enumerate(rows):

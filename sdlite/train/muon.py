@@ -1,10 +1,10 @@
-"""Muon: momentum whose matrices are made orthogonal, so that every direction of a layer learns at the same rate.
+"""Muon: makes the momentum of every matrix orthogonal, so that all directions of a layer learn at the same rate.
 
     gradient --momentum, Nesterov--> M (m, n) --Newton-Schulz--> about U V^T of M = U S V^T --> weight
 
-A convolution's kernel counts as a matrix of (out, in x height x width). The other parameters (biases, norms, the first
-and the last layer) take AdamW's step. Source: Jordan et al. 2024 (github.com/KellerJordan/Muon); the scale of a step
-that makes AdamW's rates and decay fit: Liu et al. 2025 (Moonlight), arXiv 2502.16982, section 2.2.
+A convolution's kernel counts as a matrix of (out, in x height x width). AdamW updates the other parameters (biases,
+norms, the first and the last layer). Source: Jordan et al. 2024 (github.com/KellerJordan/Muon). The steps are scaled so
+that AdamW's rates and decay fit: Liu et al. 2025 (Moonlight), arXiv 2502.16982, section 2.2.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.AdamW):
     """Muon for `matrices`, AdamW for `others` at ADAMW_SHARE of the rate.
 
-    Every group has a "share": its rate over that of the schedule.
+    The "share" of a group is its learning rate divided by the schedule's.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Muon's step takes its gradients away, so that AdamW's passes those parameters over."""
+        """Muon's step clears the gradients of its parameters, so that AdamW's step skips them."""
         group = self.param_groups[0]
         for weight in group["params"]:
             if weight.grad is not None:

@@ -4,7 +4,8 @@
     mask                       8 bits: the class number of each pixel, 255 where it does not count
                                or black and white: white is class 1
 
-validation/ or test/ is alike and measured. Hugging Face datasets loads the folder as "imagefolder".
+validation/ or test/ has the same layout and is used to measure. Hugging Face `datasets` loads the folder as an
+"imagefolder".
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ GREY = ("1", "L", "LA", "I", "F", "I;16", "I;16B")
 
 
 class Labels(NamedTuple):
-    """What the masks mean. white: they are black and white, cut at half, and white is class 1."""
+    """What the masks mean. white: they are black and white; values above half are class 1."""
 
     classes: int
     white: bool
@@ -68,7 +69,7 @@ def read_pairs(folder: Path, records: Records, channels: int, white: bool) -> li
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask as a picture of mode "L" or "P", whose values are as in the file. Raises ValueError for other kinds."""
+    """A mask as a picture of mode "L" or "P" with the values of the file. Raises ValueError for other kinds."""
     mask = decoded(path, FORMATS, MAX_PIXELS)
     if mask.mode == "1":
         return mask.convert("L")
@@ -88,7 +89,7 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def labels_of(data: Path) -> Labels:
-    """What the masks of all splits mean, by the values that they have together.
+    """Decides what the masks mean from the values in all splits.
 
     Raises ValueError for masks that are neither class numbers nor black and white.
     """

@@ -1,7 +1,7 @@
 """Free text that no caption holds word for word, and what its picture must show: fifty nouns, and pixels that count.
 
-The nouns are named by the judge. Colours, backgrounds, places and numbers are read off the pixels: the drawing is what
-differs from the colour at the picture's edge.
+The judge names the nouns. Colours, backgrounds, places and numbers are measured on the pixels: pixels that differ from
+the colour at the picture's edge belong to the drawing.
 """
 
 import colorsys
@@ -85,7 +85,7 @@ def edge_colour(pixels: np.ndarray) -> np.ndarray:
 
 
 def drawing(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: what is not background."""
+    """(H, W) bool: pixels that are not background."""
     return np.abs(pixels.astype(int) - edge_colour(pixels)).max(-1) > DIFFERENT
 
 
@@ -104,7 +104,7 @@ def has_colour(name: str) -> Check:
 
 
 def has_background(name: str) -> Check:
-    """Whether of all background colours this one is nearest to the edge's."""
+    """Whether this is the background colour that is nearest to the edge's colour."""
 
     def holds(pixels: np.ndarray) -> bool:
         distances = {other: np.abs(edge_colour(pixels) - rgb).sum() for other, rgb in BACKGROUNDS.items()}
@@ -155,7 +155,7 @@ def count_pieces(mask: np.ndarray) -> int:
 
 
 def probes() -> list[Probe]:
-    """What is asked besides the nouns: eight prompts of each kind."""
+    """The prompts besides the nouns: eight of each kind."""
     found = []
     backgrounds = [name for name in BACKGROUNDS if name != "white"]
     numbers = {"two": 2, "three": 3, "four": 4}

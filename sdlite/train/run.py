@@ -1,10 +1,10 @@
-"""The folder of a training run: settings, checkpoints and log, each whole or not there, all read as untrusted files.
+"""The folder of a training run. Each file is written whole or not at all, and read as an untrusted file.
 
-    OUT/config.json        what the run is of: its TrainConfig and the settings of its task, written with checkpoints
-    OUT/log.jsonl          a line per report, none from after the last checkpoint when a run goes on
+    OUT/config.json        its TrainConfig and the settings of its task, written with every checkpoint
+    OUT/log.jsonl          a line per report; a resumed run first drops the lines after the last checkpoint
     OUT/state-<samples>/   a checkpoint: safetensors in shards under 16 MB, and state.json with their sums
 
-A run that goes on must be of the same data, parts and network. How it learns (rate, batch size ...) may change.
+A resumed run must have the same data, parts and network. Rate, batch size and other settings may change.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ Changes = dict[str, list[Any]]  # name -> [before, now]
 
 
 class Stated(Record):
-    """state.json. sums: of the files; runs of older versions have none."""
+    """The fields of state.json. sums: checksums of the files; runs of older versions have none."""
 
     samples: Count
     tensors: Count
@@ -55,13 +55,13 @@ class Stated(Record):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; whether they are sound only reading them tells."""
+    """The checkpoints of a run, oldest first; they may be damaged."""
     found = [path for path in out.glob("state-*") if re.fullmatch(r"state-\d{10}", path.name)]
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
 def write_checkpoint(out: Path, samples: int, tensors: Mapping[str, Tensor]) -> None:
-    """Writes OUT/state-<samples>, then removes all but the last KEPT, and any from after it: those were damaged."""
+    """Writes OUT/state-<samples>. Removes later ones, which were damaged, and all but the last KEPT."""
     folder = out / f"state-{samples:010}"
     check_finite(tensors, f"after {samples} samples")
     with atomic_folder(folder, force=True) as temporary:
@@ -79,7 +79,7 @@ def write_checkpoint(out: Path, samples: int, tensors: Mapping[str, Tensor]) -> 
 def read_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Tensor]]:
     """The number of samples and the tensors of a checkpoint, all finite.
 
-    shapes: of those that it must have; all others must be of OTHER. Raises ValueError of one line.
+    shapes: tensors that it must have; the names of all others begin with one of OTHER. Raises ValueError of one line.
     """
     try:
         stated = Stated(**read_json(folder / "state.json"))
@@ -109,9 +109,9 @@ def check_finite(tensors: Mapping[str, Tensor], when: str) -> None:
 
 
 def changes(out: Path, ours: Settings, *, new_data: bool) -> Changes:
-    """What differs between the settings of the run in `out` and ours, and may differ; none where no run is there.
+    """The allowed differences between the settings of the run in `out` and ours; empty without a run.
 
-    Raises ValueError, which names it, for what may not differ; the data may with new_data.
+    Raises ValueError that names a difference which is not allowed; new_data allows other data.
     """
     if not checkpoints(out) or not (out / "config.json").exists():
         return {}
@@ -136,7 +136,7 @@ def write_settings(out: Path, settings: Settings) -> None:
 
 
 def begin_log(out: Path, samples: int) -> None:
-    """Leaves in the log what belongs to the first `samples` samples: what was lost with a killed process goes."""
+    """Keeps the log's lines on the first `samples` samples; drops those that a killed process wrote later."""
     path = out / "log.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     kept = [line for line in lines if _samples_of(line) <= samples] if samples else []
@@ -149,7 +149,7 @@ def add_to_log(out: Path, line: Mapping[str, Any]) -> None:
 
 
 def _samples_of(line: bytes) -> float:
-    """Of a line of the log; infinite for a torn one."""
+    """Number of samples in a line of the log; infinite for an incomplete line."""
     try:
         samples = json.loads(line)["samples"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -158,7 +158,7 @@ def _samples_of(line: bytes) -> float:
 
 
 def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by names with dots, as JSON gives them back."""
+    """Nested settings as names with dots, with the values that JSON returns."""
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(settings)).items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

@@ -1,7 +1,7 @@
 """The segmentation task: pictures and the class of each of their pixels; pairs.py says how a folder holds them.
 
-A sample is a square cut out of a picture at random, in one of its 8 turns and reflections; where the network looks
-further than the square, the picture goes on or is mirrored.
+A sample is a square cut out of a picture at random, in one of its 8 rotations and reflections. Around the square the
+network sees the rest of the picture; beyond the picture's edge it sees the mirrored picture.
 """
 
 import math
@@ -38,7 +38,7 @@ BOTH = {"cross_entropy": 1.0, "dice": 1.0}
 class SegmentationTask(nn.Module):
     """Classes of the pixels of a data folder.
 
-    terms: of the loss, see `combined`. class_weights: how much each class counts in it. seed: of weights and samples.
+    terms: parts of the loss, see `combined`. class_weights: how much each class counts. seed: for weights and samples.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ def figures(segmenter: Segmenter, pairs: list[Pair]) -> dict[str, float]:
 
 
 def plan_for(data: Path, arch: str) -> SegmenterConfig:
-    """A network for a data folder that trains on a CPU in minutes; grey or colour and the classes as in its files."""
+    """A network for a data folder that trains on a CPU in minutes; channels and classes are those of its files."""
     unet = UNetPlan(
         in_channels=channels_of(data),
         num_classes=labels_of(data).classes,

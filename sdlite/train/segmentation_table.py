@@ -1,4 +1,4 @@
-"""UNet against FCN, loss against loss, valid padding against same: every run alike but for what is compared.
+"""UNet against FCN, loss against loss, valid padding against same: the runs differ only in what is compared.
 
 python -c "from sdlite.train.segmentation_table import compare; ..."   see `compare`
 """
@@ -32,8 +32,8 @@ FIGURES = ("mean_iou", "iou", "boundary_f1", "seconds")
 def compare(data: Mapping[str, Path], out: Path, *, samples: int = 1_600, seeds: Iterable[int] = (0, 1, 2)) -> None:
     """Trains every variant on every data folder with every seed into `out`, and writes out/table.json after each.
 
-    samples: of each run. What is there is not trained again. The rate falls to zero by half a cosine, and what is
-    measured are the averaged weights on the held-out split, which nothing was chosen on.
+    samples: number per run. Finished runs are not trained again. The rate falls to zero by half a cosine. The averaged
+    weights are measured on the held-out split.
     """
     rows: list[dict[str, Any]] = []
     for seed in seeds:

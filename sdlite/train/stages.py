@@ -1,4 +1,4 @@
-"""The stages of a model by name, with the settings of the one that ships.
+"""The stages of training by name, with their default settings.
 
 codec --OUT/export--+
 text  --OUT/export--+--> denoiser --> OUT/export is a model folder
@@ -53,16 +53,18 @@ def train(
     folders: Mapping[str, Path | None] | None = None,
     options: Mapping[str, Any],
 ) -> None:
-    """Trains a stage into `out`, from where it was left if `out` holds a run.
+    """Trains a stage into `out`; continues the run if `out` holds one.
 
-    folders: "codec" and "text", the exports of those stages, for the denoiser; "codec", for the codec: train its
-    decoder further, under the same latents; "teacher", for text a sentence encoder, for the codec one of pictures of
-    half the size; "start", a model whose denoiser is trained on, with its own codec and text encoder unless those are
-    given. options: fields of TrainConfig; those left out or None are the stage's; arch, "unet" or "dit", size, pixels
-    of the pictures, and the fields of Objective are the denoiser's, and where it has one, the start's; size is the
-    codec's, too; fit, "crop", "pad" or "bucket", is what is done with pictures that are not square; class_weights are
-    segmentation's; adversarial is the codec's; allow_links, as for Pipeline.load, is for "start". Raises ValueError or
-    FileNotFoundError with what is missing.
+    folders, for the denoiser: "codec" and "text", the exports of those stages; "start", a model whose denoiser is
+    trained further, with its own codec and text encoder unless those are given. For the codec: "codec", an export whose
+    decoder is trained further, with the same latents; "teacher", a codec for pictures of half the size. For text:
+    "teacher", a sentence encoder.
+    options: fields of TrainConfig; those left out or None have the stage's default. Also arch ("unet" or "dit"; for
+    segmentation "unet" or "fcn"); for the denoiser the fields of Objective; for denoiser and codec size, in pixels; fit
+    ("crop", "pad" or "bucket") for pictures that are not square; class_weights for segmentation; adversarial for the
+    codec; allow_links, as for Pipeline.load, is for "start", whose size, prediction and zero_terminal_snr are the
+    defaults.
+    Raises ValueError or FileNotFoundError that says what is missing.
     """
     parts = {name: folder for name, folder in (folders or {}).items() if folder is not None}
     given = {name: value for name, value in options.items() if value is not None}
@@ -157,7 +159,7 @@ def _denoiser(data: Path, out: Path, folders: Folders, options: Options, arch: s
 
 
 def _check_start(name: str, network: DenoiserConfig, channels: int, width: int) -> None:
-    """Raises ValueError if the denoiser of a model cannot be trained on with a codec and a text encoder."""
+    """Raises ValueError if a model's denoiser cannot be trained further with this codec and text encoder."""
     if network.in_channels != network.out_channels:
         raise ValueError(
             f"{name} is an inpainting model, whose denoiser also reads a mask ({network.in_channels} channels); "

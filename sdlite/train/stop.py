@@ -1,4 +1,4 @@
-"""Stopping a run in order: the first Ctrl-C or SIGTERM ends it after the step in hand, the next one ends it at once."""
+"""Stopping a run in order: the first Ctrl-C or SIGTERM ends it after the current step, the next one at once."""
 
 import os
 import signal
@@ -13,10 +13,10 @@ MESSAGE = b"\nstopping: what is learned so far is saved and exported; Ctrl-C aga
 
 
 class Stop:
-    """While active, remembers in `asked` that the process was told to stop; told again it raises KeyboardInterrupt.
+    """While active, sets `asked` at the first signal to stop and raises KeyboardInterrupt at the second.
 
-    once: seconds in which a repeated signal counts as the first: torchrun passes on what a terminal sends to all.
-    Outside the main thread, which alone gets signals, it does nothing.
+    once: seconds in which a repeated signal counts as the first, because torchrun passes on a signal that the terminal
+    has already sent to every process. Does nothing outside the main thread, because only that one gets signals.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Stop:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """A block that nothing is lost by breaking off: the first signal ends it, and what follows goes on."""
+        """A block that may be broken off without loss: the first signal ends it, and the code after it runs."""
         self._idle = True
         try:
             yield

@@ -3,9 +3,9 @@
     captions --text encoder--> last state at EOS --project--> (B, 384) <--InfoNCE--> (B, 384) <--image tower-- images
     phrases  --text encoder--> last state at EOS --project--> (B, 384) <--cosine---> (B, 384) of a sentence encoder
 
-The first loss ties captions to pictures (Radford et al. 2021), the second is distillation (Hinton et al. 2015): words
-that no caption holds ("puppy") come to lie near those that some caption does, because the teacher, MiniLM, puts them
-there. Projection and image tower are left behind; the denoiser reads the encoder's states.
+The first loss ties captions to pictures (Radford et al. 2021). The second is distillation (Hinton et al. 2015): the
+teacher, MiniLM, gives similar vectors to words of similar meaning, so the encoder learns where to put words that are in
+no caption. Projection and image tower are not exported; the denoiser reads the encoder's states.
 """
 
 import math
@@ -54,7 +54,7 @@ QUERIES = ("apple", "puppy", "automobile", "love", "noto style", "happy face", "
 
 
 def small_vocabulary(tokens: int = VOCABULARY) -> CLIPTokenizer:
-    """CLIP's tokenizer with its first merges only, so that the embeddings are six times smaller."""
+    """CLIP's tokenizer with its first merges only; VOCABULARY tokens make the embeddings six times smaller."""
     vocab, merges = standard_vocabulary()
     words = sorted(vocab, key=vocab.__getitem__)[: tokens - 2]
     kept = merges[: len(words) - 512]  # 512 tokens are bytes, alone and at the end of a word
@@ -124,7 +124,7 @@ class Teacher:
 
 
 def phrases_of(data: Path, records: Records, limit: int) -> list[str]:
-    """What is distilled: texts, concepts and PHRASES of the records, then an even choice of data/phrases.txt."""
+    """The phrases to distil: texts, concepts and PHRASES of the records, then an even choice of data/phrases.txt."""
     own: dict[str, None] = {}
     for record in records:
         own |= dict.fromkeys([str(record["text"]), str(record.get("concept", record["text"]))])
@@ -201,7 +201,7 @@ class TextTask(nn.Module):
         self._make_vectors = lambda: cached(cache, key, lambda: {"vectors": teacher.encode(phrases)})["vectors"]
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Encodes the phrases, or takes them from the cache; what needs them does so by itself."""
+        """Encodes the phrases or reads the cache. Calling it is optional: the first use does the same."""
         if self.distils:
             say(f"encoding {len(self.phrases)} phrases with the teacher, if that was not done before")
         _ = self.vectors
@@ -220,7 +220,7 @@ class TextTask(nn.Module):
         return self.scale.device
 
     def vectors_of(self, texts: Sequence[str]) -> Tensor:
-        """(B, TEACHER_WIDTH) unit vectors: the state at the first EOS, projected. What comes after it has no effect."""
+        """(B, TEACHER_WIDTH) unit vectors: the projected state at the first EOS. Later tokens have no effect."""
         rows = tokenize(self.encoder, texts).to(self.device)  # (B, L)
         end = (rows == self.encoder.config.eos_token_id).int().argmax(1)
         states = self.encoder.model(rows[:, : int(end.max()) + 1]).last_hidden_state  # (B, T, D)
@@ -298,7 +298,7 @@ def save_text(encoder: TextEncoder, folder: Path) -> None:
 
 
 def load_text(folder: Path) -> TextEncoder:
-    """What `sdlite train text` exported, frozen. folder: the export, or the run that it is in."""
+    """Loads an export of `sdlite train text`, frozen. folder: the export, or the run that holds it."""
     folder = exported(folder, "text.json")
     if not (folder / "text.json").is_file():
         raise FileNotFoundError(f"{folder} holds no text encoder; run `sdlite train text` and give its export folder")
