@@ -87,7 +87,7 @@ class Icon(NamedTuple):
 
 
 def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> Path:
-    """Downloads the pinned archives into folder through npm and pip, except those that are there. Returns the folder."""
+    """Downloads the pinned archives that folder lacks through npm and pip. Returns the folder."""
     sweep(folder)
     for source in sources:
         if not _archives(folder, source):
