@@ -493,6 +493,7 @@ def test_stages_ask_for_what_they_need(folder, tmp_path):
         ("codec", {}, {"class_weights": [1]}, "--class-weights is for segmentation"),
         ("text", {"start": tmp_path, "teacher": tmp_path}, {"size": 64}, "--size, --from is for codec and denoiser"),
         ("denoiser", {"teacher": tmp_path}, {}, "--teacher is for codec and text"),
+        ("denoiser", {}, {"allow_links": [tmp_path]}, "--allow-links is for --from"),
         ("segmentation", {}, {"fit": "pad"}, "--fit is for codec and text and denoiser"),
     ):
         with pytest.raises(ValueError, match=f"{flags}; leave it out"):

@@ -71,6 +71,8 @@ def train(
     if misplaced := [name for name in {**given, **parts} if stage not in ONLY.get(name, (stage,))]:
         flags = ", ".join(_flag(name) for name in misplaced)
         raise ValueError(f"{flags} is for {' and '.join(ONLY[misplaced[0]])}; leave it out")
+    if "allow_links" in given and "start" not in parts:
+        raise ValueError("--allow-links is for --from; leave it out")
     own = {name: given.pop(name) for name in OWN if name in given}
     arch = given.pop("arch", None)
     if arch and arch not in ARCHITECTURES.get(stage, ()):
