@@ -129,10 +129,10 @@ def test_text_without_markup_is_itself(prompt):
 )
 def test_hostile_prompts_take_linear_time(unit):
     prompt = (unit * 20_000)[:20_000]
-    start = time.perf_counter()
+    start = time.process_time()
     parse_prompt(prompt)
     parse_prompt(":" + prompt[1:] + ")" * 10)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def tokens(*ids):
