@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from math import ceil, inf
 from pathlib import Path
 
-# Turns of the waiting loop before a thread sleeps: long enough to bridge the gap between two operations, where 1,000
-# was slower than OpenMP's own 300,000 on idle cores, and short enough that busy cores lose little.
+# Turns of the waiting loop before a thread sleeps: enough to bridge the gap between two operations, and so few that busy
+# cores lose little. GCC's OpenMP itself takes 300,000, or 1,000 where it sees more threads than cores.
 SPIN_COUNT = "10000"
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
