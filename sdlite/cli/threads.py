@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from math import ceil, inf
 from pathlib import Path
 
-# Turns of the waiting loop before a thread sleeps: enough to bridge the gap between two operations, and so few that busy
+# Turns of the waiting loop before a thread sleeps: enough to bridge the gap between two operations, so few that busy
 # cores lose little. GCC's OpenMP itself takes 300,000, or 1,000 where it sees more threads than cores.
 SPIN_COUNT = "10000"
 CGROUPS = Path("/sys/fs/cgroup")
