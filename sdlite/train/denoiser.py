@@ -50,7 +50,7 @@ from sdlite.train.text import text_identity
 HALVINGS = 4  # how much smaller the coarsest level of a UNet is: latents must have sides that are multiples
 DROPPED = 0.1  # part of the samples without a caption
 HELD_OUT = 256  # pictures whose loss is measured
-EVEN = 8
+EVEN = 8  # one sample in so many has a uniform timestep whatever the others have
 GOLDEN = (5**0.5 - 1) / 2
 LEVELS = 8  # timesteps, evenly spread, at which it is measured
 SHOWN = 24  # pictures of the preview

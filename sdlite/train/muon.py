@@ -33,11 +33,12 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     x = x / (x.norm() + 1e-7)
     gram = x @ x.T  # (s, s)
     product = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal().add_(a)
         product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
+        if step < STEPS - 1:  # nothing reads the last one
+            gram = polynomial @ gram @ polynomial
     x = product @ x
     return x if wide else x.T
 
