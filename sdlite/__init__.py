@@ -9,9 +9,9 @@ use.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from sdlite.package import __version__ as __version__, fetching
 
 _HOME = {
     "CheckpointError": "sdlite.checkpoints.load",
@@ -22,7 +22,7 @@ _HOME = {
     "DiffusersSolver": "sdlite.diffusion.solvers",
     "LatentCodec": "sdlite.models.codec",
     "Pipeline": "sdlite.pipeline",
-    "Request": "sdlite.config",
+    "Request": "sdlite.request",
     "Schedule": "sdlite.diffusion.schedule",
     "TextEncoder": "sdlite.models.text",
     "UNet": "sdlite.models.unet",
@@ -34,7 +34,7 @@ _HOME = {
     "tiny": "sdlite.config",
     "tiny_dit": "sdlite.config",
 }
-_MODULES = ("batch", "images", "inspect", "segmentation", "train", "widgets")
+_MODULES = ("batch", "images", "inspect", "segmentation", "training")
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]
 
 if TYPE_CHECKING:
@@ -43,13 +43,11 @@ if TYPE_CHECKING:
         images as images,
         inspect as inspect,
         segmentation as segmentation,
-        train as train,
-        widgets as widgets,
+        training as training,
     )
     from sdlite.checkpoints.load import CheckpointError as CheckpointError, load_model as load_model
     from sdlite.config import (
         DiTConfig as DiTConfig,
-        Request as Request,
         UNetConfig as UNetConfig,
         sd15 as sd15,
         sd21 as sd21,
@@ -59,19 +57,21 @@ if TYPE_CHECKING:
     from sdlite.diffusion.sampling import denoise as denoise
     from sdlite.diffusion.schedule import Schedule as Schedule
     from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM, DiffusersSolver as DiffusersSolver
+    from sdlite.inspect import widgets as widgets
     from sdlite.models.codec import LatentCodec as LatentCodec
     from sdlite.models.dit import DiT as DiT
     from sdlite.models.text import TextEncoder as TextEncoder
     from sdlite.models.unet import UNet as UNet
     from sdlite.pipeline import Pipeline as Pipeline
+    from sdlite.request import Request as Request
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"sdlite.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'sdlite' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+_fetched, _ = fetching(__name__, _HOME)
+
+
+def __getattr__(name: str) -> object:
+    moved = {"train": "sdlite.training", "widgets": "sdlite.inspect.widgets"}  # names of version 0.1
+    return import_module(moved[name]) if name in moved else _fetched(name)
 
 
 def __dir__() -> list[str]:

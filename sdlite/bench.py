@@ -26,12 +26,13 @@ from torch import Tensor
 
 from sdlite import __version__, batch
 from sdlite.batch.draw import EXACT_BATCH
-from sdlite.config import Request
 from sdlite.files import write_file
-from sdlite.images import largest_difference, png_bytes
+from sdlite.images.files import png_bytes
+from sdlite.images.pixels import largest_difference
 from sdlite.models.networks import Network
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline
+from sdlite.request import Request
 
 MAX_LOAD = 0.3  # of the cores, on average over the last minute: above it a timing says more about the others
 COLD_RUNS = 3

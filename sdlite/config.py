@@ -12,11 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Prediction = Literal["epsilon", "v", "sample"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
 
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
-MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
 
 MAX_SHOWN = 80  # characters of a name or value in an error
 
@@ -88,54 +86,6 @@ class Record(BaseModel):
     def replace(self, /, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
-
-
-class Request(Record):
-    """One image to draw. CLI flags, rows of a batch file and PNG metadata are all this record.
-
-    guidance_scale: Stable Diffusion's convention, uncond + scale * (cond - uncond); up to 1 means no guidance, and then
-    the negative prompt has no effect. guidance_rescale: Lin et al. 2023, section 3.4. eta: 0 is DDIM, 1 is DDPM's noise
-    (solver "ddim" only). clip_skip: text layers left out at the end (Automatic1111's "Clip skip" is this plus 1).
-    height, width: pixels; None is the model's own size. image, mask: which picture img2img or inpainting started from,
-    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it. paste: put
-    the untouched picture back outside the mask, with an edge that is mask_blur pixels soft (Automatic1111's "Mask
-    blur"); False is what diffusers draws.
-    """
-
-    prompt: str = Field(max_length=20_000)
-    negative_prompt: str = Field("", max_length=20_000)
-    seed: int = Field(0, ge=0, lt=2**64)
-    height: Size | None = None
-    width: Size | None = None
-    steps: int = Field(20, ge=1, le=MAX_STEPS)
-    guidance_scale: float = Field(5.0, ge=0, le=100)
-    guidance_rescale: Fraction = 0.0
-    solver: SolverName = "ddim"
-    eta: Fraction = 0.0
-    clip_skip: int = Field(0, ge=0, le=47)
-    image: str | None = None
-    mask: str | None = None
-    strength: float = Field(0.8, gt=0, le=1)
-    paste: bool = True
-    mask_blur: float = Field(4.0, ge=0, le=64)
-
-    @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
-        if self.mask is not None and self.image is None:
-            raise ValueError("mask needs an image to inpaint; give image as well")
-        if self.eta > 0 and self.solver != "ddim":
-            raise ValueError(f"eta={self.eta:g} has no effect with solver={self.solver!r}; use solver 'ddim' or eta 0")
-        return self
-
-    def deciding(self) -> dict[str, Any]:
-        """The fields that decide the picture, for keys and records.
-
-        paste and mask_blur only where something is pasted: what is without them is as it was before there were any.
-        """
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        if self.mask is None or not self.paste:
-            del fields["paste"], fields["mask_blur"]
-        return fields
 
 
 class UNetConfig(Record):

@@ -13,8 +13,8 @@ from PIL import Image
 
 from sdlite.batch.names import DEFAULT, checked, fill, parse_template
 from sdlite.batch.plan import Item, derived_seed, in_shard, item_key, make_plan, parse_shard
-from sdlite.config import Request
-from sdlite.images import digest
+from sdlite.images.pixels import digest
+from sdlite.request import Request
 
 
 def resolve(request: Request, picture: Any) -> Request:

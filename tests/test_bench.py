@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from sdlite import bench
-from sdlite.config import Request
 from sdlite.pipeline import Pipeline
+from sdlite.request import Request
 
 
 def test_sides_take_turns(monkeypatch: pytest.MonkeyPatch):

@@ -28,9 +28,11 @@ from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.checkpoints.save import save_folder
 from sdlite.cli.app import app
 from sdlite.cli.threads import use_threads
-from sdlite.config import UNTRAINED_NOTE, Request, tiny
+from sdlite.config import UNTRAINED_NOTE, tiny
 from sdlite.files import HOST, sweep
+from sdlite.images import files, recipe
 from sdlite.pipeline import Pipeline
+from sdlite.request import Request
 from sdlite.segmentation.segmenter import Segmenter, SegmenterConfig, UNetPlan, build
 
 Run = Callable[..., tuple[int, str, str]]
@@ -71,7 +73,7 @@ class StandIn:
         for request in requests:
             colour = hashlib.sha256(f"{request.seed}{request.prompt}{request.image}{request.steps}".encode()).digest()
             picture = Image.new("RGB", (request.width or 0, request.height or 0), tuple(colour[:3]))
-            texts = images.metadata(
+            texts = recipe.metadata(
                 request,
                 model=self.name,
                 model_hash=self.model_hash,
@@ -862,7 +864,7 @@ def end_often(command: Callable[[Path], BaseProcess], folder: Path, count: int, 
         for path in (path for path in there if path.suffix == ".png"):
             data = path.read_bytes()
             if data != whole.get(path):
-                assert images.decoded(path).tobytes()
+                assert files.decoded(path).tobytes()
                 assert path not in whole or "force" in folder.name
             whole[path] = data
     sweep(folder)

@@ -5,10 +5,10 @@ import torch
 
 from sdlite.checkpoints import compvis
 from sdlite.checkpoints.load import empty_modules
+from sdlite.checkpoints.tokenizer import load_tokenizer
 from sdlite.checkpoints.weights import shapes_of
 from sdlite.config import AutoencoderKLConfig, UNetConfig, sd15, sd21, tiny
 from sdlite.models.codec import LatentCodec
-from sdlite.models.text import load_tokenizer
 from sdlite.models.unet import UNet
 from tests.references.original_names import codec_names, open_clip_names, unet_names
 

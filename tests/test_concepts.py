@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlite import concepts
+from sdlite.checkpoints import concepts
 
 NAMES = ["alarm clock", "black cat", "ear of corn", "glasses", "lady beetle", "locked", "red apple", "ship"]
 

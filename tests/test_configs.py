@@ -28,7 +28,8 @@ from sdlite.checkpoints.known_keys import (
     UNET_MAPPED,
 )
 from sdlite.checkpoints.weights import CheckpointError
-from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, Request, sd15, sd21, tiny, tiny_dit
+from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, sd15, sd21, tiny, tiny_dit
+from sdlite.request import Request
 
 IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 

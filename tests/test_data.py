@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdlite.files import DiskFull
-from sdlite.train import augment
-from sdlite.train.augment import Example
-from sdlite.train.copies import near_copies
-from sdlite.train.data import (
+from sdlite.training.datasets import augment
+from sdlite.training.datasets.augment import Example
+from sdlite.training.datasets.copies import near_copies
+from sdlite.training.datasets.data import (
     article,
     bucket_of,
     caption_of,
@@ -27,7 +27,7 @@ from sdlite.train.data import (
     on_white,
     sample_generator,
 )
-from sdlite.train.emoji import (
+from sdlite.training.datasets.emoji import (
     EVERYDAY,
     SOURCES,
     Names,
@@ -41,7 +41,7 @@ from sdlite.train.emoji import (
     split_of,
     write,
 )
-from sdlite.train.folder import caption_notes, fingerprints, read_records
+from sdlite.training.datasets.folder import caption_notes, fingerprints, read_records
 
 NAMES = Names(
     {"1f34e": "red apple", "1f1e6": "regional indicator A"},
@@ -419,7 +419,9 @@ def test_an_interrupted_data_folder_leaves_only_its_downloads(tmp_path, packages
         saved(*given, **named)
 
     fetched = []
-    monkeypatch.setattr("sdlite.train.emoji._download", lambda folder, source: fetched.append(source.package))
+    monkeypatch.setattr(
+        "sdlite.training.datasets.emoji._download", lambda folder, source: fetched.append(source.package)
+    )
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else DiskFull):
         make(tmp_path / "emoji", size=64, styles=["noto"])

@@ -8,10 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sdlite.train.evaluate import _check_judge, interval, mmd, named, named_nouns, nearest, ranks, table
-from sdlite.train.judge import JudgeTask, load_judge
-from sdlite.train.loop import TrainConfig, fit
-from sdlite.train.probes import (
+from sdlite.training.evaluation.judge import JudgeTask, load_judge
+from sdlite.training.evaluation.probes import (
     NOUNS,
     Probe,
     count_pieces,
@@ -23,6 +21,8 @@ from sdlite.train.probes import (
     probes,
     right_and_chance,
 )
+from sdlite.training.evaluation.report import _check_judge, interval, mmd, named, named_nouns, nearest, ranks, table
+from sdlite.training.loop import TrainConfig, fit
 from tests.test_train_tasks import folder  # noqa: F401
 
 

@@ -8,10 +8,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from sdlite.config import ScheduleConfig
 from sdlite.diffusion.guidance import Guided, guide, rescale_guidance
 from sdlite.diffusion.inpainting import WithChannels, keep_known
+from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import DDIM
-from sdlite.noise import ImageNoise
 from tests.references.closed_form import GaussianDenoiser, normal
 
 UNCOND, COND = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=1)

@@ -15,7 +15,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sdlite import images
-from sdlite.config import Request
+from sdlite.images import files, pixels, recipe
+from sdlite.request import Request
 
 PLAIN = Request(prompt="a red apple", seed=42)
 
@@ -28,7 +29,7 @@ def noise_picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> 
 
 def texts(request: Request = PLAIN, **changes: object) -> dict[str, str]:
     fields = {"model": "toy", "model_hash": "0123456789abcdef", "prediction": "v", "width": 64, "height": 48} | changes
-    return images.metadata(request, **fields)
+    return recipe.metadata(request, **fields)
 
 
 def names(folder: Path) -> list[str]:
@@ -147,10 +148,10 @@ def test_damaged_exif_costs_no_pixels(tmp_path: Path):
         data[start + place] ^= 0xA5
         (tmp_path / "a.jpg").write_bytes(data)
         assert images.open_picture(tmp_path / "a.jpg").tobytes() == pixels
-        images.read_texts(tmp_path / "a.jpg")
+        files.read_texts(tmp_path / "a.jpg")
     data = whole.replace(b"MM\0*", b"MM\0x")
     (tmp_path / "a.jpg").write_bytes(data)
-    assert images.read_texts(tmp_path / "a.jpg") == {}
+    assert files.read_texts(tmp_path / "a.jpg") == {}
 
 
 def test_not_a_file(tmp_path: Path):
@@ -271,11 +272,11 @@ def test_killed_writer_leaves_no_half_picture(tmp_path: Path):
 
 
 def test_next_free_name(tmp_path: Path):
-    assert images.next_free_name(tmp_path, 7).name == "000000-7.png"
+    assert files.next_free_name(tmp_path, 7).name == "000000-7.png"
     for name in ("000000-7.png", "000041-1.png", "000050.png", "x-000099-1.png"):
         (tmp_path / name).touch()
-    assert images.next_free_name(tmp_path, 7).name == "000042-7.png"
-    assert images.next_free_name(tmp_path / "missing", 7).name == "000000-7.png"
+    assert files.next_free_name(tmp_path, 7).name == "000042-7.png"
+    assert files.next_free_name(tmp_path / "missing", 7).name == "000000-7.png"
 
 
 def test_every_source_of_a_picture_is_read_alike(tmp_path: Path):
@@ -330,11 +331,11 @@ def test_what_is_said_of_a_mask():
     start, clear = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))
     clear.paste("white", (0, 0, 32, 64))
     clear.putpixel((32, 0), (128, 128, 128))  # the soft rim of a brush
-    assert (images.has_grey(start), images.has_grey(clear)) == (False, False)
-    assert images.has_grey(Image.linear_gradient("L").resize((64, 64)))
-    assert images.mask_notes((64, 64), False, (64, 64)) == []
-    assert "cut at half" in images.mask_notes((64, 64), True, (64, 64))[0]
-    assert "64x64 pixels and the picture 32x16" in images.mask_notes((64, 64), False, (32, 16))[0]
+    assert (pixels.has_grey(start), pixels.has_grey(clear)) == (False, False)
+    assert pixels.has_grey(Image.linear_gradient("L").resize((64, 64)))
+    assert pixels.mask_notes((64, 64), False, (64, 64)) == []
+    assert "cut at half" in pixels.mask_notes((64, 64), True, (64, 64))[0]
+    assert "64x64 pixels and the picture 32x16" in pixels.mask_notes((64, 64), False, (32, 16))[0]
 
 
 @pytest.mark.parametrize("blur", [0, 4])
@@ -352,10 +353,10 @@ def test_metadata_survives_pillows_own_save(tmp_path: Path, suffix: str):
     (picture,) = images.to_pil(torch.zeros(1, 3, 8, 8))
     picture.info.update(texts())
     picture.save(tmp_path / f"a{suffix}")
-    assert images.read_texts(tmp_path / f"a{suffix}") == texts()
+    assert files.read_texts(tmp_path / f"a{suffix}") == texts()
     picture.copy().convert("L").save(tmp_path / f"b{suffix}")  # an edited picture does not claim to be the drawn one
     images.save_picture(picture, tmp_path / f"c{suffix}", with_metadata=False)
-    assert images.read_texts(tmp_path / f"b{suffix}") == images.read_texts(tmp_path / f"c{suffix}") == {}
+    assert files.read_texts(tmp_path / f"b{suffix}") == files.read_texts(tmp_path / f"c{suffix}") == {}
 
 
 def test_a_list_of_pictures_is_saved_into_a_folder(tmp_path: Path):
@@ -374,7 +375,7 @@ def test_what_automatic1111_writes_into_a_jpeg_is_read(tmp_path: Path, order: st
     exif, text = Image.Exif(), "a fox, 猫\nSteps: 9, Sampler: Euler, Seed: 5"
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode(order)
     noise_picture(8, 8).save(tmp_path / "a.jpg", exif=exif)
-    assert images.read_texts(tmp_path / "a.jpg") == {"parameters": text}
+    assert files.read_texts(tmp_path / "a.jpg") == {"parameters": text}
 
 
 @pytest.mark.parametrize("name", ["999999999-x", "999999999-7.png"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sdlite.config import Request, tiny
+from sdlite.config import tiny
 from sdlite.inspect import (
     attention_sheet,
     clean_latents,
@@ -16,6 +16,7 @@ from sdlite.inspect import (
 )
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline
+from sdlite.request import Request
 
 REQUEST = Request(prompt="a red apple, Quetzalcoatlus", negative_prompt="blurry", steps=3, seed=4, width=80, height=64)
 

@@ -531,7 +531,7 @@ def meta_file(config: Any, metadata: dict[str, str] | None = None, **tensors: to
     """A full-size original file without its data: names and shapes only, but for the given tensors."""
     from sdlite.checkpoints import compvis
     from sdlite.checkpoints.load import empty_modules
-    from sdlite.models.text import load_tokenizer
+    from sdlite.checkpoints.tokenizer import load_tokenizer
 
     text, denoiser, codec = empty_modules(config, load_tokenizer(), Path("full"))
     modules = {"text": text.model, "denoiser": denoiser, "codec": codec.model}

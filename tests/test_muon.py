@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdlite.train.muon import ADAMW_SHARE, Muon, orthogonalized
+from sdlite.training.muon import ADAMW_SHARE, Muon, orthogonalized
 
 
 def matrix(rows, columns, seed=0):

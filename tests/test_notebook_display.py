@@ -7,7 +7,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from sdlite.images import MAX_SHOWN, Images
+from sdlite.images.files import MAX_SHOWN, Images
 from sdlite.pipeline import Pipeline
 
 
@@ -61,7 +61,7 @@ def test_a_pipeline_says_what_it_is_made_of(pipe: Pipeline):
 
 def test_the_playground_draws_what_the_sliders_say(pipe: Pipeline):
     pytest.importorskip("ipywidgets", reason="the sliders need ipywidgets")
-    from sdlite.widgets import playground
+    from sdlite.inspect.widgets import playground
 
     box = playground(pipe, "a boat")
     fields = {widget.description: widget for widget in box.children if hasattr(widget, "description")}
@@ -76,7 +76,7 @@ def test_the_playground_draws_what_the_sliders_say(pipe: Pipeline):
 
 def test_the_playground_says_what_nobody_foresaw(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("ipywidgets", reason="the sliders need ipywidgets")
-    from sdlite.widgets import playground
+    from sdlite.inspect.widgets import playground
 
     def breaks(*_: object) -> None:
         raise IndexError("index 20 is out of bounds")

@@ -14,10 +14,11 @@ from PIL import Image
 import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
-from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, Request, ScheduleConfig, sd21, tiny, tiny_dit
+from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.solver_names import SCHEDULERS
 from sdlite.pipeline import Pipeline
-from sdlite.schedulers import SCHEDULERS
+from sdlite.request import Request
 from tests.references.diffusers_pipeline import generators, reference_pipeline, reference_scheduler
 
 GREY_LEVEL = 1  # pixels may differ by the rounding of one level
@@ -516,7 +517,7 @@ def test_large_images_are_decoded_in_one_piece(codec, size):
 
 
 def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
-    monkeypatch.setattr("sdlite.pipeline.total_memory", lambda _: 2**20)
+    monkeypatch.setattr("sdlite.pipeline.pipeline.total_memory", lambda _: 2**20)
     with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
         sd1.resolve(Request(prompt="a", width=512, height=256))
     assert sd1.resolve(Request(prompt="a")).width == 64

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdlite import progress
 from sdlite.checkpoints.load import random_model
-from sdlite.config import Request, tiny
+from sdlite.config import tiny
 from sdlite.diffusion.schedule import Schedule
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import Pipeline, progress
+from sdlite.request import Request
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdlite import cli, images
 from sdlite.pipeline import Pipeline
-from sdlite.train.emoji import write
+from sdlite.training.datasets.emoji import write
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

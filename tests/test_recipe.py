@@ -11,8 +11,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sdlite
-from sdlite import images, recipe
-from sdlite.config import Request
+from sdlite import images
+from sdlite.images import recipe
+from sdlite.request import Request
 from tests.test_images import PLAIN, noise_picture, saved, texts
 
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # Automatic1111's re_param

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from sdlite.sheet import contact_sheet
+from sdlite.images.sheet import contact_sheet
 
 
 def test_contact_sheet():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
-from sdlite.images import largest_difference
+from sdlite.images.pixels import largest_difference
 from sdlite.pipeline import Pipeline
-from sdlite.train.probes import drawing
+from sdlite.training.evaluation.probes import drawing
 
 LIMIT = 48_000_000  # bytes of all its files
 FILE_LIMIT = 16_000_000

@@ -7,14 +7,15 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdlite.config import Request, ScheduleConfig
+from sdlite.config import ScheduleConfig
 from sdlite.diffusion.inpainting import keep_known
+from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.solver_names import SCHEDULERS, diffusers_scheduler, solver_for
 from sdlite.diffusion.solvers import DDIM, DDPM, DiffusersSolver, ddim_step, ddpm_step
-from sdlite.initial import first_step
-from sdlite.noise import ImageNoise
-from sdlite.schedulers import SCHEDULERS, diffusers_scheduler, solver_for
+from sdlite.pipeline.start import first_step
+from sdlite.request import Request
 from tests.references.closed_form import GaussianDenoiser, normal
 from tests.test_schedule import reference
 

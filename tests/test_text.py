@@ -10,17 +10,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from sdlite.config import TextConfig
 from sdlite.models import text as text_module
-from sdlite.models.text import (
-    MAX_CHUNKS,
-    TextEncoder,
-    emphasize,
-    load_tokenizer,
-    save_tokenizer,
-    saved_text_state_dict,
-    text_state_dict,
-)
+from sdlite.models.text import MAX_CHUNKS, TextEncoder, emphasize, saved_text_state_dict, text_state_dict
 
 CONFIGS = {
     "sd1": TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2),

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdlite.files import DiskFull
-from sdlite.train.curves import read_log
-from sdlite.train.ema import ema_decay, update_ema
-from sdlite.train.loop import State, TrainConfig, fit, learning_rate, load_average, order
-from sdlite.train.run import checkpoints, write_checkpoint
+from sdlite.training.curves import read_log
+from sdlite.training.ema import ema_decay, update_ema
+from sdlite.training.loop import State, TrainConfig, fit, learning_rate, load_average, order
+from sdlite.training.run import checkpoints, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,12 +11,13 @@ from PIL import Image
 from sdlite.cli import main
 from sdlite.segmentation import Segmenter
 from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
-from sdlite.train import backgrounds, segmentation_table
-from sdlite.train.data import sample_generator
-from sdlite.train.masks import BACKGROUNDS, MORE_BACKGROUNDS, NUCLEI, PHOTOS, make_foreground, make_nuclei
-from sdlite.train.pairs import Pair, channels_of, labels_of
-from sdlite.train.segmentation import SegmentationTask, parameters, plan_for
-from sdlite.train.stages import train
+from sdlite.training.datasets import backgrounds
+from sdlite.training.datasets.data import sample_generator
+from sdlite.training.datasets.masks import BACKGROUNDS, MORE_BACKGROUNDS, NUCLEI, PHOTOS, make_foreground, make_nuclei
+from sdlite.training.datasets.pairs import Pair, channels_of, labels_of
+from sdlite.training.evaluation import segmentation_table
+from sdlite.training.segmentation import SegmentationTask, parameters, plan_for
+from sdlite.training.stages import train
 
 
 def discs(folder, pictures=4, size=40):
@@ -49,7 +50,7 @@ def small(padding="same"):
 
 @pytest.mark.parametrize("arch", ["unet", "fcn"])
 def test_stage_learns_discs_and_exports_a_segmenter(data, tmp_path, monkeypatch, arch):
-    monkeypatch.setattr("sdlite.train.segmentation.plan_for", lambda data, arch: chosen)
+    monkeypatch.setattr("sdlite.training.segmentation.plan_for", lambda data, arch: chosen)
     fcn = FCNPlan(in_channels=1, base_width=4, batch_norm=True)
     chosen = small() if arch == "unet" else SegmenterConfig(network=fcn, tile=32)
     options = {"samples": 960, "batch_size": 8, "lr": 1e-2, "arch": arch}
@@ -276,7 +277,9 @@ def test_interrupted_pictures_with_masks_leave_no_folder(drawings, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdlite.train.masks.pattern", interrupted)  # after some pictures with a photo behind
+    monkeypatch.setattr(
+        "sdlite.training.datasets.masks.pattern", interrupted
+    )  # after some pictures with a photo behind
     before = sorted(drawings.iterdir())
     with pytest.raises(KeyboardInterrupt):
         make_foreground(drawings / "data", drawings / "emoji", sources=drawings, size=48, train=5, test=3)

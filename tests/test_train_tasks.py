@@ -25,7 +25,7 @@ from sdlite.models.networks import network
 from sdlite.models.prompt import escaped
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline
-from sdlite.train.codec import (
+from sdlite.training.codec import (
     ADVERSARIAL_WEIGHT,
     FEATURE_WEIGHT,
     CodecTask,
@@ -39,14 +39,14 @@ from sdlite.train.codec import (
     reconstruction_loss,
     sharpness,
 )
-from sdlite.train.data import cut_notes, load_buckets, on_white, sample_generator, tokenize
-from sdlite.train.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, initialize
-from sdlite.train.emoji import write
-from sdlite.train.latents import encode, encode_tokens, preview_prompt
-from sdlite.train.loop import TrainConfig, fit
-from sdlite.train.run import checkpoints
-from sdlite.train.stages import DEFAULTS, train
-from sdlite.train.text import Teacher, TextTask, emoji_text, load_text, save_text, small_vocabulary
+from sdlite.training.datasets.data import cut_notes, load_buckets, on_white, sample_generator, tokenize
+from sdlite.training.datasets.emoji import write
+from sdlite.training.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, initialize
+from sdlite.training.latents import encode, encode_tokens, preview_prompt
+from sdlite.training.loop import TrainConfig, fit
+from sdlite.training.run import checkpoints
+from sdlite.training.stages import DEFAULTS, train
+from sdlite.training.text import Teacher, TextTask, emoji_text, load_text, save_text, small_vocabulary
 
 CODEC = AutoencoderKLConfig(
     block_out_channels=(8, 8, 8),
@@ -75,7 +75,7 @@ def brief(**changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Raw SVGs to a data folder; the green box is held out."""
-    from sdlite.train.emoji import _svg, render_svg
+    from sdlite.training.datasets.emoji import _svg, render_svg
 
     out = tmp_path_factory.mktemp("data")
     records, pictures = [], []
@@ -201,7 +201,7 @@ def test_settings_name_what_a_run_is_of_by_content(folder, runs, tmp_path):
 def test_a_cache_is_used_for_what_it_was_made_of_only(folder, runs, tmp_path, monkeypatch):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     calls = []
-    monkeypatch.setattr("sdlite.train.denoiser.encode", lambda *a, **k: calls.append(k["views"]) or encode(*a, **k))
+    monkeypatch.setattr("sdlite.training.denoiser.encode", lambda *a, **k: calls.append(k["views"]) or encode(*a, **k))
     cache = tmp_path / "cache.safetensors"
 
     def made(views=2, **changes):
@@ -521,8 +521,8 @@ def test_links_in_a_model_are_followed_as_the_error_advises(folder, tmp_path, mo
     def reached(*_):
         raise ValueError("the model is loaded")
 
-    monkeypatch.setattr("sdlite.train.stages.fit", reached)
-    monkeypatch.setattr("sdlite.train.evaluate.JudgeTask", reached)
+    monkeypatch.setattr("sdlite.training.stages.fit", reached)
+    monkeypatch.setattr("sdlite.training.evaluation.report.JudgeTask", reached)
     for words in (("train", "denoiser", "--samples", 1, "--from"), ("evaluate",)):
         call = (*words, tmp_path / "model", "--data", folder, "-o", tmp_path / "out")
         assert command(*call) == 2
@@ -545,8 +545,8 @@ def command(*arguments):
 
 @pytest.fixture
 def few_previews(monkeypatch):
-    monkeypatch.setattr("sdlite.train.denoiser.SHOWN", 2)
-    monkeypatch.setattr("sdlite.train.denoiser.PREVIEW_STEPS", 1)
+    monkeypatch.setattr("sdlite.training.denoiser.SHOWN", 2)
+    monkeypatch.setattr("sdlite.training.denoiser.PREVIEW_STEPS", 1)
 
 
 @pytest.mark.usefixtures("few_previews")
@@ -679,8 +679,8 @@ def test_objectives(folder, runs, tmp_path, monkeypatch):
         abar = task.schedule.abar(torch.tensor(300)).item()
         target = noise if prediction == "epsilon" else abar**0.5 * noise - (1 - abar) ** 0.5 * x_0
         assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-5)
-    monkeypatch.setattr("sdlite.train.stages.SIZE", 32)
-    monkeypatch.setattr("sdlite.train.denoiser.emoji_unet", lambda *_: UNET)
+    monkeypatch.setattr("sdlite.training.stages.SIZE", 32)
+    monkeypatch.setattr("sdlite.training.denoiser.emoji_unet", lambda *_: UNET)
     fields = {"prediction": "epsilon", "min_snr_gamma": 0, "zero_terminal_snr": False}
     exports = {name: runs / name / "export" for name in ("codec", "text")}
     run = partial(train, "denoiser", folder, tmp_path, folders=exports)
@@ -696,7 +696,7 @@ def test_objectives(folder, runs, tmp_path, monkeypatch):
         pytest.raises(ValueError, match=r"is a run with data=\w{12}, not \w{12}: other captions"),
     ):
         one = {"file_name": "train/box-warm.png", "text": "another"}
-        other.setattr("sdlite.train.denoiser.read_records", lambda *_: [one])
+        other.setattr("sdlite.training.denoiser.read_records", lambda *_: [one])
         run(options={"samples": 4, "batch_size": 2, **fields})
     with pytest.raises(ValueError, match="has no answer to pure noise; use v, or"):
         run(options={"samples": 4, "batch_size": 2, "prediction": "epsilon"})
@@ -710,8 +710,10 @@ def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is the denoiser's or segmentation's"):
         train("codec", folder, tmp_path, options={"arch": "dit"})
     parts = {name: runs / name / "export" for name in ("codec", "text")}
-    monkeypatch.setattr("sdlite.train.stages.SIZE", 32)
-    monkeypatch.setattr("sdlite.train.denoiser.emoji_dit", lambda *_, sample_size: DIT.replace(sample_size=sample_size))
+    monkeypatch.setattr("sdlite.training.stages.SIZE", 32)
+    monkeypatch.setattr(
+        "sdlite.training.denoiser.emoji_dit", lambda *_, sample_size: DIT.replace(sample_size=sample_size)
+    )
     train("denoiser", folder, tmp_path, folders=parts, options={"arch": "dit", "samples": 2, "batch_size": 2})
     assert load_model(tmp_path / "export").config.denoiser == DIT
     with pytest.raises(ValueError, match=r"is a run with network.kind=DiT, not UNet"):

@@ -6,7 +6,7 @@ import socket
 import pytest
 from transformers import CLIPTokenizer
 
-from sdlite.models.text import load_tokenizer, save_tokenizer
+from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 
 CORPUS = [
     "a photo of a cat",

@@ -11,7 +11,7 @@ from sdlite.batch.shards import DAMAGED, hash_of, members, stats_of
 from sdlite.batch.sheet import is_sheet
 from sdlite.batch.store import SHEET, Store, read_settings
 from sdlite.files import write_file
-from sdlite.images import read_metadata
+from sdlite.images.files import read_metadata
 
 
 class Check(NamedTuple):

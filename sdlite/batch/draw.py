@@ -19,8 +19,10 @@ from PIL.Image import Image
 
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Entry, Store
-from sdlite.images import digest, open_picture, png_bytes
+from sdlite.images.files import open_picture, png_bytes
+from sdlite.images.pixels import digest
 from sdlite.pipeline import Pipeline
+from sdlite.request import reason
 
 EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact picture
 WINDOW = 256  # items looked at together for what may share a batch
@@ -140,13 +142,6 @@ class Engine:
         if self.exact or size < self.size or not half:
             return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
         return [pair for first in range(0, len(items), half) for pair in self._drawn(items[first : first + half], half)]
-
-
-def reason(error: Exception) -> str:
-    """Why an item failed, in one line; an error that nobody foresaw is named by its class."""
-    text = " ".join(str(error).split())
-    foreseen = text and isinstance(error, ValueError | OSError | FloatingPointError)
-    return text if foreseen else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -25,9 +25,11 @@ from sdlite.batch.read import SHOWN_FAULTS, Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, spread
-from sdlite.config import Prediction, Record, Request
-from sdlite.images import png_bytes, versions
+from sdlite.config import Prediction, Record
+from sdlite.images.files import png_bytes
+from sdlite.images.recipe import versions
 from sdlite.pipeline import Pipeline
+from sdlite.request import Request
 
 SHORT_PROMPT = 300  # bytes: a shorter text never has more chunks than the text encoder takes
 

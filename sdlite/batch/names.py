@@ -9,7 +9,7 @@ import re
 import unicodedata
 from string import Formatter
 
-from sdlite.config import Request
+from sdlite.request import Request
 
 KEY_CHARS = 16  # of a key in a name: 64 bits, no two alike among a billion
 DEFAULT = "{index:06}-{key:16}.png"

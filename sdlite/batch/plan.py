@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from sdlite.batch.names import DEFAULT, fill, parse_template, same_file
 from sdlite.batch.read import MAX_ROWS, Columns, Faults, Row, Source, column_of, read_table
-from sdlite.config import ELSEWHERE, Request
+from sdlite.config import ELSEWHERE
+from sdlite.request import Request
 
 SCHEMA = 1  # of keys and folders; a change of what they mean counts it up
 MAX_IMAGES = 10_000  # of one row
@@ -204,7 +205,7 @@ def _path(folder: Path, name: str | None) -> Path | None:
 def _note_mask(faults: Faults, image: Picture | None = None, mask: Picture | None = None) -> None:
     """How the mask of a row is read, where that is not certain; said once for all rows."""
     if image is not None and mask is not None:
-        from sdlite.images import mask_notes  # here, as it brings PyTorch
+        from sdlite.images.pixels import mask_notes
 
         for note in mask_notes(mask.size, mask.grey, image.size):
             faults.note(without_sizes(note), note)
@@ -217,7 +218,8 @@ def without_sizes(note: str) -> str:
 
 def _opened(path: Path, side: str, known: dict[tuple[Path, str], Picture]) -> Picture:
     """What is known of a picture or mask, each opened once. Raises FileNotFoundError or ValueError."""
-    from sdlite.images import digest, has_grey, open_picture  # here, as they bring PyTorch
+    from sdlite.images.files import open_picture
+    from sdlite.images.pixels import digest, has_grey
 
     if (path, side) not in known:
         image = open_picture(path, for_mask=side == "mask")

@@ -21,9 +21,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sdlite.config import Request
 from sdlite.files import csv_delimiter
-from sdlite.recipe import A1111_SAMPLERS
+from sdlite.images.recipe import A1111_SAMPLERS
+from sdlite.request import Request
 
 MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million prompts of 256 letters
 MAX_UTF16_BYTES = 64 * 1024 * 1024  # the whole file is held at once

@@ -13,7 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 from sdlite.batch.plan import Item, Plan
 from sdlite.batch.store import SHEET
 from sdlite.files import write_file
-from sdlite.images import MAX_PIXELS, contact_sheet, decoded, open_picture
+from sdlite.images.files import MAX_PIXELS, decoded, open_picture
+from sdlite.images.sheet import contact_sheet
 
 LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
 MARK = "sdlite contact sheet"  # in a sheet's text "Software": a later run replaces it, and nothing else

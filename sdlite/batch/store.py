@@ -23,7 +23,7 @@ from sdlite.batch.plan import Item
 from sdlite.batch.shards import Sample, Shards, key_of, shard_of
 from sdlite.config import Record
 from sdlite.files import HOST, sweep, write_file
-from sdlite.images import read_metadata
+from sdlite.images.files import read_metadata
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
 MAX_RUN_BYTES = 1024 * 1024

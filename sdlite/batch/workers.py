@@ -14,8 +14,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
-from sdlite.batch.draw import Engine, Result, reason
+from sdlite.batch.draw import Engine, Result
 from sdlite.batch.plan import Item
+from sdlite.request import reason
 
 MAX_TRIES = 3  # of an item on which processes die
 MAX_STARTS_LOST = 3  # processes that died before they had an item

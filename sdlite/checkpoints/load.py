@@ -19,6 +19,7 @@ from sdlite.checkpoints.folder import SAFE, WEIGHT_STEMS, Reader, check_folder, 
 from sdlite.checkpoints.hub import download, download_variant
 from sdlite.checkpoints.places import PRESETS, SHIPPED, CheckpointError as CheckpointError, check_model, shipped_folder
 from sdlite.checkpoints.single_file import TITLE_KEY, find_config, find_prediction
+from sdlite.checkpoints.tokenizer import load_tokenizer
 from sdlite.checkpoints.vae import load_vae, modern_names
 from sdlite.checkpoints.weights import (
     Weights,
@@ -40,7 +41,7 @@ from sdlite.config import (
 from sdlite.files import exported
 from sdlite.models.codec import LatentCodec
 from sdlite.models.networks import Network, network
-from sdlite.models.text import TextEncoder, load_tokenizer, text_state_dict
+from sdlite.models.text import TextEncoder, text_state_dict
 
 Codec = tuple[LatentCodec, list[str]]  # as `load_vae` gives it: with notes
 UNTRAINED = "untrained (random weights)"

@@ -19,10 +19,11 @@ from sdlite.checkpoints import compvis, configs
 from sdlite.checkpoints.folder import SAFE, WEIGHT_STEMS, Reader, open_part, variants
 from sdlite.checkpoints.load import UNTRAINED, ModelParts, load_model
 from sdlite.checkpoints.single_file import CONFIG_KEY, PREDICTION_KEY, TITLE_KEY
+from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite, open_safetensors
 from sdlite.config import UNTRAINED_NOTE, AutoencoderKLConfig, DiTConfig
 from sdlite.files import atomic_file, atomic_folder, check_file, check_folder
-from sdlite.models.text import load_tokenizer, save_tokenizer, saved_text_state_dict
+from sdlite.models.text import saved_text_state_dict
 
 MAX_NESTING = 4  # of "state_dict" in pickles; training frameworks make 1
 

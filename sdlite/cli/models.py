@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
 from sdlite.cli.app import (
     AllowLinks,
@@ -27,9 +28,8 @@ from sdlite.cli.app import (
     load,
 )
 from sdlite.cli.output import Report, check_free, check_writable, shown
-from sdlite.concepts import FILE, nearest, read_names
-from sdlite.config import Request
 from sdlite.files import exported, sweep, write_file
+from sdlite.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SHOWN_NAMES = 10  # of a search
@@ -195,7 +195,7 @@ def bench(
 
 
 def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
-    from sdlite.images import read_metadata, read_texts
+    from sdlite.images.files import read_metadata, read_texts
 
     texts = read_texts(path)
     if "sdlite" not in texts and "parameters" in texts:

@@ -70,7 +70,7 @@ class Names:
 
     def save(self, picture: "Image", index: int, seed: int, with_metadata: bool) -> Path:
         """Writes image number `index` of the run and returns its path."""
-        from sdlite.images import save_numbered, save_picture
+        from sdlite.images.files import save_numbered, save_picture
 
         if index == 0:
             sweep(self.folder)

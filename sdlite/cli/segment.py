@@ -131,7 +131,7 @@ def _task(model: Path, overlay: bool, cutout: bool, threads: int | None) -> Task
 
 def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
     """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
-    from sdlite.batch.draw import reason
+    from sdlite.request import reason
 
     failed = 0
     with Interrupts() as interrupts:
@@ -163,7 +163,7 @@ def _progress(bar: Any, name: str) -> Callable[[float], None]:
 def _make(
     picture: Path, place: Path, task: Task, force: bool, report: Report, progress: Callable[[float], None]
 ) -> None:
-    from sdlite.images import decoded, png_bytes
+    from sdlite.images.files import decoded, png_bytes
     from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS
 
     image = decoded(picture, FORMATS, MAX_PIXELS)

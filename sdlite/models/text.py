@@ -7,10 +7,8 @@ Text that looks like a special token ("<|endoftext|>", or "!", the pad token of 
 and diffusers read it as the special token.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -19,7 +17,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdlite.config import TextConfig
 from sdlite.models.prompt import Piece, Token, escaped, parse_prompt, split_chunks
-from sdlite.models.vocabulary import BOS, EOS, read_pad_token, read_vocabulary, standard_vocabulary
 
 MAX_CHUNKS = 64  # 4,800 tokens for SD: what the longest prompt of English words that a Request takes comes to
 WORD_END = "</w>"  # what the last token of a word ends in, in CLIP's vocabulary
@@ -201,48 +198,6 @@ def text_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def saved_text_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights under the older names ("text_model."), which every release of transformers reads."""
     return {f"text_model.{name}": tensor for name, tensor in text_state_dict(weights).items()}
-
-
-def load_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
-    """CLIP's byte-level BPE tokenizer from a folder, or with None the standard one, which ships with the package.
-
-    Reads vocab.json and merges.txt, or tokenizer.json, as data, and of the settings the name of the pad token alone:
-    nothing that a file names is run or fetched. Raises FileNotFoundError or a ValueError that names the file.
-    """
-    if folder is None:
-        vocab, merges = standard_vocabulary()
-        return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
-    vocab, merges = read_vocabulary(folder)
-    pad = read_pad_token(folder)
-    if missing := [name for name in (BOS, EOS, pad) if name not in vocab]:
-        raise ValueError(f"{folder}: the tokenizer's vocabulary has no {missing[0]!r:.80}, so it is not CLIP's")
-    try:
-        return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
-    except Exception as error:  # the tokenizers package raises bare Exception
-        cause = " ".join(str(error).split())
-        raise ValueError(f"{folder}: merges and vocabulary do not fit: {cause:.200}") from None
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes the four files that CLIPTokenizer.from_pretrained reads, in any release of transformers."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    names = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": tokenizer.model_max_length,
-        "do_lower_case": True,
-        "add_prefix_space": False,
-        "errors": "replace",
-    }
-    files = {
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]),
-        "tokenizer_config.json": json.dumps(settings | names, indent=2),
-        "special_tokens_map.json": json.dumps(names, indent=2),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _check_fit(config: TextConfig, tokenizer: CLIPTokenizer) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from sdlite.checkpoints import compvis, configs, single_file
 from sdlite.checkpoints.folder import open_part
+from sdlite.checkpoints.tokenizer import load_tokenizer
+from sdlite.checkpoints.vocabulary import standard_vocabulary
 from sdlite.checkpoints.weights import open_safetensors, read_json
 from sdlite.config import sd15, tiny, tiny_dit
-from sdlite.models.text import load_tokenizer
-from sdlite.models.vocabulary import standard_vocabulary
 from tests.fuzz.rule import Choices, changed, edited, fuzz, hold
 
 FILES = configs.to_diffusers(sd15()) | {

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from sdlite import images
-from sdlite.config import Request
-from sdlite.recipe import metadata
+from sdlite.images.recipe import metadata
+from sdlite.request import Request
 from tests.fuzz.rule import TOKENS, Choices, changed, edited, fuzz, hold
 
 REQUEST = Request(prompt="a (red:1.2) apple", negative_prompt="blurry", steps=5, image=f"sha256:{'0' * 64}")

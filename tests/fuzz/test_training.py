@@ -10,11 +10,11 @@ from safetensors.torch import save
 
 from sdlite.config import AutoencoderKLConfig
 from sdlite.models.codec import LatentCodec
-from sdlite.train import run
-from sdlite.train.codec import emoji_codec
-from sdlite.train.data import fit_notes, load_pixels
-from sdlite.train.exports import built, read_config
-from sdlite.train.folder import caption_notes, fingerprints, read_records
+from sdlite.training import run
+from sdlite.training.codec import emoji_codec
+from sdlite.training.datasets.data import fit_notes, load_pixels
+from sdlite.training.datasets.folder import caption_notes, fingerprints, read_records
+from sdlite.training.exports import built, read_config
 from tests.fuzz.rule import Choices, changed, edited, fuzz, hold
 
 RECORD = {"file_name": "a.png", "text": "a disc", "concept": "disc", "style": "flat", "keywords": ["round"], "n": 1}

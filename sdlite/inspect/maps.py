@@ -1,0 +1,225 @@
+"""A look inside a run: where each word was looked at, what the network took for the picture, how large its maps are.
+
+    with record_attention(pipe.denoiser) as record:        softmax(Q K^T / sqrt(K)) of every cross-attention,
+        picture, = pipe("a red apple")                      summed over heads and steps
+    heat = record.mean()                                    (B, T, H, W): one map for each token of the prompt
+
+Recording hangs hooks on the network and takes them off again: the network's own code does not know of it, computes what
+it always does, and without a record pays nothing.
+Maps as in DAAM (Tang et al. 2023, section 3): averaged over heads, layers and steps, coarse layers enlarged.
+Letters: B batch, of images times prompts under guidance, N heads, L image tokens, T text tokens, H W latent cells.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdlite.diffusion.guidance import guide, rescale_guidance
+from sdlite.diffusion.parameterization import split_output
+from sdlite.images.pixels import from_pil, to_pil
+from sdlite.images.sheet import contact_sheet
+from sdlite.models.attention import KV, Attention
+from sdlite.models.denoiser import Denoiser, Memory
+from sdlite.models.networks import Network
+from sdlite.pipeline import Pictures, Pipeline
+from sdlite.request import Request
+
+PATHS = {  # the modules that the picture passes, in this order; lists entry by entry
+    "UNet": ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+    "DiT": ("pos_embed", "transformer_blocks", "proj_out"),
+}
+
+
+class AttentionRecord:
+    """Cross-attention of the calls of one batch. sums: per layer (B, T, rows, columns), over `counts` calls."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.size = (0, 0)
+
+    def add(self, layer: str, maps: Tensor) -> None:
+        """maps: (B, T, rows, columns). Raises ValueError if they are not of the batch that was recorded before."""
+        before = self.sums.get(layer)
+        if before is not None and before.shape != maps.shape:
+            raise ValueError(
+                f"recorded a batch of {tuple(before.shape)} and now {tuple(maps.shape)}; open a record for each"
+            )
+        self.sums[layer] = maps if before is None else before + maps
+        self.counts[layer] = self.counts.get(layer, 0) + 1
+
+    def mean(self) -> Tensor:
+        """(B, T, H, W) float32: mean over layers and calls, all as large as the latents; sums to 1 over T.
+
+        Under guidance the first half of B is the negative prompts'. Raises ValueError if nothing was recorded.
+        """
+        if not self.sums:
+            raise ValueError("nothing was recorded; call the denoiser within `with record_attention(...)`")
+        means = [
+            F.interpolate(maps / self.counts[layer], size=self.size, mode="bilinear")
+            for layer, maps in self.sums.items()
+        ]
+        return torch.stack(means).mean(0)
+
+
+def attention_maps(attention: Attention, x: Tensor, kv: KV) -> Tensor:
+    """Where the image tokens look: (B, L, T) float32, mean over heads. Arguments as for `attention`."""
+    q = attention.to_q(x).view(*x.shape[:2], attention.num_heads, -1).transpose(1, 2).float()  # (B, N, L, K)
+    k = kv[0].float()  # (B, N, T, K)
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+
+@contextmanager
+def record_attention(denoiser: Denoiser) -> Iterator[AttentionRecord]:
+    """Records every cross-attention of a UNet or DiT while the context is open.
+
+    Raises ValueError for a wrapped denoiser, whose network is not ours to know.
+    """
+    if not isinstance(denoiser, Network):
+        raise ValueError(f"attention of a {type(denoiser).__name__} cannot be recorded; give the UNet or DiT inside")
+    record, network = AttentionRecord(), denoiser
+
+    def begins(_: Any, inputs: tuple[Any, ...]) -> None:
+        height, width = inputs[0].shape[-2:]
+        record.size = (height, width)
+
+    def recorder(layer: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def attends(attention: Any, inputs: tuple[Any, ...]) -> None:
+            with torch.no_grad():
+                maps = attention_maps(attention, *inputs)  # (B, L, T)
+                rows, columns = token_grid(network, record.size, maps.shape[1])
+                record.add(layer, maps.transpose(1, 2).reshape(*maps.shape[::2], rows, columns))
+
+        return attends
+
+    hooks = [network.register_forward_pre_hook(begins)]
+    for name, module in network.named_modules():
+        if name.endswith("attn2"):
+            hooks.append(module.register_forward_pre_hook(recorder(name)))
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_grid(network: Network, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """(rows, columns) of an attention over that many of the network's tokens. size: (H, W) of the latents."""
+    patch = getattr(network.config, "patch_size", 1)
+    rows, columns = size[0] // patch, size[1] // patch
+    while rows * columns > tokens:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2  # as the UNet's Downsample rounds
+    assert rows * columns == tokens, f"{tokens} tokens are no grid of {size} latents"
+    return rows, columns
+
+
+class WordMap(NamedTuple):
+    """A word of the prompt and what part of the attention it had in each latent cell, (H, W) on the CPU."""
+
+    word: str
+    heat: Tensor
+
+
+def word_maps(
+    pipe: Pipeline, request: Request, *, images: Pictures = None, masks: Pictures = None
+) -> tuple[Image.Image, list[WordMap]]:
+    """The picture of a request, as `generate` draws it, and a map for each word of its prompt, in order.
+
+    What is left to 1 in a cell went to the tokens that are no words: start, end, padding.
+    """
+    with record_attention(pipe.denoiser) as record:
+        (picture,) = pipe.generate(request, images=images, masks=masks, progress=False)
+    heat = record.mean()[-1].cpu()  # (T, H, W), of the prompt: the negative one comes first
+    return picture, [WordMap(word, heat[rows].sum(0)) for word, rows in pipe.text.words(request.prompt)]
+
+
+def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """The picture in grey under a map (H, W) from black over red and yellow to white, where the map is largest."""
+    heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
+    size = (picture.height, picture.width)
+    large = F.interpolate(heat[None, None], size=size, mode="bilinear")  # (1, 1, height, width) in [0, 1]
+    colours = torch.cat([(3 * large - i).clamp(0, 1) for i in range(3)], dim=1)  # (1, 3, height, width)
+    grey = from_pil(picture.convert("L"), picture.size)  # (1, 3, height, width) in [-1, 1]
+    return to_pil((grey + 2 * colours - 1) / 2)[0]
+
+
+def attention_sheet(picture: Image.Image, maps: list[WordMap], *, columns: int = 4) -> Image.Image:
+    """The picture and then every word over it, in one."""
+    pictures = [picture, *(overlay(picture, heat) for _, heat in maps)]
+    return contact_sheet(pictures, ["", *(word for word, _ in maps)], columns=columns)
+
+
+class Watched:
+    """A denoiser that keeps the latents, timesteps and output of its last call."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def prediction(self) -> Any:
+        return self.denoiser.prediction
+
+    def prepare(self, context: Tensor) -> Memory:
+        return self.denoiser.prepare(context)
+
+    def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        output = self.denoiser(x, t, memory)
+        self.last = x, t, output
+        return output
+
+
+def clean_latents(
+    pipe: Pipeline, request: Request, *, images: Pictures = None, masks: Pictures = None
+) -> Iterator[Tensor]:
+    """Yields x_0 as the network sees it at every step, (1, C, H, W): the guided idea of the finished latents.
+
+    `pipe.decode(x_0, request)` makes a picture of it. Infinite where eps is predicted at abar_t = 0.
+    """
+    watched = Watched(pipe.denoiser)
+    jobs = pipe.with_denoiser(lambda _: watched)
+    for _ in jobs.sample_latents(request, images=images, masks=masks):
+        assert watched.last is not None, "a step runs the denoiser"
+        x, t, output = watched.last
+        if request.guidance_scale > 1:
+            uncond, cond = output.chunk(2)  # (1, C, H, W) each
+            output = rescale_guidance(guide(uncond, cond, request.guidance_scale), cond, request.guidance_rescale)
+        x_t = x[:, : output.shape[1]]  # without the channels of inpainting
+        yield split_output(output, x_t, pipe.schedule.abar(t.long()), watched.prediction)[0]
+
+
+@torch.no_grad()
+def feature_sizes(network: Network, height: int, width: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(module, size of what it hands on) from the latents to the output: (C, h, w), or (L, D) for tokens.
+
+    height, width: of the latents, in cells. Runs the network once, on zeros.
+    """
+    sizes: list[tuple[str, tuple[int, ...]]] = []
+
+    def hook(name: str) -> Callable[[Any, Any, Any], None]:
+        def left(_: Any, inputs: Any, output: Any) -> None:
+            last = output[-1] if isinstance(output, list) else output  # a way down hands on its skips, the last goes on
+            sizes.append((name, tuple(last.shape[1:])))
+
+        return left
+
+    path: dict[str, nn.Module] = {}
+    for name in PATHS[type(network).__name__]:
+        module = network.get_submodule(name)
+        each = module.named_children() if isinstance(module, nn.ModuleList) else [("", module)]
+        path |= {f"{name}.{entry}".rstrip("."): m for entry, m in each}
+    hooks = [module.register_forward_hook(hook(name)) for name, module in path.items()]
+    weight = next(network.parameters())
+    try:
+        x = weight.new_zeros(1, network.config.in_channels, height, width)
+        t = torch.zeros(1, dtype=torch.long, device=weight.device)
+        network(x, t, network.prepare(weight.new_zeros(1, 1, network.config.context_dim)))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return sizes

@@ -1,0 +1,128 @@
+"""The judge: a classifier that names what a picture shows, for evaluation only.
+
+It predicts concept and style. Its architecture (strided convolutions on 48 pixels, no transformer, no words) and its
+seed differ from everything in the generator. It is trained on train/ alone and frozen before it sees a picture that a
+model drew. Every report holds its hash.
+"""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdlite.config import Record
+from sdlite.training.datasets.data import composed, load_pixels, on_white, sample_generator
+from sdlite.training.datasets.folder import Records, fingerprints, read_records
+from sdlite.training.exports import built, fill, read_config
+
+SIDE = 48  # pixels that it sees
+WIDTHS = (3, 32, 64, 128, 192)
+SMOOTHING = 0.1  # of labels
+
+
+def judged(data: Path) -> Records:
+    """The records that a judge can learn from. Raises ValueError if there are none."""
+    records = [record for record in read_records(data) if "concept" in record and "style" in record]
+    if not records:
+        raise ValueError(f"{data} has no concepts and styles to judge by; make it with `sdlite data emoji`")
+    return records
+
+
+class Names(Record):
+    """judge.json: what the outputs of the judge stand for."""
+
+    concepts: list[str]
+    styles: list[str]
+
+
+class Judge(nn.Module):
+    """(B, 3, 48, 48) in [-1, 1] to logits of concepts (B, N) and styles (B, M)."""
+
+    def __init__(self, concepts: int, styles: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in pairwise(WIDTHS):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(WIDTHS[-1] * 9, 256), nn.ReLU())
+        self.concepts, self.styles = nn.Linear(256, concepts), nn.Linear(256, styles)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(images)
+        return self.concepts(features), self.styles(features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 256) of images of any size."""
+        return self.body(F.interpolate(images, size=(SIDE, SIDE), mode="area"))
+
+
+class JudgeTask(nn.Module):
+    """Classification of the train split, with random backgrounds, shifts and mirroring."""
+
+    def __init__(self, data: Path, seed: int = 1_000_003) -> None:
+        super().__init__()
+        records = judged(data)
+        self.settings = fingerprints(data, records)
+        self.names = sorted({record["concept"] for record in records})
+        self.style_names = sorted({record["style"] for record in records})
+        self.labels = torch.tensor(
+            [[self.names.index(r["concept"]), self.style_names.index(r["style"])] for r in records]
+        )
+        self.pixels = load_pixels(data, records, SIDE)
+        self.seed = seed
+        self.judge = Judge(len(self.names), len(self.style_names))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in self.judge.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, (2 / weight[0].numel()) ** 0.5, generator=generator)  # He et al. 2015
+                elif name.endswith("bias"):
+                    weight.zero_()
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+    def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
+        images = torch.cat([self._sample(i, int(n)) for i, n in zip(indices, numbers, strict=True)])
+        loss = torch.zeros(())
+        for logits, labels in zip(self.judge(images), self.labels[indices].T, strict=True):
+            loss = loss + F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+        return loss
+
+    def _sample(self, index: Tensor, number: int) -> Tensor:
+        generator = sample_generator(self.seed, number)
+        colour = torch.ones(1, 3) if generator.random() < 0.7 else torch.from_numpy(generator.random((1, 3))).float()
+        image = composed(self.pixels[index][None], colour)
+        image = image.flip(-1) if generator.random() < 0.5 else image
+        dy, dx = generator.integers(-4, 5, 2)
+        return image.roll((int(dy), int(dx)), (-2, -1))
+
+    def evaluate(self) -> dict[str, float]:
+        logits, styles = self.judge(on_white(self.pixels[:512]))
+        wanted = self.labels[:512]
+        return {
+            "trained_concepts": (logits.argmax(1) == wanted[:, 0]).float().mean().item(),
+            "trained_styles": (styles.argmax(1) == wanted[:, 1]).float().mean().item(),
+        }
+
+    def preview(self, path: Path) -> None:
+        """Nothing to show."""
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.judge.state_dict().items()}, folder / "judge.safetensors")
+        (folder / "judge.json").write_text(json.dumps({"concepts": self.names, "styles": self.style_names}))
+
+
+def load_judge(folder: Path) -> tuple[Judge, list[str], list[str], str]:
+    """The frozen judge, its concepts, its styles, and the sha256 of its weights."""
+    names = read_config(Names, folder / "judge.json")
+    judge = built(lambda: Judge(len(names.concepts), len(names.styles)), folder / "judge.json")
+    fill(judge, folder / "judge.safetensors")
+    digest = hashlib.sha256((folder / "judge.safetensors").read_bytes()).hexdigest()
+    return judge.eval().requires_grad_(False), names.concepts, names.styles, digest

