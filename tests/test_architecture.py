@@ -18,8 +18,7 @@ FLOORS = (
     {"diffusion", "models", "segmentation"},
     {"backends", "checkpoints", "images"},
     {"pipeline"},
-    {"batch", "inspect", "training"},
-    {"bench"},
+    {"batch", "bench", "inspect", "training"},
     {"cli", "web"},
     {"__init__", "__main__"},  # the doors
 )
@@ -28,11 +27,11 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Libraries with one home each; torch is everybody's but config's.
 HOMES = {
     "transformers": {"models/text.py", "checkpoints/tokenizer.py", "training/text.py", "training/evaluation/report.py"},
-    "diffusers": {"models/codec.py", "diffusion/solver_names.py", "training/codec.py", "bench.py"},
+    "diffusers": {"models/codec.py", "diffusion/solver_names.py", "training/codec.py", "bench/diffusers.py"},
     "accelerate": {"training/loop.py"},
     "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
     "typer": {"cli/"},
-    "rich": {"cli/", "bench.py", "training/keeper.py"},
+    "rich": {"cli/", "training/keeper.py"},
     "PIL": {
         "images/",
         "pipeline/",
@@ -40,16 +39,16 @@ HOMES = {
         "segmentation/segmenter.py",
         "batch/",
         "cli/",
-        "bench.py",
+        "bench/",
         "training/",
     },
     "safetensors": {"checkpoints/", "segmentation/segmenter.py", "training/"},
     "ray": {"batch/ray_runner.py"},
     "pickle": set(),
 }
-FROM_PRETRAINED = {"bench.py", "training/text.py"}  # with safetensors only and no code of the folder's own
-PRINTS = {"cli/", "bench.py", "training/keeper.py"}
-ENVIRONMENT = {"cli/", "bench.py", "batch/ray_runner.py"}  # Ray takes some of its settings from nowhere else
+FROM_PRETRAINED = {"bench/diffusers.py", "training/text.py"}  # with safetensors only and no code of the folder's own
+PRINTS = {"cli/", "training/keeper.py"}
+ENVIRONMENT = {"cli/", "bench/machine.py", "batch/ray_runner.py"}  # Ray takes some of its settings from nowhere else
 
 
 def name(path: Path) -> str:

@@ -298,7 +298,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path):
         time.sleep(0.01)
     assert process.stderr is not None
     process.send_signal(signal.SIGTERM)
-    assert any("finishing the batch in hand" in line for line in process.stderr)
+    assert any("finishing the current batch" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 130 and not list((tmp_path / "out").glob("*.tmp"))

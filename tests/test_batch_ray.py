@@ -83,7 +83,7 @@ def test_the_driver_is_ended_and_started_again(tmp_path: Path, reference: dict[s
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     assert 0 < len(there) < 24 and there.items() <= reference.items()
     if how == signal.SIGINT:
-        assert "sdlite: finishing the batch in hand; Ctrl-C again stops at once\n" in err and "Traceback" not in err
+        assert "sdlite: finishing the current batch; Ctrl-C again stops at once\n" in err and "Traceback" not in err
         assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == len(there)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert pictures(tmp_path / "out") == reference

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline
 
 # Exit codes: sysexits.h calls 70 an internal software error, and a shell's 128 + SIGINT is 130.
-WRONG_INPUT, DISK_FULL, UNFORESEEN, INTERRUPTED = 2, 3, 70, 130
+SOME_FAILED, WRONG_INPUT, DISK_FULL, UNFORESEEN, INTERRUPTED = 1, 2, 3, 70, 130
 MAX_SHOWN_COMMAND = 200
 
 app = typer.Typer(
@@ -43,10 +43,6 @@ app = typer.Typer(
 )
 
 
-Output = Annotated[
-    str | None,
-    typer.Option("--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"),
-]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -68,9 +64,6 @@ Vae = Annotated[str | None, WORDS["vae"]]
 Variant = Annotated[str | None, WORDS["variant"]]
 AllowLinks = Annotated[list[Path] | None, WORDS["allow_links"]]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
-NoMetadata = Annotated[
-    bool, typer.Option("--no-metadata", help="Do not write prompt and settings into the image file.")
-]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress bar and no notes, except that a model is untrained.")
 ]

@@ -183,7 +183,7 @@ def batch(
     --verify renames a damaged image to NAME.corrupt; the same batch command then draws it again. It exits with 1 if
     anything is damaged or missing.
     """
-    report = Report(quiet, as_json)
+    report = Report(quiet=quiet, as_json=as_json)
     if verify is not None:
         raise typer.Exit(_verify(verify, report))
     if requests is None or output is None:
