@@ -9,4 +9,4 @@ speed.PEERS.
 from sdlite.bench.batches import measure_batch as measure_batch, measure_exact as measure_exact
 from sdlite.bench.machine import machine_load as machine_load
 from sdlite.bench.speed import measure as measure
-from sdlite.bench.table import table as table
+from sdlite.bench.timing import table as table

@@ -23,7 +23,7 @@ IMAGES = 500  # of a timing of the batch machinery
 class RunBatch(Protocol):
     """Draws requests into a folder: `sdlite.batch.run`."""
 
-    def __call__(self, requests: Any, out: Path, *, pipe: Pipeline, exact: bool = False) -> object: ...
+    def __call__(self, requests: Any, output: Path, /, *, pipe: Pipeline, exact: bool = False) -> object: ...
 
 
 def measure_batch(
@@ -41,7 +41,7 @@ def measure_batch(
     parts: dict[str, Callable[[Path], object]] = {
         "batch machinery, an image": lambda place: run_batch(requests, place, pipe=idle),
         "of which PNG encoding": lambda _: [png_bytes(picture) for _ in range(IMAGES)],
-        "of which file, 2 fsyncs and link": lambda place: [write_file(place / f"{i}.png", data) for i in range(IMAGES)],
+        "of which file, 2 fsyncs and link": partial(_write_files, data),
     }
     timings: dict[str, Timings] = {what: {"CPU": [], "wall": []} for what in parts}
     with tempfile.TemporaryDirectory(prefix="sdlite-bench-", dir=folder) as place:
@@ -80,6 +80,11 @@ def measure_exact(
     torch.set_num_threads(threads)
     setting = {"model": pipe.name, "precision": pipe.about.dtype, "batch": size, "runs": runs}
     return {"machine": machine_facts(pipe.device, load), "setting": setting, "rows": rows}
+
+
+def _write_files(data: bytes, folder: Path) -> None:
+    for i in range(IMAGES):
+        write_file(folder / f"{i}.png", data)
 
 
 class _Idle(Pipeline):

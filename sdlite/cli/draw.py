@@ -64,8 +64,8 @@ def generate(
     request = request.replace(seed=read_seed(seed))
     requests = [request.replace(seed=request.seed + i) for i in range(num_images)]
     names = Names(save_options, num_images)
-    for option, sheet in (("--contact-sheet", contact_sheet), ("--attention", attention)):
-        _check_sheet(option, sheet, names)
+    for option, path in (("--contact-sheet", contact_sheet), ("--attention", attention)):
+        _check_sheet(option, path, names)
     names.check_room(request)
     sources = open_sources({"image": request.image, "mask": request.mask}, report)
     if str(request.seed) != seed.strip():
@@ -79,8 +79,8 @@ def generate(
     if contact_sheet is not None and images:
         from sdlite.images.sheet import contact_sheet as sheet_of
 
-        sheet = sheet_of(images, [f"seed {each.seed}" for each in requests])
-        _save_sheet(sheet, contact_sheet, "contact_sheet", names, report)
+        labels = [f"seed {each.seed}" for each in requests]
+        _save_sheet(sheet_of(images, labels), contact_sheet, "contact_sheet", names, report)
     if attention is not None and images:
         from sdlite.inspect import attention_sheet, word_maps
 

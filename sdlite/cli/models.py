@@ -2,18 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
-from sdlite.cli.app import (
-    DTypeName,
-    app,
-    examples,
-    load,
-)
+from sdlite.cli.app import app, examples, load
 from sdlite.cli.flags import Flags, options
 from sdlite.cli.output import SUFFIXES, Report, check_writable, shown
 from sdlite.cli.words import check_there, checked
@@ -87,7 +82,8 @@ def convert(
         bool, typer.Option("--ema", help="Take the averaged weights of the UNet from a single file that has both.")
     ] = False,
     dtype: Annotated[
-        DTypeName | None, typer.Option(help="Number type of the weights in DST.", show_default="as in SRC")
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Number type of the weights in DST.", show_default="as in SRC"),
     ] = None,
     report: Annotated[Report, Flags(only=("quiet",))],
 ) -> None:
@@ -147,16 +143,16 @@ def _names(model: str) -> list[str]:
 
 def _model_facts(options: LoadOptions) -> Facts:
     pipe = load(options, Report())
-    parts: dict[str, Any] = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
-    counts = {f"parameters of {part}": sum(p.numel() for p in parts[part].parameters()) for part in parts}
+    from sdlite.models.device import num_weights
+
+    parts = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
+    counts = {f"parameters of {name}": num_weights(part) for name, part in parts.items()}
     width, height = pipe.default_size
     kind = type(pipe.denoiser).__name__
-    trained = (
-        {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())} if options.model == SHIPPED else {}
-    )
+    known = {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())}
     return {
         "model": {"model": pipe.name, "model_hash": pipe.model_hash, "draws": f"{width}x{height}", "denoiser": kind},
         "parts": {"prediction": pipe.denoiser.prediction} | counts,
         "schedule": pipe.schedule.config.model_dump(),
-        "trained on": trained,
+        "trained on": known if options.model == SHIPPED else {},
     }
