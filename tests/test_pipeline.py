@@ -17,7 +17,7 @@ from sdlite.checkpoints.save import convert
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solver_names import SCHEDULERS
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Pipeline
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import generators, reference_pipeline, reference_scheduler
 
@@ -28,9 +28,8 @@ THEIRS = 7.5  # the guidance scale that diffusers takes when it is not told
 def make(config) -> Pipeline:
     parts = random_model(config, seed=0)
     schedule = Schedule(config.schedule)
-    return Pipeline(
-        parts.text, parts.denoiser, parts.codec, schedule, sample_size=8, name="random", model_hash="0" * 64
-    )
+    about = About("random", "0" * 64, sample_size=8)
+    return Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=about)
 
 
 def sd2_like():
@@ -429,7 +428,7 @@ def test_a_model_with_two_sides_draws_what_diffusers_draws(tmp_path):
     """[height, width] in latent cells, as in UNet2DConditionModel's config."""
     parts = random_model(tiny().replace(sample_size=(6, 10)), seed=0)
     schedule = Schedule(parts.config.schedule)
-    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, sample_size=(6, 10), name="x")
+    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=About("x", sample_size=(6, 10)))
     pipe.save(tmp_path / "wide")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "wide", local_files_only=True)
     expected = theirs("a cat", num_inference_steps=2, generator=generators(5)).images[0]

@@ -26,7 +26,7 @@ from sdlite.images.sheet import contact_sheet
 from sdlite.models.attention import KV, Attention
 from sdlite.models.denoiser import Denoiser, Memory
 from sdlite.models.networks import Network
-from sdlite.pipeline import Pictures, Pipeline
+from sdlite.pipeline import Pipeline, Sources
 from sdlite.request import Request
 
 PATHS = {  # the modules that the picture passes, in this order; lists entry by entry
@@ -126,7 +126,7 @@ class WordMap(NamedTuple):
 
 
 def word_maps(
-    pipe: Pipeline, request: Request, *, images: Pictures = None, masks: Pictures = None
+    pipe: Pipeline, request: Request, *, images: Sources = None, masks: Sources = None
 ) -> tuple[Image.Image, list[WordMap]]:
     """The picture of a request, as `generate` draws it, and a map for each word of its prompt, in order.
 
@@ -175,14 +175,14 @@ class Watched:
 
 
 def clean_latents(
-    pipe: Pipeline, request: Request, *, images: Pictures = None, masks: Pictures = None
+    pipe: Pipeline, request: Request, *, images: Sources = None, masks: Sources = None
 ) -> Iterator[Tensor]:
     """Yields x_0 as the network sees it at every step, (1, C, H, W): the guided idea of the finished latents.
 
     `pipe.decode(x_0, request)` makes a picture of it. Infinite where eps is predicted at abar_t = 0.
     """
     watched = Watched(pipe.denoiser)
-    jobs = pipe.with_denoiser(lambda _: watched)
+    jobs = pipe.with_parts(denoiser=watched)
     for _ in jobs.sample_latents(request, images=images, masks=masks):
         assert watched.last is not None, "a step runs the denoiser"
         x, t, output = watched.last
