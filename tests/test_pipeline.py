@@ -15,6 +15,7 @@ import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
+from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solver_names import SCHEDULERS
 from sdlite.pipeline import About, Pipeline
@@ -275,7 +276,7 @@ def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
     jobs = sd1.jobs(Request(prompt="a cat", negative_prompt="blurry", clip_skip=1))
     negative, positive = sd1._conditioning(jobs).context
     for prompt, found in (("blurry", negative), ("a cat", positive)):
-        skipped, whole = (sd1.text.encode([prompt], clip_skip=skip)[0] for skip in (1, 0))
+        skipped, whole = (sd1.text.encode([prompt], clip_skip=skip).context[0] for skip in (1, 0))
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
 
 
@@ -328,10 +329,7 @@ def test_steps_are_yielded_as_they_are_made(sd1):
 def test_a_denoiser_can_be_wrapped(pipe):
     calls = []
 
-    class Counted:
-        def __init__(self, denoiser):
-            self.denoiser, self.prediction, self.prepare = denoiser, denoiser.prediction, denoiser.prepare
-
+    class Counted(Wrapper):
         def __call__(self, x, t, memory):
             calls.append(len(x))
             return self.denoiser(x, t, memory)
