@@ -404,9 +404,14 @@ class Pipeline:
         paste = request.paste and image is not None and mask is not None
         if paste:
             picture = pasted(picture, picture_of(image), picture_of(mask), request.mask_blur)
-        drawn = request.replace(paste=paste, width=picture.width, height=picture.height)
-        model = {"model": self.name, "model_hash": self.model_hash, "prediction": self.denoiser.prediction}
-        picture.info.update(metadata(drawn, **model, **self.about.bits))
+        texts = metadata(
+            request.replace(paste=paste, width=picture.width, height=picture.height),
+            model=self.name,
+            model_hash=self.model_hash,
+            prediction=self.denoiser.prediction,
+            **self.about.bits,
+        )
+        picture.info.update(texts.items())
         return picture
 
     def num_evaluations(self, request: Request) -> int:
@@ -422,8 +427,8 @@ class Pipeline:
         jobs = []
         for request in requests:
             size = (request.width or 0, request.height or 0)
-            known = (name and Opened(name, size) for name in (request.image, request.mask))
-            jobs.append(self._job(request, *known))
+            image, mask = (None if name is None else Opened(name, size) for name in (request.image, request.mask))
+            jobs.append(self._job(request, image, mask))
         return batches(jobs)
 
     def remarks(self, request: Request, image: Any = None, mask: Any = None) -> list[str]:
