@@ -115,7 +115,7 @@ class _Group:
         if self.kind is None and info.show_default is True:
             info.show_default = _defaults(fields) or True
         hint = kind if default is not None else kind | None
-        return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[hint, info])  # type: ignore[valid-type]
+        return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[hint, info])
 
     def _default(self, name: str, field: FieldInfo) -> Any:
         if self.kind is None:
