@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import reduce, wraps
 from operator import or_
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -107,7 +107,7 @@ class _Group:
         first = next(iter(fields.values()))
         info = copy(self.words.get(name) or typer.Option())
         info.help = self._help(fields, info.help)
-        default, kind = self._default(name, first), _type(first.annotation)
+        default, kind = self._default(name, first), _joined([_type(field.annotation) for field in fields.values()])
         if isinstance(info, OptionInfo) and info.default is ...:  # the place of the first name, in Annotated
             flag = name.replace("_", "-")
             is_switch = kind is bool and {field.default for field in fields.values()} != {False}
@@ -138,16 +138,24 @@ class _Group:
 
 def _defaults(fields: Mapping[str, FieldInfo]) -> str:
     """The default of each record, in words; those of most are "others"."""
-    words = {None: "", True: "on", False: "off"}
-    shown = {
-        owner: words[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
-        for owner, field in fields.items()
-    }
+    shown = {owner: _shown(field.default) for owner, field in fields.items()}
     most, count = Counter(shown.values()).most_common(1)[0]
     if count == len(shown):
         return most
     parts = [f"{owner} {value}" for owner, value in shown.items() if count == 1 or value != most]
     return ", ".join(parts if count == 1 else [*parts, f"others {most}"])
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return ("off", "on")[default]
+    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _joined(kinds: Sequence[Any]) -> Any:
+    """One type for the same field of several records: all their choices, or the type of the first."""
+    choices = dict.fromkeys(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+    return Literal[tuple(choices)] if choices else kinds[0]
 
 
 def _is_annotated(annotation: Any) -> bool:
