@@ -1,8 +1,10 @@
 """Holds the limits of JSON from outside, and that a written file or folder appears whole or not at all."""
 
 import errno
+import multiprocessing
 import os
 import resource
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,11 +180,33 @@ def test_a_folder_is_replaced_only_with_force(tmp_path: Path):
     assert names(tmp_path) == ["a", "a/2"]
 
 
-def test_a_folder_killed_between_the_two_renames_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / ".a.old").mkdir()
-    (tmp_path / ".a.old" / "1").touch()
-    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "a"):
-        pass
+def replace_and_die(path: Path) -> None:
+    """Replaces a folder, and is killed between the two renames."""
+    rename = Path.rename
+
+    def kills(source: Path, target: Path) -> Path:
+        if source.name.endswith(".tmp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target)
+
+    Path.rename = kills  # type: ignore[method-assign,assignment]
+    with atomic_folder(path, force=True) as temporary:
+        (temporary / "2").touch()
+
+
+@pytest.mark.parametrize("by", ["sweep", "the next writer"])
+def test_a_folder_killed_between_the_two_renames_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1").touch()
+    child = multiprocessing.get_context("fork").Process(target=replace_and_die, args=(tmp_path / "a",))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and not (tmp_path / "a").exists()
+    if by == "sweep":
+        sweep(tmp_path)
+    else:
+        with pytest.raises(FileExistsError), atomic_folder(tmp_path / "a"):
+            pass
     assert names(tmp_path) == ["a", "a/1"]
 
     rename = Path.rename

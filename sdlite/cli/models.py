@@ -117,11 +117,11 @@ def convert(
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
     report = Report(quiet, False)
     sweep(target.parent)
-    files = {"vae": vae, "variant": variant, "allow_links": allow_links or ()}
+    files: dict[str, Any] = {"vae": vae, "variant": variant, "allow_links": allow_links or ()}
     with report.busy(f"converting {source}"):
         import torch
 
-        from sdlite.checkpoints.save import convert
+        from sdlite.checkpoints.load import convert
 
         kind = None if dtype is None else getattr(torch, dtype)
         parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind, **files)

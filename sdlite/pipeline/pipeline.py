@@ -16,9 +16,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import ModelParts, load_model
+from sdlite.checkpoints.folder import save_folder
+from sdlite.checkpoints.load import load_model
+from sdlite.checkpoints.parts import ModelParts
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.checkpoints.save import save_folder
 from sdlite.config import ModelConfig, Prediction
 from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.noise import ImageNoise

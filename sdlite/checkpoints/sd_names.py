@@ -12,14 +12,14 @@ Stability-AI/stablediffusion ldm/modules/encoders/modules.py, mlfoundations/open
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sdlite.config import ModelConfig, TextConfig, UNetConfig
+from sdlite.config import DenoiserConfig, UNetConfig
 
-Part = Literal["denoiser", "codec", "text"]
+Part = Literal["text", "denoiser", "codec"]
 
 UNET = "model.diffusion_model."
 CODEC = "first_stage_model."
@@ -75,25 +75,13 @@ OPEN_CLIP_LAYER = {
 }
 STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rows of OpenCLIP's in_proj, in this order
 
-DIFFUSION_BUFFERS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "logvar",
-    "lvlb_weights",
-    "scale_factor",
-)
+DIFFUSION_BUFFERS = """
+    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
+    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar lvlb_weights scale_factor
+"""
 MARKERS = ("v_pred", "ztsnr")
-UNUSED = {*DIFFUSION_BUFFERS, *MARKERS, "denoiser.sigmas", "global_step"} | {
+UNUSED = {*DIFFUSION_BUFFERS.split(), *MARKERS, "denoiser.sigmas", "global_step"} | {
     "cond_stage_model.logit_scale",
     f"{CLIP}embeddings.position_ids",
     f"{OPEN_CLIP}attn_mask",
@@ -114,15 +102,23 @@ def canonical(key: str) -> str:
     return key
 
 
-def is_unused(key: str, config: TextConfig) -> bool:
-    """Whether a canonical key is known and not needed, such as the OpenCLIP layer after the last one that SD2 uses."""
-    last = f"{OPEN_CLIP}transformer.resblocks.{config.num_hidden_layers}."
-    return is_spare(key) or key.startswith(last)
+def modern_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A codec's weights in diffusers' layout, with the attention's names as they are since diffusers 0.15."""
+    renamed = {}
+    for name, value in weights.items():
+        where, _, rest = name.rpartition(".attentions.0.")
+        module, _, leaf = rest.rpartition(".")
+        new = OLD_CODEC_ATTENTION.get(module)
+        renamed[name if new is None else f"{where}.attentions.0.{new}.{leaf}"] = value
+    return renamed
 
 
-def is_spare(key: str) -> bool:
-    """Whether a canonical key is known and not needed for drawing."""
-    return key in UNUSED or key.startswith(UNUSED_PREFIXES)
+def is_unused(key: str, text_layers: int | None = None) -> bool:
+    """Whether a canonical key is known and not needed for drawing.
+
+    text_layers: those of the text encoder; SD2 does not use OpenCLIP's last layer, which comes after them.
+    """
+    return key in UNUSED or key.startswith((*UNUSED_PREFIXES, f"{OPEN_CLIP}transformer.resblocks.{text_layers}."))
 
 
 def ema_key(key: str) -> str:
@@ -130,16 +126,22 @@ def ema_key(key: str) -> str:
     return EMA + "".join(key.split(".")[1:])
 
 
-def original_names(names: Mapping[Part, Iterable[str]], config: ModelConfig, open_clip: bool) -> dict[str, list[str]]:
-    """Original key -> our names, as part.name; several where OpenCLIP stacks Q, K and V."""
-    assert isinstance(config.denoiser, UNetConfig), "callers refuse a DiT"
-    stages = len(config.denoiser.block_out_channels), len(getattr(config.codec, "block_out_channels", ()))
+def original_names(
+    names: Mapping[Part, Iterable[str]], denoiser: DenoiserConfig | None = None, open_clip: bool = False
+) -> dict[str, list[str]]:
+    """Original key -> our names, as part.name; several where OpenCLIP stacks Q, K and V.
+
+    names: those of each part that is wanted. denoiser: its config, if it is among them.
+    """
     keys: dict[str, list[str]] = {}
-    for name in names["denoiser"]:
-        keys[UNET + unet_key(name, config.denoiser)] = [f"denoiser.{name}"]
-    for name in names["codec"]:
-        keys[CODEC + codec_key(name, stages[1])] = [f"codec.{name}"]
-    for name in sorted(names["text"], key=_stack_order):
+    for name in names.get("denoiser", ()):
+        assert isinstance(denoiser, UNetConfig), "callers refuse a DiT"
+        keys[UNET + unet_key(name, denoiser)] = [f"denoiser.{name}"]
+    codec = list(names.get("codec", ()))
+    stages = len({name.split(".")[2] for name in codec if name.startswith("decoder.up_blocks.")})
+    for name in codec:
+        keys[CODEC + codec_key(name, stages)] = [f"codec.{name}"]
+    for name in sorted(names.get("text", ()), key=_stack_order):
         key = OPEN_CLIP + open_clip_key(name) if open_clip else CLIP + name
         keys.setdefault(key, []).append(f"text.{name}")
     return keys
@@ -161,10 +163,8 @@ def unet_key(name: str, config: UNetConfig) -> str:
     if kind == "upsamplers":
         attention = config.attention_stages[-1 - int(stage)]
         return f"output_blocks.{first + config.layers_per_block}.{2 if attention else 1}.conv.{leaf}"
-    block = (
-        f"input_blocks.{first + int(index) + 1}" if where == "down_blocks" else f"output_blocks.{first + int(index)}"
-    )
-    return f"{block}.{0 if kind == 'resnets' else 1}.{_unet_inner(kind, rest)}"
+    way, block = ("input", first + 1) if where == "down_blocks" else ("output", first)
+    return f"{way}_blocks.{block + int(index)}.{0 if kind == 'resnets' else 1}.{_unet_inner(kind, rest)}"
 
 
 def _unet_inner(kind: str, words: list[str]) -> str:
@@ -199,15 +199,10 @@ def open_clip_key(name: str) -> str:
     """encoder.layers.0.self_attn.q_proj.weight -> transformer.resblocks.0.attn.in_proj_weight"""
     if name in OPEN_CLIP_TOP:
         return OPEN_CLIP_TOP[name]
-    layer, module, leaf = _split_layer(name)
+    _, _, layer, *words, leaf = name.split(".")  # encoder.layers.0.self_attn.q_proj.weight
+    module = ".".join(words)
     inner = f"attn.in_proj_{leaf}" if module in STACKED else f"{OPEN_CLIP_LAYER[module]}.{leaf}"
     return f"transformer.resblocks.{layer}.{inner}"
-
-
-def _split_layer(name: str) -> tuple[str, str, str]:
-    """encoder.layers.0.self_attn.q_proj.weight -> ("0", "self_attn.q_proj", "weight")"""
-    _, _, layer, *module, leaf = name.split(".")
-    return layer, ".".join(module), leaf
 
 
 def _stack_order(name: str) -> int:
