@@ -11,20 +11,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from sdlite.checkpoints.known_keys import (
-    DIT,
-    DIT_PIPELINES,
-    KL,
-    MODEL_INDEX,
-    MODEL_INDEX_HARMLESS,
-    PIPELINES,
-    SCHEDULE,
-    SCHEDULERS,
-    TEXT,
-    TINY,
-    UNET,
-    Keys,
-)
+from sdlite.checkpoints import known_keys
+from sdlite.checkpoints.known_keys import Keys
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.weights import from_files
 from sdlite.config import (
@@ -58,19 +46,19 @@ BETAS: dict[str, Literal["scaled_linear", "linear", "cosine"]] = {
 def check_model_index(config: Config, where: str) -> None:
     """Raises CheckpointError unless model_index.json describes Stable Diffusion 1.x or 2.x, or sdlite's DiT."""
     refuse_hooks(config, where)
-    pipelines = DIT_PIPELINES if "transformer" in config else PIPELINES
+    pipelines = known_keys.DIT_PIPELINES if "transformer" in config else known_keys.PIPELINES
     if (found := config.get("_class_name", pipelines[0])) not in pipelines:
         raise _unsupported(where, "_class_name", found, pipelines)
     if "transformer" in config and "unet" in config:
         raise CheckpointError(f"{where}: a model has either a unet or a transformer, not both")
     for name, entry in config.items():
-        if name in MODEL_INDEX_HARMLESS or name.startswith("_") or _is_off(entry):
+        if name in known_keys.MODEL_INDEX_HARMLESS or name.startswith("_") or _is_off(entry):
             continue
-        if name not in MODEL_INDEX:
-            raise CheckpointError(f"{where}: unknown part {name!r:.80}; known: {', '.join(MODEL_INDEX)}")
+        if name not in known_keys.MODEL_INDEX:
+            raise CheckpointError(f"{where}: unknown part {name!r:.80}; known: {', '.join(known_keys.MODEL_INDEX)}")
         library = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
-        if library not in ("diffusers", "transformers") or entry[1] not in MODEL_INDEX[name]:
-            raise _unsupported(where, name, entry, MODEL_INDEX[name])
+        if library not in ("diffusers", "transformers") or entry[1] not in known_keys.MODEL_INDEX[name]:
+            raise _unsupported(where, name, entry, known_keys.MODEL_INDEX[name])
 
 
 def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, Sides]:
@@ -82,7 +70,7 @@ def denoiser_config(part: str, config: Config, prediction: Prediction, where: st
 
 
 def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfig:
-    found, fields = _read(UNET, config, where)
+    found, fields = _read(known_keys.UNET, config, where)
     down, up = found["down_block_types"], found["up_block_types"]
     kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     if not isinstance(down, list) or not all(isinstance(kind, str) and kind in kinds for kind in down):
@@ -107,7 +95,7 @@ def _up_blocks(attention: tuple[bool, ...]) -> list[str]:
 
 
 def dit_config(config: Config, prediction: Prediction, where: str) -> DiTConfig:
-    found, fields = _read(DIT, config, where)
+    found, fields = _read(known_keys.DIT, config, where)
     numbers = {name: found[name] for name in ("num_attention_heads", "attention_head_dim")}
     for name, number in numbers.items():
         if type(number) is not int or not 1 <= number <= MAX_HEADS:
@@ -138,9 +126,9 @@ def sample_size(config: Config, where: str) -> Sides:
 
 def codec_config(config: Config, where: str) -> CodecConfig:
     if config.get("_class_name") != "AutoencoderTiny":
-        fields = _read(KL, config, where)[1]
+        fields = _read(known_keys.KL, config, where)[1]
         return from_files(where, lambda: AutoencoderKLConfig(**fields))
-    fields = _read(TINY, config, where)[1]
+    fields = _read(known_keys.TINY, config, where)[1]
     record = from_files(where, lambda: AutoencoderTinyConfig(**fields))
     if max(*record.num_encoder_blocks, *record.num_decoder_blocks) > MAX_TINY_BLOCKS:
         raise CheckpointError(f"{where}: num_encoder_blocks and num_decoder_blocks must be up to {MAX_TINY_BLOCKS}")
@@ -149,7 +137,7 @@ def codec_config(config: Config, where: str) -> CodecConfig:
 
 def text_config(config: Config, ids: Mapping[str, int], where: str) -> TextConfig:
     """ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer; those in configs are often placeholders."""
-    fields = _read(TEXT, config, where)[1] | dict(ids)
+    fields = _read(known_keys.TEXT, config, where)[1] | dict(ids)
     return from_files(where, lambda: TextConfig(**fields))
 
 
@@ -160,16 +148,16 @@ def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Predict
     """
     refuse_hooks(config, where)
     name = config.get("_class_name", "DDIMScheduler")
-    if not isinstance(name, str) or name not in SCHEDULERS:
-        raise _unsupported(where, "_class_name", name, tuple(SCHEDULERS))
-    understood = {key: config[key] for key in SCHEDULE.known & set(config)}
-    found, fields = _read(SCHEDULE, SCHEDULERS[name] | understood, where, name)
+    if not isinstance(name, str) or name not in known_keys.SCHEDULERS:
+        raise _unsupported(where, "_class_name", name, tuple(known_keys.SCHEDULERS))
+    understood = {key: config[key] for key in known_keys.SCHEDULE.known & set(config)}
+    found, fields = _read(known_keys.SCHEDULE, known_keys.SCHEDULERS[name] | understood, where, name)
     for key, values in (("beta_schedule", BETAS), ("prediction_type", PREDICTIONS)):
         if not isinstance(found[key], str) or found[key] not in values:
             raise _unsupported(where, key, found[key], tuple(values))
     fields["beta_schedule"] = BETAS[found["beta_schedule"]]
     stated = PREDICTIONS[found["prediction_type"]] if "prediction_type" in config else None
-    return from_files(where, lambda: ScheduleConfig(**fields)), stated, sorted(set(config) - SCHEDULE.known)
+    return from_files(where, lambda: ScheduleConfig(**fields)), stated, sorted(set(config) - known_keys.SCHEDULE.known)
 
 
 def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -180,18 +168,18 @@ def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         checker = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return {
         "model_index.json": {
-            "_class_name": (PIPELINES if part == "unet" else DIT_PIPELINES)[0],
+            "_class_name": (known_keys.PIPELINES if part == "unet" else known_keys.DIT_PIPELINES)[0],
             part: ["diffusers", denoiser["_class_name"]],
             "vae": ["diffusers", codec["_class_name"]],
-            "text_encoder": ["transformers", TEXT.kind],
+            "text_encoder": ["transformers", known_keys.TEXT.kind],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", SCHEDULE.kind],
+            "scheduler": ["diffusers", known_keys.SCHEDULE.kind],
             **checker,
         },
         f"{part}/config.json": denoiser,
         "vae/config.json": codec,
         "text_encoder/config.json": {
-            "architectures": [TEXT.kind],
+            "architectures": [known_keys.TEXT.kind],
             "model_type": "clip_text_model",
             **config.text.model_dump(),
             "projection_dim": config.text.hidden_size,
@@ -210,25 +198,25 @@ def _denoiser_file(config: DenoiserConfig, size: Sides) -> dict[str, Any]:
     """config.json of the denoiser. size: in latent cells, of the model's images."""
     if isinstance(config, DiTConfig):
         width = {"attention_head_dim": config.width // config.num_heads, "cross_attention_dim": config.width}
-        return _written(DIT, config, **width, use_additional_conditions=False)
+        return _written(known_keys.DIT, config, **width, use_additional_conditions=False)
     down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in config.attention_stages]
     blocks = {"down_block_types": down, "up_block_types": _up_blocks(config.attention_stages)}
-    return _written(UNET, config, **blocks, sample_size=size)
+    return _written(known_keys.UNET, config, **blocks, sample_size=size)
 
 
 def _codec_file(config: CodecConfig) -> dict[str, Any]:
     if isinstance(config, AutoencoderTinyConfig):
-        return _written(TINY, config)
+        return _written(known_keys.TINY, config)
     stages = len(config.block_out_channels)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * stages, "up_block_types": ["UpDecoderBlock2D"] * stages}
-    return _written(KL, config, **blocks)
+    return _written(known_keys.KL, config, **blocks)
 
 
 def _schedule_file(config: ScheduleConfig, prediction: Prediction) -> dict[str, Any]:
     if config.steps_offset != 1:
         raise CheckpointError(f"steps_offset={config.steps_offset} cannot be saved: diffusers' pipeline takes 1")
     names = {"beta_schedule": _key_of(BETAS, config.beta_schedule), "prediction_type": _key_of(PREDICTIONS, prediction)}
-    content = _written(SCHEDULE, config, **names, steps_offset=1, clip_sample=False)
+    content = _written(known_keys.SCHEDULE, config, **names, steps_offset=1, clip_sample=False)
     return {key: value for key, value in content.items() if value is not None}
 
 

@@ -43,37 +43,49 @@ OLD_CODEC_ATTENTION = {
     "proj_attn": "to_out.0",
 }  # before diffusers 0.15
 
-UNET_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
 CODEC_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OPEN_CLIP_TOP = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
+
+# Regular expressions in our names and what the original code has there, applied in this order.
+UNET_RULES = {
+    r"^conv_in\.": "input_blocks.0.0.",
+    r"^time_embedding\.linear_1": "time_embed.0",
+    r"^time_embedding\.linear_2": "time_embed.2",
+    r"^conv_norm_out": "out.0",
+    r"^conv_out": "out.2",
+    r"(resnets\.\d+)\.norm1": r"\1.in_layers.0",
+    r"(resnets\.\d+)\.conv1": r"\1.in_layers.2",
+    r"(resnets\.\d+)\.time_emb_proj": r"\1.emb_layers.1",
+    r"(resnets\.\d+)\.norm2": r"\1.out_layers.0",
+    r"(resnets\.\d+)\.conv2": r"\1.out_layers.3",
+    r"(resnets\.\d+)\.conv_shortcut": r"\1.skip_connection",
+    r"mid_block\.resnets\.0": "middle_block.0",
+    r"mid_block\.attentions\.0": "middle_block.1",
+    r"mid_block\.resnets\.1": "middle_block.2",
+    r"downsamplers\.0\.conv": "downsamplers.0.op",
 }
-OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
+UNET_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)")
+CODEC_RULES = {
+    r"conv_norm_out": "norm_out",
+    r"conv_shortcut": "nin_shortcut",
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"resnets": "block",
+    r"samplers\.0": "sample",
+    r"down_blocks": "down",
+    **{rf"(attn_1)\.{re.escape(ours)}\.": rf"\1.{theirs}." for ours, theirs in CODEC_ATTENTION.items()},
 }
-STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rows of OpenCLIP's in_proj, in this order
+OPEN_CLIP_RULES = {
+    r"^embeddings\.token_embedding": "token_embedding",
+    r"^embeddings\.position_embedding\.weight": "positional_embedding",
+    r"^final_layer_norm": "ln_final",
+    r"^encoder\.layers": "transformer.resblocks",
+    r"layer_norm(1|2)": r"ln_\1",
+    r"mlp\.fc1": "mlp.c_fc",
+    r"mlp\.fc2": "mlp.c_proj",
+    r"self_attn\.out_proj": "attn.out_proj",
+    r"self_attn\.[qkv]_proj\.": "attn.in_proj_",
+}
 
 DIFFUSION_BUFFERS = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
@@ -147,67 +159,46 @@ def original_names(
     return keys
 
 
+def _stack_order(name: str) -> int:
+    """Q before K before V, the order of their rows in OpenCLIP's matrix."""
+    return max("qkv".find(name.partition("self_attn.")[2][:1]), 0)
+
+
+def _renamed(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, replacement in rules.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def unet_key(name: str, config: UNetConfig) -> str:
-    """down_blocks.0.resnets.1.norm1.weight -> input_blocks.2.0.in_layers.0.weight"""
-    module, _, leaf = name.rpartition(".")
-    if module in UNET_TOP:
-        return f"{UNET_TOP[module]}.{leaf}"
-    where, *words = name.split(".")
-    if where == "mid_block":
-        kind, index, *rest = words
-        return f"middle_block.{UNET_MIDDLE[kind, int(index)]}.{_unet_inner(kind, rest)}"
-    stage, kind, index, *rest = words
-    first = int(stage) * (config.layers_per_block + 1)  # the way up has one layer more, the way down a downsampler
-    if kind == "downsamplers":
-        return f"input_blocks.{first + config.layers_per_block + 1}.0.op.{leaf}"
-    if kind == "upsamplers":
-        attention = config.attention_stages[-1 - int(stage)]
-        return f"output_blocks.{first + config.layers_per_block}.{2 if attention else 1}.conv.{leaf}"
-    way, block = ("input", first + 1) if where == "down_blocks" else ("output", first)
-    return f"{way}_blocks.{block + int(index)}.{0 if kind == 'resnets' else 1}.{_unet_inner(kind, rest)}"
+    """down_blocks.0.resnets.1.norm1.weight -> input_blocks.2.0.in_layers.0.weight
 
+    The original code counts blocks over all stages. A stage has layers_per_block of them and a downsampler on the way
+    down, one more and an upsampler within the last on the way up.
+    """
 
-def _unet_inner(kind: str, words: list[str]) -> str:
-    return ".".join([UNET_RESNET[words[0]], *words[1:]] if kind == "resnets" else words)
+    def place(match: re.Match[str]) -> str:
+        stage, kind, index = int(match[2]), match[3], int(match[4])
+        first = stage * (config.layers_per_block + 1)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + config.layers_per_block + 1}.0"
+        if kind == "upsamplers":
+            return f"output_blocks.{first + config.layers_per_block}.{2 if config.attention_stages[-1 - stage] else 1}"
+        block = f"input_blocks.{first + index + 1}" if match[1] == "down" else f"output_blocks.{first + index}"
+        return f"{block}.{0 if kind == 'resnets' else 1}"
+
+    return UNET_BLOCK.sub(place, _renamed(name, UNET_RULES))
 
 
 def codec_key(name: str, stages: int) -> str:
     """decoder.up_blocks.0.resnets.1.conv1.weight -> decoder.up.3.block.1.conv1.weight"""
-    half, where, *words = name.split(".")
-    if where == "conv_norm_out":
-        return ".".join([half, "norm_out", *words])
-    if where == "mid_block":
-        kind, index, *rest = words
-        if kind == "resnets":
-            return ".".join([half, "mid", f"block_{int(index) + 1}", *_codec_resnet(rest)])
-        module, leaf = ".".join(rest[:-1]), rest[-1]
-        return f"{half}.mid.attn_1.{CODEC_ATTENTION[module]}.{leaf}"
-    if where in ("down_blocks", "up_blocks"):
-        stage, kind, index, *rest = words
-        place = f"{half}.down.{stage}" if where == "down_blocks" else f"{half}.up.{stages - 1 - int(stage)}"
-        if kind == "resnets":
-            return ".".join([place, "block", index, *_codec_resnet(rest)])
-        return ".".join([place, kind.removesuffix("rs"), *rest])
-    return name
-
-
-def _codec_resnet(words: list[str]) -> list[str]:
-    return ["nin_shortcut", *words[1:]] if words[0] == "conv_shortcut" else words
+    renamed = _renamed(name, CODEC_RULES)
+    return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{stages - 1 - int(match[1])}", renamed)
 
 
 def open_clip_key(name: str) -> str:
     """encoder.layers.0.self_attn.q_proj.weight -> transformer.resblocks.0.attn.in_proj_weight"""
-    if name in OPEN_CLIP_TOP:
-        return OPEN_CLIP_TOP[name]
-    _, _, layer, *words, leaf = name.split(".")  # encoder.layers.0.self_attn.q_proj.weight
-    module = ".".join(words)
-    inner = f"attn.in_proj_{leaf}" if module in STACKED else f"{OPEN_CLIP_LAYER[module]}.{leaf}"
-    return f"transformer.resblocks.{layer}.{inner}"
-
-
-def _stack_order(name: str) -> int:
-    module = ".".join(name.split(".")[3:-1])
-    return STACKED.index(module) if module in STACKED else 0
+    return _renamed(name, OPEN_CLIP_RULES)
 
 
 def original_shape(key: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
