@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,10 +27,10 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_BRACKETS = 500_000  # of lists and objects, which take 20 to 50 times the memory of their text
 MAX_DEPTH = 64
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errno of an OSError: the disk cannot be written
 SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\r?\n?', re.IGNORECASE)  # Excel reads it, and so people write it
 TEMPORARY = re.compile(r"\.(.+)-(\d{1,10})\.[0-9a-f]{16}\.(tmp|old)")  # host, process, kind
-STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
+STALE_SECONDS = 24 * 3600.0  # another machine's temporary file that is older is left over; writing takes moments
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an error of the system
 
 
@@ -86,14 +87,13 @@ def exported(folder: Path, name: str) -> Path:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twice!r:.80} is there twice")
     return content
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_depth(value: Any) -> None:
@@ -183,7 +183,7 @@ def sweep(folder: Path) -> None:
             with suppress(OSError):  # its process was quicker, or it is not ours
                 age = time.time() - path.lstat().st_mtime
                 if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
-                    _put_back(path) if match[3] == "old" else _remove(path)
+                    _put_back(path) if match[3] == "old" and not path.is_symlink() else _remove(path)
 
 
 def _is_running(pid: int) -> bool:
@@ -234,7 +234,7 @@ def check_file(path: Path, force: bool) -> None:
     if not _is_there(path):
         return
     if not (path.is_symlink() or path.is_file()):
-        raise FileExistsError(f"{path} is there and is no file; give another name")
+        raise FileExistsError(f"{path} exists and is not a file; give another name")
     if not force:
         raise FileExistsError(f"{path} exists; --force replaces it")
 
@@ -245,7 +245,7 @@ def check_folder(path: Path, force: bool) -> None:
     if not _is_there(path):
         return
     if path.is_symlink() or not path.is_dir():
-        raise FileExistsError(f"{path} is there and is no folder; give another name")
+        raise FileExistsError(f"{path} exists and is not a folder; give another name")
     if not force and any(path.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty; give a new folder")
 
@@ -295,7 +295,7 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all in it, if it is there; a signal does not stop it half way."""
+    """Removes a file, a link or a folder with its contents, if it exists. Ctrl-C is raised after it is done."""
     try:
         _remove_once(path)
     except KeyboardInterrupt:

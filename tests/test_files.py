@@ -47,7 +47,7 @@ def test_json_is_read():
         (b"[" * 65 + b"]" * 65, "deeper than 64"),
         (b"[" * 100_000 + b"]" * 100_000, "deeper than 64"),
         (b"[" + b"{}," * 500_000 + b"{}]", "more than 500000 lists and objects"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b"[" + b"9" * 5000 + b"]", "limit"),
     ],
 )
@@ -112,9 +112,9 @@ def test_folders_and_devices_are_never_replaced(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
-        with pytest.raises(FileExistsError, match="is no file"):
+        with pytest.raises(FileExistsError, match="is not a file"):
             write_file(tmp_path / name, b"x", force=True)
-        with pytest.raises(FileExistsError, match="is no folder"), atomic_folder(tmp_path / "pipe", force=True):
+        with pytest.raises(FileExistsError, match="is not a folder"), atomic_folder(tmp_path / "pipe", force=True):
             pass
     assert names(tmp_path) == ["folder", "pipe"]
 
@@ -227,8 +227,11 @@ def test_sweep_takes_what_dead_processes_left(tmp_path: Path):
     for name in (f".{files.HOST}-999999999.{token}.tmp", f".{files.HOST}-9999999999.{token}.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "inside").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").touch()
+    (tmp_path / f".{files.HOST}-999999999.{token}.old").symlink_to("mine")  # by somebody else, in a shared folder
     kept = [f".{files.HOST}-{os.getpid()}.{token}.tmp", f".{files.HOST}-{'9' * 30}.{token}.tmp", ".mine.tmp"]
     for name in kept:
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted([*kept, "mine", "mine/precious"])

@@ -12,7 +12,7 @@ NOT_NAMES = {"and", "face", "for", "from", "in", "of", "on", "style", "the", "wi
 
 
 def read_names(folder: Path) -> list[str]:
-    """The names of a model's folder, none where it has no list. Raises ValueError for a file that is no list."""
+    """The names in a model's folder; none if it has no list. Raises ValueError for a file that is too large."""
     file = folder / FILE
     if not file.is_file():
         return []

@@ -32,7 +32,7 @@ from sdlite.config import (
 
 Config = Mapping[str, Any]
 MAX_HEADS = 8192  # and head width of a Transformer; the width that they make has a limit of its own
-CONDITIONED_SIZE = 128  # at which diffusers takes resolution and aspect ratio as conditions unless told otherwise
+CONDITIONED_SIZE = 128  # the sample_size at which diffusers' default is to condition on resolution and aspect ratio
 MAX_TINY_BLOCKS = 64  # per stage of AutoencoderTiny; TAESD has 3
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
@@ -263,7 +263,7 @@ def _check_fixed(config: Config, fixed: Mapping[str, Sequence[Any]], where: str)
 
 
 def refuse_hooks(config: Config, where: str) -> None:
-    """Raises CheckpointError if a config asks for code. We would not run it, but it is no file to trust."""
+    """Raises CheckpointError if a config asks for code. sdlite would not run it, but does not trust such a file."""
     for key, value in config.items():
         hook = key in ("auto_map", "trust_remote_code", "custom_pipelines") or "attn_implementation" in key
         if hook and not _is_inert_hook(key, value):

@@ -121,7 +121,7 @@ def check_folder(folder: Path, allow_links: Sequence[str] = ()) -> None:
     allow_links: links in the folder may lead into these folders.
     """
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: model_index.json is missing{_advice(folder)}")
+        raise CheckpointError(f"{folder} is not a model folder: model_index.json is missing{_advice(folder)}")
     parts = [folder / part for part in PARTS]
     inside = [file for part in PARTS for file in folder.glob(f"{part}/*")]
     check_links(folder, [folder / "model_index.json", folder / "sha256sums.txt", *parts, *inside], allow_links)
@@ -131,7 +131,7 @@ def check_folder(folder: Path, allow_links: Sequence[str] = ()) -> None:
 
 
 def _advice(folder: Path) -> str:
-    """What to give instead of a folder that is no model folder, where that can be seen."""
+    """What the user may have meant, if that can be seen from the folder and its neighbours."""
     if (folder.parent / "model_index.json").is_file() and folder.name in PARTS:
         return f"; it is a part of {folder.parent}, give that"
     snapshots = sorted(folder.glob("snapshots/*/model_index.json"), key=lambda path: path.stat().st_mtime)

@@ -34,7 +34,7 @@ SPELLINGS = (
     (re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"), CLIP),
     (re.compile(r"vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)"), CODEC),
 )
-# The codec's attention as diffusers has called it, in files that some converters left half way.
+# The codec's attention under diffusers' names, in original files that a converter renamed in part.
 CODEC_LEAF = re.compile(rf"({re.escape(CODEC)}(?:encoder|decoder)\.mid\.attn_1)\.(.+)\.(weight|bias)")
 OLD_CODEC_ATTENTION = {
     "query": "to_q",

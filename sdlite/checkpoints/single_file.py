@@ -249,7 +249,7 @@ def _schedule_notes(path: Path, weights: Weights, keys: Mapping[str, str]) -> li
     expected = (1 - torch.linspace(*ends, schedule.num_train_steps, dtype=torch.float64) ** 2).cumprod(0)
     if found.shape == expected.shape and torch.allclose(found.double(), expected, atol=SCHEDULE_TOLERANCE, rtol=0):
         return []
-    return [f"{path.name}: its alphas_cumprod is not Stable Diffusion's noise schedule, which is used all the same"]
+    return [f"{path.name}: its alphas_cumprod is not Stable Diffusion's noise schedule; sdlite uses Stable Diffusion's"]
 
 
 def find_prediction(

@@ -127,7 +127,7 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: has more than {MAX_FILE_BYTES} bytes, so it is no tokenizer file")
+        raise ValueError(f"{path}: has more than {MAX_FILE_BYTES} bytes, so it is not a tokenizer file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

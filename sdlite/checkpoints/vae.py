@@ -36,7 +36,7 @@ def load_vae(place: str, options: LoadOptions) -> tuple[LatentCodec, list[str]]:
         location = download(TINY if place == "tiny" else place, VAE_WANTED)
     folder = location / "vae" if (location / "vae").is_dir() else location
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no VAE: config.json is missing")
+        raise CheckpointError(f"{folder} is not a VAE: config.json is missing")
     check_links(location, [folder, *folder.glob("*")], options.allow_links)
     codec = _empty(read_codec_config(folder), folder)
     weights = open_part(folder, options.variant, stem="diffusion_pytorch_model")

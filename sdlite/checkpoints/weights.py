@@ -125,7 +125,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _foreign(path: Path, start: bytes) -> str:
-    """What a file is that is no safetensors file."""
+    """What else a file is: a pickle, a web page, ..."""
     pickled = start.startswith(PICKLES) or start[TAR_MAGIC] == b"ustar"
     if pickled or path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
         return f"is a pickle, which could run code when it is read; {WAY_OUT}"

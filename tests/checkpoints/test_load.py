@@ -31,7 +31,7 @@ from tests.checkpoints.cases import (
 
 
 def test_not_a_model(tmp_path: Path, original: Path):
-    refused(tmp_path, "no model folder: model_index.json is missing")
+    refused(tmp_path, "not a model folder: model_index.json is missing")
     refused(tmp_path / "nothing" / "here" / "at all", "does not exist")
     refused("", "model is empty")
     shutil.copy(original, tmp_path / "sd.safetensors")

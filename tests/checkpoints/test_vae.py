@@ -53,7 +53,7 @@ def test_a_vae_from_elsewhere(saved: Path, original: Path, tmp_path: Path, sd1: 
     assert load_model(tmp_path / "holed", vae=whole).hash == load_model("tiny", vae=whole).hash == expected
     with pytest.raises(CheckpointError, match="vae='nowhere' does not exist"):
         load_model(saved, vae="nowhere")
-    refused(saved, "no VAE: config.json is missing", vae=tmp_path)
+    refused(saved, "not a VAE: config.json is missing", vae=tmp_path)
 
 
 def test_the_tiny_vae_is_taesd_from_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
