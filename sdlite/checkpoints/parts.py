@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import Part
 from sdlite.checkpoints.weights import FLOATS, Weights, from_files
-from sdlite.config import UNTRAINED_NOTE, ModelConfig
+from sdlite.config import UNTRAINED_NOTE, ModelConfig, ScheduleConfig, Sides
 from sdlite.models.codec import LatentCodec
 from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
@@ -53,6 +53,21 @@ def empty_parts(config: ModelConfig, tokenizer: Any, name: str, codec: LatentCod
     with torch.device("meta"):
         text, denoiser = TextEncoder(config.text, tokenizer), network(config.denoiser)
         return ModelParts(text, denoiser, codec or LatentCodec(config.codec), config, name, "")
+
+
+def gathered(
+    text: object, denoiser: object, codec: object, schedule: ScheduleConfig, sample_size: Sides, notes: tuple[str, ...]
+) -> ModelParts:
+    """The parts of a pipeline as `save_folder` takes them. Raises ValueError for a part that is no network of ours."""
+    if not isinstance(denoiser, Network):
+        raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
+    if not isinstance(text, TextEncoder) or not isinstance(codec, LatentCodec):
+        other = codec if isinstance(text, TextEncoder) else text
+        raise ValueError(f"a {type(other).__name__} cannot be saved; save the pipeline whose parts sdlite loaded")
+    config = ModelConfig(
+        denoiser=denoiser.config, schedule=schedule, text=text.config, codec=codec.config, sample_size=sample_size
+    )
+    return ModelParts(text, denoiser, codec, config, "", "", notes)
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
