@@ -57,17 +57,30 @@ def parse_json(text: bytes | str) -> Any:
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError or ValueError, in one line that begins with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path}: has more than {max_bytes} bytes")
+    data = _read_bytes(path, max_bytes)
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
     return content
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text in a file. Raises FileNotFoundError or ValueError, in one line that begins with the path."""
+    try:
+        return _read_bytes(path, max_bytes).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8") from None
+
+
+def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: has more than {max_bytes} bytes")
+    return path.read_bytes()
 
 
 def csv_delimiter(first: str) -> tuple[str, bool]:

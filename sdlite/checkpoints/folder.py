@@ -18,7 +18,7 @@ from torch import nn
 from sdlite.checkpoints import configs
 from sdlite.checkpoints.hub import PARTS, cache_folder
 from sdlite.checkpoints.parts import UNTRAINED, ModelParts, empty_parts, fill, finished
-from sdlite.checkpoints.pickles import find_pickles, open_pickles
+from sdlite.checkpoints.pickles import open_pickles
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import modern_names
 from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
@@ -191,8 +191,8 @@ def open_part(folder: Path, variant: str | None = None, *, stem: str = "", trust
         return open_sharded(chosen) if chosen.suffix == ".json" else open_safetensors(chosen)
     if found:
         raise CheckpointError(f"{folder} has its weights only as {', '.join(sorted(found))}; --variant picks one")
-    if trust_pickle and (trusted := find_pickles(folder, stem, variant)):
-        return open_pickles(trusted)
+    if trust_pickle and (trusted := open_pickles(folder, stem, variant)) is not None:
+        return trusted
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} has its weights as a pickle ({pickles[0]}), which could run code when it is read; {WAY_OUT}"

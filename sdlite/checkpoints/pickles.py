@@ -14,18 +14,14 @@ from sdlite.checkpoints.weights import MAX_TENSORS, NAME, Weights, finite, joine
 MAX_NESTING = 4  # of "state_dict" in pickles; training frameworks make 1
 
 
-def find_pickles(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """A part's pickles, one or several, as diffusers and transformers name them; none if there are no such files."""
+def open_pickles(folder: Path, stem: str, variant: str | None) -> Weights | None:
+    """A part's pickles, one or several, as diffusers and transformers name them; None if there are no such files."""
     name = "pytorch_model" if stem == "model" else stem
     files = sorted(folder.glob(f"{name}*.bin"))
     plain = [file for file in files if re.fullmatch(rf"{name}(-\d+-of-\d+)?\.bin", file.name)]
-    return [file for file in files if variant is not None and file.name.startswith(f"{name}.{variant}")] or plain
-
-
-def open_pickles(paths: list[Path]) -> Weights:
-    """The tensors of all files. Raises CheckpointError."""
-    parts = [open_pickle(path) for path in paths]
-    return joined({name: part for part in parts for name in part.shapes})
+    chosen = [file for file in files if variant is not None and file.name.startswith(f"{name}.{variant}")] or plain
+    parts = [open_pickle(path) for path in chosen]
+    return joined({name: part for part in parts for name in part.shapes}) if parts else None
 
 
 def open_pickle(path: Path) -> Weights:

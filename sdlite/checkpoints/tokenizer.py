@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from sdlite.files import read_json
+from sdlite.files import read_json, read_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_FILE_BYTES = 16 * 2**20  # of one tokenizer file; CLIP's largest has 2 MB
@@ -67,13 +67,11 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
     if (folder / "vocab.json").is_file():
         source = folder / "vocab.json"
         vocab: Any = read_json(source, MAX_FILE_BYTES)
-        merges: Any = _parse_merges(_read_text(folder / "merges.txt"))
+        merges: Any = _parse_merges(read_text(folder / "merges.txt", MAX_FILE_BYTES))
     else:
         source = folder / "tokenizer.json"
         if not source.is_file():
-            raise FileNotFoundError(
-                f"{folder}: no tokenizer; vocab.json and merges.txt, or tokenizer.json, must be there"
-            )
+            raise FileNotFoundError(f"{folder}: no tokenizer; it needs vocab.json and merges.txt, or tokenizer.json")
         model = read_json(source, MAX_FILE_BYTES).get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
             raise ValueError(f"{source}: no BPE model in it")
@@ -121,17 +119,6 @@ def _pad_token(folder: Path) -> str:
 def _settings(folder: Path, *names: str) -> list[dict[str, Any]]:
     """The JSON object of each file, an empty one for a file that is missing."""
     return [read_json(folder / name, MAX_FILE_BYTES) if (folder / name).is_file() else {} for name in names]
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: has more than {MAX_FILE_BYTES} bytes, so it is not a tokenizer file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
