@@ -30,7 +30,7 @@ HOMES = {
     "transformers": {"models/text.py", "checkpoints/tokenizer.py", "training/text.py", "training/evaluation/report.py"},
     "diffusers": {"models/codec.py", "diffusion/schedulers.py", "training/codec.py", "bench/diffusers.py"},
     "accelerate": {"training/loop.py"},
-    "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
+    "huggingface_hub": {"checkpoints/hub.py"},
     "typer": {"cli/"},
     "rich": {"cli/", "training/keeper.py"},
     "PIL": {
@@ -107,7 +107,7 @@ def test_side_effects_stay_in_their_corners(path):
         or (group(path) not in ("checkpoints", "segmentation") or name(path) == "checkpoints/tokenizer.py")
         or name(path) == "checkpoints/tokenizer.py"
     ), "use files.read_json"
-    assert "torch.load" not in called or name(path) == "checkpoints/save.py" or name(path) == "checkpoints/convert.py"
+    assert "torch.load" not in called or name(path) == "checkpoints/pickles.py"
 
 
 def test_import_loads_nothing_heavy():

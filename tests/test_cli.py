@@ -23,9 +23,9 @@ import typer
 from PIL import Image
 
 from sdlite import cli, images
-from sdlite.checkpoints.load import random_model
+from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
-from sdlite.checkpoints.save import save_folder
+from sdlite.checkpoints.untrained import random_model
 from sdlite.cli.app import app
 from sdlite.cli.threads import use_threads
 from sdlite.config import UNTRAINED_NOTE, tiny
@@ -499,7 +499,7 @@ def test_sigterm_and_a_closed_terminal_end_a_command_in_order(run: Run, monkeypa
         os.kill(os.getpid(), numbers[0])
         time.sleep(1)
 
-    monkeypatch.setattr("sdlite.checkpoints.save.save_file", save_file)
+    monkeypatch.setattr("sdlite.checkpoints.weights.save_file", save_file)
     while numbers:
         assert run("convert", "tiny", "new/one.safetensors", "-q")[:2] == (130, "")
         assert names() == [] and signal.getsignal(numbers.pop(0)) is signal.SIG_DFL

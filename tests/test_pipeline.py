@@ -12,8 +12,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import sdlite
-from sdlite.checkpoints.load import load_model, random_model
-from sdlite.checkpoints.save import convert
+from sdlite.checkpoints.load import convert, load_model
+from sdlite.checkpoints.untrained import random_model
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule

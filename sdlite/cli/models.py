@@ -98,7 +98,7 @@ def convert(
     with report.busy(f"converting {source}"):
         import torch
 
-        from sdlite.checkpoints.save import convert
+        from sdlite.checkpoints.load import convert
 
         kind = None if dtype is None else getattr(torch, dtype)
         files = load_options.file_keywords()

@@ -18,9 +18,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.load import load_model
+from sdlite.checkpoints.parts import gathered
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.checkpoints.save import gathered, save_folder
 from sdlite.config import Prediction
 from sdlite.contracts import Codec, Conditioning, Denoiser, TextModel
 from sdlite.diffusion.guidance import Guided
