@@ -18,6 +18,7 @@ from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleCo
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import About, Finished, Pipeline, Step
+from sdlite.pipeline.start import conditioning
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 
@@ -273,7 +274,7 @@ def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
 
 def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
     jobs = sd1.jobs(Request(prompt="a cat", negative_prompt="blurry", clip_skip=1))
-    negative, positive = sd1._conditioning(jobs).context
+    negative, positive = conditioning(sd1, jobs).context
     for prompt, found in (("blurry", negative), ("a cat", positive)):
         skipped, whole = (sd1.text.encode([prompt], clip_skip=skip).context[0] for skip in (1, 0))
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
@@ -545,7 +546,7 @@ def test_large_images_are_decoded_in_one_piece(codec, size):
 
 
 def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
-    monkeypatch.setattr("sdlite.pipeline.pipeline.total_memory", lambda _: 2**20)
+    monkeypatch.setattr("sdlite.pipeline.resolve.total_memory", lambda _: 2**20)
     with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
         sd1.resolve(Request(prompt="a", width=512, height=256))
     assert sd1.resolve(Request(prompt="a")).width == 64
