@@ -485,7 +485,7 @@ def test_every_number_of_steps_gives_an_image_or_one_line(sd1, solver, steps):
         ({"seed": 1.5}, "seed=1.5 must be a whole number"),
         ({"num_images": "2"}, "num_images='2' must be a whole number"),
         ({"image": 3}, "image must be a PIL image, a file or its bytes, not int"),
-        ({"image": b"x"}, "the picture is not a PNG"),
+        ({"image": b"x"}, "the image is not a PNG"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
         ({"num_inference_steps": 3}, "unknown field 'num_inference_steps'; did you mean 'steps'"),
         ({"solver": "lcm", "steps": 60}, "steps=60 must be up to 50 with solver='lcm'"),
