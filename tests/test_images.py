@@ -302,10 +302,10 @@ def test_pictures_given_in_python_have_limits_too(tmp_path: Path):
     noise_picture(64, 64).save(tmp_path / "a.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
     for image, reason in (
-        (Image.open(tmp_path / "half.png"), "the picture is damaged"),
-        (Image.new("RGB", (0, 5)), "the picture is 0x5, without a pixel"),
-        (Image.new("1", (4097, 4097)), "the picture has more than 16 megapixels"),
-        (Image.new("F", (2, 2)), "the picture has floating-point pixels"),
+        (Image.open(tmp_path / "half.png"), "the image is damaged"),
+        (Image.new("RGB", (0, 5)), "the image is 0x5, without a pixel"),
+        (Image.new("1", (4097, 4097)), "the image has more than 16 megapixels"),
+        (Image.new("F", (2, 2)), "the image has floating-point pixels"),
         (b"", "the image is not a PNG"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -365,6 +365,16 @@ def test_a_denoiser_can_be_wrapped(pipe):
             calls.append(len(x))
             return self.denoiser(x, t, memory)
 
+    class Bare:
+        """Says nothing of its inputs: they are those of the denoiser that it wraps."""
+
+        def __init__(self, denoiser):
+            self.denoiser, self.prediction, self.prepare = denoiser, denoiser.prediction, denoiser.prepare
+
+        def __call__(self, x, t, memory):
+            return self.denoiser(x, t, memory)
+
+    assert difference(pipe.with_denoiser(Bare)("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     wrapped = pipe.with_denoiser(Counted)
     assert difference(wrapped("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     assert calls == [1, 1, 1]

@@ -80,6 +80,8 @@ class Model(Protocol):
     denoiser: Denoiser
     codec: Codec
     schedule: Schedule
+    inpainting: bool  # the denoiser also takes mask and masked image
+    size_unit: int  # sides of images are multiples of it, in pixels
 
     @property
     def name(self) -> str: ...
@@ -87,8 +89,6 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
     @property
     def default_size(self) -> tuple[int, int]: ...
-    @property
-    def size_unit(self) -> int: ...
 
 
 def batches(jobs: Sequence[Job], size: int | None = None) -> list[list[int]]:

@@ -56,6 +56,12 @@ class Pipeline:
         self.codec = codec
         self.schedule = schedule
         self.about = about
+        self._measure()
+
+    def _measure(self) -> None:
+        """What the parts ask of images. Further channels of the denoiser are for mask and masked image."""
+        self.inpainting = self.denoiser.in_channels > self.codec.latent_channels
+        self.size_unit = self.codec.factor * self.denoiser.patch_size  # in pixels; sides are multiples of it
 
     @classmethod
     def load(
@@ -117,11 +123,14 @@ class Pipeline:
         for name, part in (("text", text), ("denoiser", denoiser), ("codec", codec), ("about", about)):
             if part is not None:
                 setattr(other, name, part)
+        other._measure()
         return other
 
     def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> Self:
-        """A pipeline with the same parts, except the denoiser, which is replaced by wrap(denoiser)."""
-        return self.with_parts(denoiser=wrap(self.denoiser))
+        """A pipeline with the same parts, except the denoiser: it is wrap(denoiser), for images of the same sizes."""
+        other = copy.copy(self)
+        other.denoiser = wrap(self.denoiser)
+        return other
 
     @property
     def name(self) -> str:
@@ -149,11 +158,6 @@ class Pipeline:
         size = self.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return width * self.codec.factor, height * self.codec.factor
-
-    @property
-    def size_unit(self) -> int:
-        """Sides of images are multiples of it, in pixels."""
-        return self.codec.factor * self.denoiser.patch_size
 
     def summary(self) -> dict[str, str]:
         """The parts of the pipeline in words; repr and notebooks show it."""

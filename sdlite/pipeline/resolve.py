@@ -63,7 +63,7 @@ def _grid_length(
 
 def size_of(model: Model, request: Request, image: Opened | Image | None, mask: object) -> tuple[int, int]:
     """(width, height) in pixels. Raises ValueError if this model cannot draw it."""
-    if model.denoiser.in_channels > model.codec.latent_channels and mask is None:
+    if model.inpainting and mask is None:
         raise ValueError(f"{model.name or 'this'} is an inpainting model, which only repaints: give image and mask")
     width, height = fitted_size(request, None if image is None else image.size, model.default_size, model.size_unit)
     check_size(width, height, model.size_unit, model.codec.factor)

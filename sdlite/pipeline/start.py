@@ -22,14 +22,13 @@ from sdlite.pipeline.job import Job, Model
 
 
 def begin(
-    jobs: Sequence[Job], solver: Solver, noise: ImageNoise, codec: Codec, denoiser: Denoiser
+    jobs: Sequence[Job], solver: Solver, noise: ImageNoise, codec: Codec, denoiser: Denoiser, inpainting: bool
 ) -> tuple[Tensor, Denoiser, Constrain | None]:
     """Latents (B, C, h, w) to start from, the denoiser to use, and what holds the known part of the image.
 
-    jobs: B that share a batch. A denoiser with more input channels than the codec's latents is an inpainting model,
-    which takes mask and masked image as further channels.
+    jobs: B that share a batch. inpainting: the denoiser takes mask and masked image as further channels.
     """
-    first, inpainting = jobs[0], denoiser.in_channels > codec.latent_channels
+    first = jobs[0]
     if first.image is None:
         return noise.draw() * solver.initial_scale, denoiser, None
     size = (noise.shape[2] * codec.factor, noise.shape[1] * codec.factor)
@@ -68,7 +67,7 @@ def sample(model: Model, jobs: Sequence[Job]) -> Iterator[Tensor]:
     shape = (codec.latent_channels, height, width)
     noise = ImageNoise([job.request.seed for job in jobs], shape, model.device)
     solver = solver_for(first.request, model.schedule, model.denoiser.prediction, noise.generators, first.start)
-    x, denoiser, constrain = begin(jobs, solver, noise, codec, model.denoiser)
+    x, denoiser, constrain = begin(jobs, solver, noise, codec, model.denoiser, model.inpainting)
     if first.guided:
         columns = zip(*((job.request.guidance_scale, job.request.guidance_rescale) for job in jobs), strict=True)
         denoiser = Guided(denoiser, *(torch.tensor(c, device=model.device).view(-1, 1, 1, 1) for c in columns))
