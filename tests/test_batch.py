@@ -527,6 +527,6 @@ def test_notes_on_pictures_and_masks_are_said_once_a_batch(tmp_path: Path):
         mask.save(area)
         rows.append({"prompt": "a", "image": picture, "mask": area, "steps": 2})
     notes = batch.prepare(rows, tmp_path / "out", pipe=tiny()).notes
-    for said in ("320x240 pixels and is made", "the mask has 200x240 pixels and the picture 320x240", "grey parts"):
+    for said in ("320x240 pixels and is made", "the mask has 200x240 pixels and the image 320x240", "grey parts"):
         assert sum(said in note for note in notes) == 1
     assert sum("is made" in note or "the mask has" in note for note in notes) == 3

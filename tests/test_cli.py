@@ -814,7 +814,7 @@ def test_regen_of_a_picture_that_automatic1111_drew(run: Run, model: StandIn):
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
     picture.save("theirs.jpg", exif=exif)
     code, out, err = run("regen", "theirs.jpg", "-o", "ours.png")
-    assert (code, out) == (0, "ours.png\n") and "the picture will be another" in err
+    assert (code, out) == (0, "ours.png\n") and "the image will be another" in err
     assert "it was drawn by model 'v1', which --model gives" in err
     assert model.batches[0][0] == Request(
         prompt="a fox", negative_prompt="blur", steps=9, solver="euler_a", guidance_scale=7, seed=5, width=72, height=80
