@@ -25,7 +25,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sdlite import __version__, batch
-from sdlite.batch.draw import EXACT_BATCH
+from sdlite.batch.drawer import EXACT_BATCH
 from sdlite.files import write_file
 from sdlite.images.files import png_bytes
 from sdlite.images.pixels import largest_difference

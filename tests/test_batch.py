@@ -23,8 +23,9 @@ import pytest
 from PIL import Image
 
 from sdlite import batch, images
-from sdlite.batch import disk, draw as draw_module, local, store
-from sdlite.batch.draw import Engine, Result, chunks
+from sdlite.batch import disk, drawer, local, manifest
+from sdlite.batch.drawer import Drawer, Result
+from sdlite.batch.parts import groups
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, carried, spread
@@ -100,8 +101,8 @@ def test_what_is_missing_is_drawn_and_nothing_else(tmp_path: Path, reference: Co
     complete(tmp_path, reference)
 
 
-def test_shards_are_the_whole(tmp_path: Path, reference: Content):
-    done = [run(tmp_path, shard=f"{i}/3").done for i in (2, 3, 1)]
+def test_parts_are_the_whole(tmp_path: Path, reference: Content):
+    done = [run(tmp_path, part=f"{i}/3").done for i in (2, 3, 1)]
     assert sum(done) == 20 and all(done)
     complete(tmp_path, reference)
 
@@ -180,12 +181,12 @@ def test_pictures_start_from_pictures(tmp_path: Path):
     assert "was changed while the batch ran" in prepared.run().failed[0]
 
 
-def test_chunks_hold_what_may_share_a_batch():
+def test_groups_hold_what_may_share_a_batch():
     items = batch.prepare([{"prompt": "a", "steps": 2 + i % 3} for i in range(600)], "unused", pipe=tiny()).items
-    made = list(chunks(tiny(), items, 4))
-    assert sorted(item.index for chunk in made for item in chunk) == list(range(600))
-    assert all(len({item.request.steps for item in chunk}) == 1 for chunk in made)
-    assert sum(len(chunk) < 4 for chunk in made) <= 3
+    made = list(groups(items, 4))
+    assert sorted(item.index for group in made for item in group) == list(range(600))
+    assert all(len({item.request.steps for item in group}) == 1 for group in made)
+    assert sum(len(group) < 4 for group in made) <= 3
 
 
 def test_loads_as_an_image_folder(tmp_path: Path):
@@ -236,7 +237,7 @@ def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poison
 @pytest.mark.parametrize("where", ["num_evaluations", "sample_latents", "png_bytes"])
 def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     """Not a ValueError, and from the check of the file, from drawing, or from writing the PNG."""
-    place: Any = draw_module if where == "png_bytes" else tiny()
+    place: Any = drawer if where == "png_bytes" else tiny()
     whole = getattr(place, where)
 
     def breaks(given: Any, *rest: Any, **named: Any) -> Any:
@@ -289,7 +290,7 @@ def test_out_of_memory_halves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_stop_finishes_the_batch_in_hand(tmp_path: Path, reference: Content):
     asked = iter([False, True])
     report = run(tmp_path, stop=lambda: next(asked, True))
-    first = next(chunks(tiny(), batch.prepare(ROWS, tmp_path, pipe=tiny()).items, 4))
+    first = next(groups(batch.prepare(ROWS, tmp_path, pipe=tiny()).items, 4))
     assert report.interrupted and report.done == len(pictures(tmp_path)) == len(first)
     run(tmp_path)
     complete(tmp_path, reference)
@@ -312,8 +313,8 @@ def die_at(point: str, number: int) -> Callable[[str], None]:
 def run_and_die(folder: Path, point: str, number: int) -> None:
     """Draws, and is killed at the number-th passing of a point."""
     if point == "line":
-        append, left = store.append, iter(range(number, -1, -1))
-        store.append = lambda path, line: append(path, line) if next(left) else half_a_line_then_die(path, line)
+        append, left = manifest.append, iter(range(number, -1, -1))
+        manifest.append = lambda path, line: append(path, line) if next(left) else half_a_line_then_die(path, line)
     else:
         local.Store = functools.partial(Store, reached=die_at(point, number))  # type: ignore[misc]
     run(folder)
@@ -405,7 +406,7 @@ def test_a_worker_killed_is_replaced(tmp_path: Path, reference: Content):
     complete(tmp_path, reference)
 
 
-class DiesOn(Engine):
+class DiesOn(Drawer):
     """Draws nothing; the process ends at item 2."""
 
     def __init__(self) -> None:
@@ -422,15 +423,15 @@ class DiesOn(Engine):
         return done
 
 
-def dies_on(number: int) -> Engine:
+def dies_on(number: int) -> Drawer:
     return DiesOn()
 
 
-def dies_at_start(number: int) -> Engine:
+def dies_at_start(number: int) -> Drawer:
     os._exit(3)
 
 
-def refuses(number: int) -> Engine:
+def refuses(number: int) -> Drawer:
     raise ValueError("no such model")
 
 

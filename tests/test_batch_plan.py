@@ -12,20 +12,27 @@ import pytest
 from PIL import Image
 
 from sdlite.batch.names import DEFAULT, checked, fill, parse_template
-from sdlite.batch.plan import Item, derived_seed, in_shard, item_key, make_plan, parse_shard
+from sdlite.batch.keys import derived_seed, sample_key
+from sdlite.batch.options import Options
+from sdlite.batch.parts import Part
+from sdlite.batch.plan import Item, Plan, Resolved, make_plan
 from sdlite.images.pixels import digest
 from sdlite.request import Request
 
 
-def resolve(request: Request, picture: Any) -> Request:
+def resolve(request: Request, image: Any, mask: Any) -> Resolved:
     if (request.width or 64) % 8:
         raise ValueError(f"width={request.width} must be a multiple of 8")
-    size = picture.size if picture else (64, 64)
-    return request.replace(width=request.width or size[0], height=request.height or size[1])
+    size = image.size if image else (64, 64)
+    return Resolved(request.replace(width=request.width or size[0], height=request.height or size[1]))
+
+
+def planned(source: Any, model: dict[str, str] | None = None, **options: Any) -> Plan:
+    return make_plan(source, Options(**options), resolve=resolve, model={"model": "m"} if model is None else model)
 
 
 def plan(source: Any, **options: Any) -> list[Item]:
-    return make_plan(source, **{"resolve": resolve, "engine": {"model": "m"}} | options).items
+    return planned(source, **options).items
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -43,11 +50,11 @@ ROWS = [
 def test_keys_of_folders_drawn_before_pasting_stay_valid():
     """The keys that the code before it made; a mask that is pasted back makes another picture and has another."""
     request = Request(prompt="a cat", seed=7, width=64, height=64)
-    assert item_key(request, {"model": "ab"}) == "74e181225660f6bdbde00721153d386e0461f9b8436b42aca456c0b0bed45ba6"
+    assert sample_key(request, {"model": "ab"}) == "74e181225660f6bdbde00721153d386e0461f9b8436b42aca456c0b0bed45ba6"
     masked = request.replace(image=f"sha256:{'0' * 64}", mask=f"sha256:{'1' * 64}")
     before = "c849168ede795d4a9a02cf98482399257a335222f5f59babd8baaa1f745c3d37"
-    assert item_key(masked.replace(paste=False, mask_blur=9), {"model": "ab"}) == before
-    keys = {item_key(masked.replace(mask_blur=blur), {"model": "ab"}) for blur in (0, 4)}
+    assert sample_key(masked.replace(paste=False, mask_blur=9), {"model": "ab"}) == before
+    keys = {sample_key(masked.replace(mask_blur=blur), {"model": "ab"}) for blur in (0, 4)}
     assert len(keys) == 2 and before not in keys
 
 
@@ -162,18 +169,18 @@ def test_options_of_a_line_of_prompts(tmp_path: Path, line: str):
 
 
 def test_an_option_that_nobody_knows_is_a_word_and_is_noted(tmp_path: Path):
-    made = make_plan(written(tmp_path, "a.txt", "a cat --ar 16:9\nb"), resolve=resolve, engine={})
+    made = planned(written(tmp_path, "a.txt", "a cat --ar 16:9\nb"))
     assert [item.request.prompt for item in made.items] == ["a cat --ar 16:9", "b"]
     assert made.notes[0].startswith(
         f"{tmp_path / 'a.txt'}:1: --ar is read as words of the prompt; options of a line are"
     )
     many = "".join(f"a --x{chr(97 + i % 26)} {i}\n" for i in range(1000))
-    assert len(make_plan(written(tmp_path, "a.txt", many), resolve=resolve, engine={}).notes) == 10
+    assert len(planned(written(tmp_path, "a.txt", many)).notes) == 10
     with pytest.raises(ValueError, match=r"a\.txt:1: --restore_faces is not known; options of a line are --prompt, "):
         plan(written(tmp_path, "a.txt", "--prompt a cat --restore_faces true"))
     with pytest.raises(ValueError, match=r"a\.txt:1: steps='many' must be a valid integer"):
         plan(written(tmp_path, "a.txt", "a cat --s many"))
-    with pytest.raises(ValueError, match=r"a\.txt:1: a name stands twice"):
+    with pytest.raises(ValueError, match=r"a\.txt:1: an option is there twice"):
         plan(written(tmp_path, "a.txt", "a cat --s 2 --steps 3"))
 
 
@@ -188,16 +195,16 @@ def test_defaults_are_of_rows_that_do_not_say_otherwise(tmp_path: Path):
     assert [item.request.steps for item in plan(given, defaults={"steps": 7})] == [3, 7]
     with pytest.raises(ValueError, match=r"^steps=0 must be greater"):  # once, and not for each row
         plan(["a", "b"], defaults={"steps": 0})
-    with pytest.raises(ValueError, match=r"^num_images=0 must be 1 to 10,000$"):
+    with pytest.raises(ValueError, match=r"^num_images=0 must be greater than or equal to 1$"):
         plan(["a", "b"], defaults={"num_images": 0})
-    made = make_plan(rows, resolve=resolve, engine={}, defaults={"strength": 0.5})
+    made = planned(rows, defaults={"strength": 0.5})
     assert made.notes == ["strength has no effect: no row names an image to start from"]
 
 
 def test_what_python_gives():
     given = [Request(prompt="a", seed=3), {"prompt": "a", "seed": 3}, Request(prompt="a")]
     first, second, third = plan(given)
-    assert first.key == second.key and first.request == second.request
+    assert first.sample_key == second.sample_key and first.request == second.request
     assert third.request.seed == derived_seed(0, 2)  # a seed that the Request did not name
 
 
@@ -226,7 +233,7 @@ def test_num_images_counts_seeds_up():
 
 def test_a_grid_is_the_product_of_its_lists(tmp_path: Path):
     grid = {"prompt": ["a", "b"], "steps": [2, 3, 4], "solver": "euler"}
-    made = make_plan(written(tmp_path, "g.json", json.dumps(grid)), resolve=resolve, engine={})
+    made = planned(written(tmp_path, "g.json", json.dumps(grid)))
     cells = [(item.request.prompt, item.request.steps, item.request.solver) for item in made.items]
     assert cells == [(p, s, "euler") for p in "ab" for s in (2, 3, 4)]
     assert made.axes == {"prompt": ["a", "b"], "steps": [2, 3, 4]}
@@ -248,22 +255,22 @@ def test_the_key_is_of_all_that_decides_the_picture():
     base = {"prompt": "caf\u00e9", "seed": 1}
 
     def key(row: dict[str, Any], **options: Any) -> str:
-        return plan([row], **options)[0].key
+        return plan([row], **options)[0].sample_key
 
     assert key(base) == key({"prompt": "cafe\u0301", "seed": 1}) == key(base | {"note": "kept"})
     others = [{"seed": 2}, {"steps": 2}, {"solver": "euler"}, {"negative_prompt": "x"}, {"guidance_scale": 3}]
-    keys = {key(base | change) for change in others} | {key(base), key(base, engine={"model": "other"})}
+    keys = {key(base | change) for change in others} | {key(base), key(base, model={"model": "other"})}
     assert len(keys) == 7
     assert plan([base])[0].file_name == f"000000-{key(base)[:16]}.png"
 
 
-def test_shards_are_disjoint_and_whole():
+def test_parts_are_disjoint_and_whole():
     items = plan([f"a fox {i}" for i in range(100)])
-    parts = [[item.index for item in items if in_shard(item, parse_shard(f"{i}/3"))] for i in (1, 2, 3)]
+    parts = [[item.index for item in items if Part.parse(f"{i}/3").has(item)] for i in (1, 2, 3)]
     assert sorted(index for part in parts for index in part) == list(range(100)) and all(parts)
     for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/3/5", "²/3"):
-        with pytest.raises(ValueError, match="shards="):
-            parse_shard(text)
+        with pytest.raises(ValueError, match="part="):
+            Part.parse(text)
 
 
 FAULTS = [
@@ -276,8 +283,8 @@ FAULTS = [
     ("a.csv", "prompt,file_name\na,b", "a.csv:2: file_name='b': metadata.jsonl has a column of that name"),
     ("a.csv", "steps\n3", "a.csv:2: prompt is required"),
     ("a.csv", "prompt,width\na,500", "a.csv:2: width=500 must be a multiple of 8"),
-    ("a.csv", "prompt,num_images\na,0", "a.csv:2: num_images=0 must be 1 to 10,000"),
-    ("a.csv", "prompt,num_images\na,1.5", "a.csv:2: num_images='1.5' must be a whole number"),
+    ("a.csv", "prompt,num_images\na,0", "a.csv:2: num_images='0' must be greater than or equal to 1"),
+    ("a.csv", "prompt,num_images\na,1.5", "a.csv:2: num_images='1.5' must be a valid integer"),
     ("a.csv", f"prompt,seed,num_images\na,{2**64 - 1},2", "counted up"),
     ("a.txt", b"a fox\n\xff\xfe", "a.txt:2: byte 1 is not UTF-8"),
     ("a.txt", b"a\0b", "a.txt:1: there is a NUL byte"),
@@ -286,11 +293,11 @@ FAULTS = [
     ("a.txt", "\n \n", "a.txt holds no requests"),
     ("a.jsonl", '{"prompt": "a"}\n{', "a.jsonl:2: not JSON"),
     ("a.jsonl", '["a"]', "a.jsonl:1: must be a JSON object"),
-    ("a.jsonl", '{"prompt": "a", "steps": 2, "steps": 3}', "a.jsonl:1: a name stands twice"),
-    ("a.jsonl", '{"prompt": "a", "guidance_scale": NaN}', "NaN must be a finite number"),
-    ("a.jsonl", '{"prompt": "a", "guidance_scale": 1e999}', "1e999 must be a finite number"),
+    ("a.jsonl", '{"prompt": "a", "steps": 2, "steps": 3}', "a.jsonl:1: 'steps' is there twice"),
+    ("a.jsonl", '{"prompt": "a", "guidance_scale": NaN}', "NaN is no JSON number"),
+    ("a.jsonl", '{"prompt": "a", "guidance_scale": 1e999}', "guidance_scale=inf must be a finite number"),
     ("a.jsonl", '{"prompt": "\\ud800"}', "half of a surrogate pair"),
-    ("a.jsonl", '{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ("a.jsonl", '{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 64 levels"),
     ("a.jsonl", '{"prompt": "a", "x": {"y": 1}}', "a.jsonl:1: x is an object; it must be a text"),
     ("a.jsonl", '{"prompt": "a", "steps": [2, 3]}', "a.jsonl:1: steps is a list; it must be a text"),
     ("a.jsonl", '{"prompt": "a", "steps": 1' + "0" * 5000 + "}", "a.jsonl:1: "),
@@ -421,9 +428,9 @@ def test_a_template_filled():
 
 
 def test_two_pictures_never_share_a_name():
-    with pytest.raises(ValueError, match=r"requests:2: file name 'fox\.png' is also that of picture 0"):
+    with pytest.raises(ValueError, match=r"requests:2: file name 'fox\.png' is also that of image 0"):
         plan(["Fox", "fox"], name="{prompt}.png")
-    with pytest.raises(ValueError, match="is also that of picture 0"):
+    with pytest.raises(ValueError, match="is also that of image 0"):
         plan([{"prompt": "a", "num_images": 2}], name="{prompt}.png")
     with pytest.raises(ValueError, match="is a device on Windows"):
         plan(["con"], name="{prompt}.png")
@@ -435,9 +442,9 @@ def test_ten_thousand_rows_take_little_memory(tmp_path: Path):
     code = """
 import re, sys
 from pathlib import Path
-from sdlite.batch.plan import make_plan
-items = make_plan(sys.argv[1], resolve=lambda r, _: r.replace(width=64, height=64), engine={}).items
-assert len({item.key for item in items}) == 10_000 and "torch" not in sys.modules
+from sdlite.batch.plan import Resolved, make_plan
+items = make_plan(sys.argv[1], resolve=lambda r, *_: Resolved(r.replace(width=64, height=64)), model={}).items
+assert len({item.sample_key for item in items}) == 10_000 and "torch" not in sys.modules
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     path = written(tmp_path, "a.jsonl", rows)

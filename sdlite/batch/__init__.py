@@ -1,40 +1,37 @@
-"""Many pictures from a file of requests, interrupted at will: `run` and what it takes and gives.
+"""Many images from a file of requests; a run may be interrupted at any time.
 
-    read (files to rows) -> plan (rows to items) -> draw (items to pictures) -> store (pictures to files)
-    local runs them on this machine, in one process or, with workers, in several
+    read, rows (files to rows) -> plan, keys, names (rows to items) -> parts (who draws what)
+    -> drawer (items to images) -> store, manifest, shards (images to files)
 
-Each public name is fetched from its module on first use, so that planning alone loads no PyTorch.
+`local` runs this on one machine, in one process or, with `workers`, in several; `ray_runner` runs it on a cluster.
+`check` is --verify. Each public name is fetched on first use, so that planning alone loads no PyTorch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sdlite.package import fetching
 
 _HOME = {
     "Batch": "sdlite.batch.local",
     "BatchReport": "sdlite.batch.local",
-    "DiskFull": "sdlite.batch.disk",
+    "DiskFull": "sdlite.files",
     "Event": "sdlite.batch.local",
-    "Options": "sdlite.batch.local",
+    "Options": "sdlite.batch.options",
     "prepare": "sdlite.batch.local",
     "run": "sdlite.batch.local",
     "verify": "sdlite.batch.check",
 }
 __all__ = sorted(_HOME)
+__getattr__, __dir__ = fetching("sdlite.batch", _HOME)
 
 if TYPE_CHECKING:
     from sdlite.batch.check import verify as verify
-    from sdlite.batch.disk import DiskFull as DiskFull
     from sdlite.batch.local import (
         Batch as Batch,
         BatchReport as BatchReport,
         Event as Event,
-        Options as Options,
         prepare as prepare,
         run as run,
     )
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sdlite.batch' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+    from sdlite.batch.options import Options as Options
+    from sdlite.files import DiskFull as DiskFull

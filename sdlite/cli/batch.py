@@ -234,7 +234,7 @@ def _run(prepared: "Batch", report: Report) -> int:
     from sdlite.batch.shards import shard_of
 
     missing, start = len(prepared.missing()), perf_counter()
-    pipe, folder, packed = prepared.pipe, prepared.store.pictures, prepared.store.shards
+    pipe, folder, packed = prepared.pipe, prepared.store.folder, prepared.store.shards
     report.event("start", model=pipe.name, model_hash=pipe.model_hash, images=len(prepared.items), missing=missing)
     bar = report.bar()
     task = bar.add_task(f"0/{missing} images", total=missing)
