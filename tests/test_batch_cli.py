@@ -77,7 +77,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         raise ValueError("one\ntwo")
 
     monkeypatch.setattr(batch, "prepare", prepare, raising=False)
-    flags = "-m org/m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
+    flags = "-m org/m -b 7 --workers 2 --exact -s 9 --keep-going --part 2/3 --name {index}.png --format webdataset"
     flags += " --ray --ray-address a:1 --same-seed -n blurry --steps 7 --solver euler --guidance-scale 3"
     flags += " --num-images 2 --strength 0.5 -W 72 -H 80"
     code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
@@ -102,7 +102,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
             "width": 72,
             "height": 80,
         },
-        "shard": "2/3",
+        "part": "2/3",
         "name": "{index}.png",
         "format": "webdataset",
         "ray": True,
@@ -116,6 +116,14 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
     }
 
 
+@pytest.mark.parametrize("flag", ["--shards", "--shard"])
+def test_former_names_of_part_still_work(run: Run, flag: str):
+    counts = [events(run("fox.csv", "-o", "out", flag, f"{i}/2", "--json")[1])[0]["images"] for i in (1, 2)]
+    assert sum(counts) == len(list(Path("out").glob("*.png"))) == 3
+    with pytest.raises(ValueError, match="part='3/2': the part must be 1 to 2"):
+        batch.prepare(["a"], "new", shard="3/2")
+
+
 def test_wrong_input_is_a_line_per_fault_and_no_folder(run: Run):
     Path("bad.csv").write_text("prompt,steps\na,0\nb,2\nc,x\n")
     code, out, err = run("bad.csv", "-o", "out")
@@ -125,7 +133,7 @@ def test_wrong_input_is_a_line_per_fault_and_no_folder(run: Run):
         "sdlite: error: bad.csv:4: steps",
     ]
     assert not Path("out").exists()
-    for arguments in (["none.csv", "-o", "out"], ["fox.csv"], [], ["fox.csv", "-o", "out", "--shards", "0/2"]):
+    for arguments in (["none.csv", "-o", "out"], ["fox.csv"], [], ["fox.csv", "-o", "out", "--part", "0/2"]):
         code, out, err = run(*arguments)
         assert code == 2 and err.startswith("sdlite: error: ") and len(err.splitlines()) == 1
 
@@ -179,7 +187,7 @@ def test_verify_then_again(run: Run):
 
 def test_dry_run_writes_nothing(run: Run):
     code, out, _ = run("fox.csv", "-o", "out", "--dry-run", "-b", 2)
-    assert code == 0 and out.startswith("images   3, of which 0 are there\nbatches  of 2, 1 at a time")
+    assert code == 0 and out.startswith("images   3, of which 0 are done\nbatches  of 2, 1 at a time")
     assert not Path("out").exists()
     before = torch.get_num_threads()
     try:
@@ -240,7 +248,7 @@ def test_a_sheet_replaces_a_sheet_and_nothing_else(run: Run):
     assert Path("out/all.png").read_bytes() != first and Path("mine.png").read_bytes() == b"somebody's"
     assert run("--verify", "out", "-q") == (0, "", "")
     drawn = sorted(Path("out").glob("00000*.png"))[0]
-    assert "is where a picture goes" in run("fox.csv", "-o", "out", "--contact-sheet", drawn)[2]
+    assert "is the file of an image" in run("fox.csv", "-o", "out", "--contact-sheet", drawn)[2]
 
 
 def test_settings_of_rows_that_do_not_say_otherwise(run: Run):

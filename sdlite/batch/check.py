@@ -69,10 +69,11 @@ def _images(path: Path) -> Iterator[tuple[str, bytes | None]]:
     """File name and bytes of each image in a shard; None for a damaged image, and for the shard itself if it is."""
     row: dict[str, str] = {}
     try:
-        for name, data in members(path):
+        for name, read in members(path):
             if name.endswith(".json"):
-                row = json.loads(data)
+                row = json.loads(read())
             elif name.endswith(".png"):
+                data = read()
                 yield checked(row["file_name"]), data if sha256(data) == row["sha256"] else None
         with path.open("rb") as file:
             if hash_of(file) != json.loads(read_file(stats_of(path)))["sha256"]:

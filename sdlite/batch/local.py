@@ -21,7 +21,7 @@ from sdlite.batch.drawer import EXACT_BATCH, Drawer, Result, draw
 from sdlite.batch.keys import SCHEMA, model_facts
 from sdlite.batch.names import DEFAULT
 from sdlite.batch.options import Options
-from sdlite.batch.parts import Part, groups
+from sdlite.batch.parts import groups, in_part, parse_part
 from sdlite.batch.plan import Item, Opened, Plan, Resolved, make_plan
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
@@ -89,7 +89,7 @@ def run(
 def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = None, **options: Any) -> "Batch":
     """Loads the model and checks everything; writes nothing. See `run`."""
     chosen = Options(**{FORMER.get(name, name): value for name, value in options.items()})
-    part = None if chosen.part is None else Part.parse(chosen.part)
+    part = None if chosen.part is None else parse_part(chosen.part)
     if pipe is not None and (chosen.workers > 1 or chosen.on_ray):
         raise ValueError("workers and actors load the model by its name; give model instead of pipe")
     if chosen.on_ray:
@@ -97,7 +97,7 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
     if pipe is None:
         pipe = Pipeline.load(chosen.model, **chosen.keywords())
     plan = make_plan(requests, chosen, resolve=partial(_resolve, pipe), model=model_facts(pipe, chosen.exact))
-    mine = [item for item in plan.items if part is None or part.has(item)]
+    mine = [item for item in plan.items if part is None or in_part(item, part)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
 

@@ -8,15 +8,13 @@ left out.
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sdlite.batch.disk import append, read_lines
 from sdlite.config import Record
 from sdlite.files import HOST, parse_json
-
-R = TypeVar("R", bound=Record)
 
 
 class Entry(Record):
@@ -44,7 +42,7 @@ class Manifest:
         """Every image that any of the manifests lists, by file name."""
         rows = (row for path in sorted(self.folder.glob(".manifest-*.jsonl")) for row in read_rows(path))
         whole = (row for row in rows if row.pop("crc32", None) == _crc32(json.dumps(row)))
-        return {entry.file_name: entry for row in whole if (entry := record(Entry, row)) is not None}
+        return {entry.file_name: entry for row in whole if (entry := _entry(row)) is not None}
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -58,10 +56,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def record(kind: type[R], row: Mapping[str, Any]) -> R | None:
-    """The row as a record, or None if its fields do not fit."""
+def _entry(row: dict[str, Any]) -> Entry | None:
+    """The row as an entry, or None if its fields do not fit."""
     try:
-        return kind(**row)
+        return Entry(**row)
     except (ValueError, TypeError):
         return None
 

@@ -3,33 +3,26 @@
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple, Self
 
 from sdlite.batch.plan import Item
 
 WINDOW = 256  # items looked at together to find those that may share a batch
 
 
-class Part(NamedTuple):
-    """Part `number` of `of` parts, counted from 1."""
+def parse_part(text: str) -> tuple[int, int]:
+    """Reads "2/8", the second of eight parts. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"part={text!r:.40} must be I/N, e.g. 2/8 for the second of eight parts")
+    number, count = map(int, match.groups())
+    if not 1 <= number <= count:
+        raise ValueError(f"part={text!r:.40}: the part must be 1 to {count}")
+    return number, count
 
-    number: int
-    of: int
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Reads "2/8", the second of eight parts. Raises ValueError."""
-        match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text, re.ASCII)
-        if match is None:
-            raise ValueError(f"part={text!r:.40} must be I/N, e.g. 2/8 for the second of eight parts")
-        part = cls(int(match[1]), int(match[2]))
-        if not 1 <= part.number <= part.of:
-            raise ValueError(f"part={text!r:.40}: the part must be 1 to {part.of}")
-        return part
-
-    def has(self, item: Item) -> bool:
-        """Whether an item belongs to this part. It depends on the item's key, so rows added later move no item."""
-        return int(item.sample_key, 16) % self.of == self.number - 1
+def in_part(item: Item, part: tuple[int, int]) -> bool:
+    """Whether an item belongs to part I of N. It depends on the item's key, so rows added later move no item."""
+    return int(item.sample_key, 16) % part[1] == part[0] - 1
 
 
 def groups(items: Sequence[Item], size: int) -> Iterator[list[Item]]:

@@ -26,8 +26,8 @@ DEFAULTS = Options()
 class Item:
     """One image to draw. index: its place in the output. row: its row of the input, from 0. extra: unknown columns.
 
-    request: with seed and size, and checksums in place of start image and mask. image, mask: the files of those. kind:
-    equal for items that may share a batch.
+    request: with seed and size, and checksums in place of start image and mask. image, mask: absolute paths of those.
+    kind: equal for items that may share a batch.
     """
 
     index: int
@@ -94,7 +94,7 @@ def make_plan(
         raise ValueError(f"{faults.name} holds no requests")
     if "strength" in options.defaults and not any(item.image for item in making.items):
         faults.note("strength", "strength has no effect: no row names an image to start from")
-    return Plan(making.items, making.table.axes, faults.notes)
+    return Plan(making.items, making.table.axes, list(faults.notes.values()))
 
 
 @dataclass
@@ -121,11 +121,12 @@ class _Making:
         paths = {side: self._path(getattr(request, side)) for side in ("image", "mask")}
         resolved = self._resolved(request, **paths)
         kind = self.kinds.setdefault(resolved.batch_key, len(self.kinds))
+        places = [None if path is None else path.absolute() for path in paths.values()]  # workers run in other folders
         for k in range(count):
             drawn = resolved.request.model_copy(update={"seed": request.seed + k})
             key = sample_key(drawn, self.model)
             name = self._free_name(fill(self.template, drawn, index=len(self.items), row=number, key=key))
-            self.items.append(Item(len(self.items), number, drawn, extra, key, name, kind, **paths))
+            self.items.append(Item(len(self.items), number, drawn, extra, key, name, kind, *places))
 
     def _path(self, name: str | None) -> Path | None:
         return None if name is None else self.table.folder / name

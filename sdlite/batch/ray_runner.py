@@ -12,7 +12,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -60,7 +59,7 @@ class Actor:
 
     def send(self, group: Sequence[Item] | None) -> None:
         self.last = group is None
-        self.pending = self.handle.draw.remote(None if group is None else [_absolute(item) for item in group])
+        self.pending = self.handle.draw.remote(group)
 
     def receive(self) -> list[Result]:
         try:
@@ -139,14 +138,6 @@ def _share(count: int) -> int:
     """Cores of each of `count` actors, which are spread over machines with as many as the smallest of them."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, min(cores) // -(-count // len(cores)))
-
-
-def _absolute(item: Item) -> Item:
-    """The item with full paths of its start image and mask: an actor has another working folder."""
-    if item.image is None and item.mask is None:
-        return item
-    image, mask = (None if path is None else path.absolute() for path in (item.image, item.mask))
-    return replace(item, image=image, mask=mask)
 
 
 def _gone(error: RayError) -> NoReturn:

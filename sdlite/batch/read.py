@@ -31,23 +31,10 @@ MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million promp
 MAX_UTF16_BYTES = 64 * 1024 * 1024  # the whole file is held at once
 MAX_LINE = 1024 * 1024
 OPTION = re.compile(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)")
-OPTIONS = {  # of a line of a .txt file -> column; the short ones are kohya's
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "n": "negative_prompt",
-    "seed": "seed",
-    "d": "seed",
-    "steps": "steps",
-    "s": "steps",
-    "cfg_scale": "guidance_scale",
-    "l": "guidance_scale",
-    "width": "width",
-    "w": "width",
-    "height": "height",
-    "h": "height",
-    "sampler_name": "solver",
-    "n_iter": "num_images",
-}
+# Options of a line of a .txt file -> columns: Automatic1111's names, then kohya's short ones.
+OPTIONS = {name: name for name in ("prompt", "negative_prompt", "seed", "steps", "width", "height")}
+OPTIONS |= {"cfg_scale": "guidance_scale", "sampler_name": "solver", "n_iter": "num_images"}
+OPTIONS |= {"n": "negative_prompt", "d": "seed", "s": "steps", "l": "guidance_scale", "w": "width", "h": "height"}
 
 Source = str | Path | Iterable[Request | Mapping[str, Any] | str]
 Lines = Iterable[tuple[int, str]]  # number and text of each

@@ -9,6 +9,7 @@ Every other column goes into the metadata.
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -50,37 +51,29 @@ class Row(NamedTuple):
     columns: Columns
 
 
+@dataclass
 class Faults:
     """The faults of a request file, one line each. It keeps the first ten and counts all.
 
-    notes: how the file was read where that is not certain; the caller shows them.
+    notes: how the file was read where that is not certain, by kind; the caller shows them.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.lines: list[str] = []
-        self.count = 0
-        self._notes: dict[str, str] = {}
-        self._seen: set[str] = set()
+    name: str
+    count: int = 0
+    lines: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def add(self, line: int | None, fault: object) -> None:
         """line: None for a file without lines; there equal faults count once."""
         text = f"{self.name}{'' if line is None else f':{line}'}: {' '.join(str(fault).split()):.500}"
-        if line is None and text in self._seen:
-            return
-        self._seen |= {text} if line is None else set()
-        self.count += 1
-        if self.count <= SHOWN_FAULTS:
-            self.lines.append(text)
+        if line is not None or text not in self.lines:
+            self.count += 1
+            self.lines += [text] if self.count <= SHOWN_FAULTS else []
 
     def note(self, kind: str, text: str) -> None:
         """Keeps the first note of each kind, and ten kinds."""
-        if len(self._notes) < SHOWN_FAULTS:
-            self._notes.setdefault(kind, text)
-
-    @property
-    def notes(self) -> list[str]:
-        return list(self._notes.values())
+        if len(self.notes) < SHOWN_FAULTS:
+            self.notes.setdefault(kind, text)
 
     def check(self) -> None:
         """Raises ValueError if there was any fault."""

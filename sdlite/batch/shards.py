@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,16 +26,8 @@ from sdlite.files import atomic_file, write_file
 
 SHARD = 10_000  # images; four digits of a stem
 MEMBERS = 3 * SHARD  # of a tar file
-DAMAGED = (
-    tarfile.TarError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # from odd JSON or headers
+DAMAGED = (tarfile.TarError, EOFError, *ODD)
 LOCK = ".lock"
 Row = dict[str, Any]
 
@@ -82,11 +75,14 @@ class Shards:
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
         stems = sorted(held.keys() | samples.keys())
         with atomic_file(path, force=True) as making, making.open("w+b") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar, _images(path) as old:
+            with (
+                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+                closing(members(path)) as old,
+            ):
                 for stem in stems:
                     row = held[stem] if stem in held else samples[stem].row
                     _add(tar, f"{stem}.json", (json.dumps(row) + "\n").encode())
-                    _add(tar, f"{stem}.png", old(stem) if stem in held else samples[stem].png())
+                    _add(tar, f"{stem}.png", _png(path, old, stem) if stem in held else samples[stem].png())
                     _add(tar, f"{stem}.txt", row["prompt"].encode())
             stats = {"count": len(stems), "sha256": hash_of(file)}
         write_file(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)
@@ -120,11 +116,11 @@ def hash_of(file: BinaryIO) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed wants more of a file
 
 
-def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file in a shard, in order. Raises one of DAMAGED if the shard is damaged."""
+def members(path: Path) -> Generator[tuple[str, Callable[[], bytes]], None, None]:
+    """Name of each file in a shard, in order, and what reads it. Raises one of DAMAGED if the shard is damaged."""
     with tarfile.open(path, "r:") as tar:
         for member in _files(tar):
-            yield member.name, _bytes(tar, member)
+            yield member.name, partial(_bytes, tar, member)
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -145,8 +141,7 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        with tarfile.open(path, "r:") as tar:
-            rows = [json.loads(_bytes(tar, member)) for member in _files(tar) if member.name.endswith(".json")]
+        rows = [json.loads(read()) for name, read in members(path) if name.endswith(".json")]
         texts = [row[name] for row in rows for name in ("key", "file_name", "sha256", "prompt")]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError
@@ -161,19 +156,12 @@ def _damaged(path: Path) -> ValueError:
     return ValueError(f"{path} is damaged; `sdlite batch --verify {path.parent}` puts it aside")
 
 
-@contextmanager
-def _images(path: Path) -> Iterator[Callable[[str], bytes]]:
-    """Reads the PNG of a stem out of a shard. The shard need not exist if nothing is read."""
-    with ExitStack() as stack:
-        tar = stack.enter_context(tarfile.open(path, "r:")) if path.exists() else None
-        there = {} if tar is None else {member.name: member for member in _files(tar)}
-
-        def read(stem: str) -> bytes:
-            if tar is None or f"{stem}.png" not in there:
-                raise _damaged(path)
-            return _bytes(tar, there[f"{stem}.png"])
-
-        yield read
+def _png(path: Path, old: Iterator[tuple[str, Callable[[], bytes]]], stem: str) -> bytes:
+    """The PNG of a stem, read from what is left of a shard's members, which are sorted."""
+    data = next((read() for name, read in old if name == f"{stem}.png"), None)
+    if data is None:
+        raise _damaged(path)
+    return data
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -17,24 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sdlite.batch.disk import guarded, read_file, sha256
-from sdlite.batch.manifest import Entry, Manifest, read_rows, record
+from sdlite.batch.manifest import Entry, Manifest, read_rows
 from sdlite.batch.plan import Item
 from sdlite.batch.shards import Sample, Shards, shard_of, stem_of
-from sdlite.config import Record
 from sdlite.files import parse_json, sweep, write_file
 from sdlite.images.files import read_metadata
 
 RUN, INDEX, ERRORS, SHEET = "run.json", "metadata.jsonl", "errors.jsonl", "contact-sheet.png"
 MAX_RUN_BYTES = 1024 * 1024
 LOOSE = ".pictures"  # the folder where images wait for their shard
-
-
-class Failed(Record):
-    """A line of errors.jsonl. key: the item's sample key."""
-
-    index: int
-    key: str
-    error: str
 
 
 class Store:
@@ -144,9 +135,9 @@ class Store:
         """
         self._sweep()
         found, by_index = self.done(items), {item.index: item for item in items}
-        lines = (line for row in read_rows(self.root / ERRORS) if (line := record(Failed, row)) is not None)
-        old = {line.index: line.error for line in lines if line.index in by_index}
-        left = {index: error for index, error in sorted({**old, **failures}.items()) if index not in found}
+        listed = [(row.get("index"), row.get("error")) for row in read_rows(self.root / ERRORS)]  # may be anything
+        old = {index: error for index, error in listed if isinstance(index, int) and isinstance(error, str)}
+        left = {i: error for i, error in sorted({**old, **failures}.items()) if i in by_index and i not in found}
         with guarded(self.root):
             if self.shards:
                 self.pack(items, left)
