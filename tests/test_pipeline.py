@@ -15,9 +15,10 @@ import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
+from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solver_names import SCHEDULERS
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Pipeline
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import generators, reference_pipeline, reference_scheduler
 
@@ -28,9 +29,8 @@ THEIRS = 7.5  # the guidance scale that diffusers takes when it is not told
 def make(config) -> Pipeline:
     parts = random_model(config, seed=0)
     schedule = Schedule(config.schedule)
-    return Pipeline(
-        parts.text, parts.denoiser, parts.codec, schedule, sample_size=8, name="random", model_hash="0" * 64
-    )
+    about = About("random", "0" * 64, sample_size=8)
+    return Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=about)
 
 
 def sd2_like():
@@ -273,9 +273,10 @@ def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
 
 
 def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
-    (negative, positive) = sd1._context([Request(prompt="a cat", negative_prompt="blurry", clip_skip=1)])
+    jobs = sd1.jobs(Request(prompt="a cat", negative_prompt="blurry", clip_skip=1))
+    negative, positive = sd1._conditioning(jobs).context
     for prompt, found in (("blurry", negative), ("a cat", positive)):
-        skipped, whole = (sd1.text.encode([prompt], clip_skip=skip)[0] for skip in (1, 0))
+        skipped, whole = (sd1.text.encode([prompt], clip_skip=skip).context[0] for skip in (1, 0))
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
 
 
@@ -328,10 +329,7 @@ def test_steps_are_yielded_as_they_are_made(sd1):
 def test_a_denoiser_can_be_wrapped(pipe):
     calls = []
 
-    class Counted:
-        def __init__(self, denoiser):
-            self.denoiser, self.prediction, self.prepare = denoiser, denoiser.prediction, denoiser.prepare
-
+    class Counted(Wrapper):
         def __call__(self, x, t, memory):
             calls.append(len(x))
             return self.denoiser(x, t, memory)
@@ -429,7 +427,7 @@ def test_a_model_with_two_sides_draws_what_diffusers_draws(tmp_path):
     """[height, width] in latent cells, as in UNet2DConditionModel's config."""
     parts = random_model(tiny().replace(sample_size=(6, 10)), seed=0)
     schedule = Schedule(parts.config.schedule)
-    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, sample_size=(6, 10), name="x")
+    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=About("x", sample_size=(6, 10)))
     pipe.save(tmp_path / "wide")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "wide", local_files_only=True)
     expected = theirs("a cat", num_inference_steps=2, generator=generators(5)).images[0]

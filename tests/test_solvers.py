@@ -14,7 +14,7 @@ from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solver_names import SCHEDULERS, diffusers_scheduler, solver_for
 from sdlite.diffusion.solvers import DDIM, DDPM, DiffusersSolver, ddim_step, ddpm_step
-from sdlite.pipeline.start import first_step
+from sdlite.pipeline.job import first_step
 from sdlite.request import Request
 from tests.references.closed_form import GaussianDenoiser, normal
 from tests.test_schedule import reference

@@ -128,7 +128,7 @@ class Batch:
             "model_hash": self.pipe.model_hash,
             "prediction": self.pipe.denoiser.prediction,
             "device": self.pipe.device.type,
-            "dtype": str(next(self.pipe.text.parameters()).dtype).removeprefix("torch."),
+            "dtype": self.pipe.about.dtype,
             "exact": self.options.exact,
             **({"compute_batch": self.size} if self.options.exact else {}),
             "seed": self.options.seed,

@@ -41,7 +41,8 @@ A1111_FEWEST = 3  # settings in a line, or it belongs to the prompt; also its ru
 class Recipe(Record):
     """All that a picture records about itself; sizes in the request are resolved, sources are digests.
 
-    prediction: None where another program drew it, which does not say.
+    prediction: None where another program drew it, which does not say. backend: what computed the image, if that is not
+    PyTorch.
     """
 
     request: Request
@@ -49,6 +50,7 @@ class Recipe(Record):
     model_hash: str = Field(pattern=r"^[0-9a-f]{0,64}$")
     prediction: Prediction | None  # not in the weights, which the hash is of
     versions: dict[Literal["sdlite", "torch", "diffusers", "transformers"], Annotated[str, Field(max_length=64)]]
+    backend: str = Field("", max_length=64)
 
 
 class Foreign(NamedTuple):
@@ -59,18 +61,21 @@ class Foreign(NamedTuple):
 
 
 def metadata(
-    request: Request, *, model: str, model_hash: str, prediction: Prediction, width: int, height: int
+    request: Request, *, model: str, model_hash: str, prediction: Prediction, backend: str = ""
 ) -> dict[str, str]:
-    """The two texts of a picture; width and height are those drawn, model_hash is hexadecimal."""
+    """The two texts of an image. request: with the size that was drawn. model_hash: hexadecimal."""
     sources = {name: _source(getattr(request, name)) for name in ("image", "mask")}
     recipe = Recipe(
-        request=request.replace(width=width, height=height, **sources),
+        request=request.replace(**sources),
         model=re.split(r"[/\\]", model.rstrip("/\\"))[-1][:MAX_NAME],  # a name, never where it lies
         model_hash=model_hash,
         prediction=prediction,
         versions=versions(),
+        backend=backend,
     )
     written = recipe.model_dump() | {"request": recipe.request.deciding()}
+    if not backend:
+        del written["backend"]
     return {"parameters": _infotext(recipe), "sdlite": json.dumps(written, separators=(",", ":"))}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sdlite.checkpoints.load import ModelParts, assembled
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, ScheduleConfig, UNetConfig
+from sdlite.contracts import Conditioning
 from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import save_picture
@@ -29,7 +30,7 @@ from sdlite.models.codec import LatentCodec
 from sdlite.models.dit import DiT
 from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Pipeline
 from sdlite.request import Request
 from sdlite.training.codec import codec_identity
 from sdlite.training.datasets.data import (
@@ -260,7 +261,7 @@ class DenoiserTask(nn.Module):
     def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         x_0, contexts, t, noise = (tensor.to(self.device) for tensor in (x_0.float(), contexts.float(), t, noise))
         gamma = self.objective.min_snr_gamma
-        return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=gamma)
+        return diffusion_loss(self.denoiser, self.schedule, x_0, Conditioning(contexts), t=t, noise=noise, gamma=gamma)
 
     def evaluate(self) -> dict[str, float]:
         """Loss of held-out pairs and of equally many trained pictures, at the same timesteps with the same noise."""
@@ -282,7 +283,8 @@ class DenoiserTask(nn.Module):
         chosen = self.records[:: max(1, len(self.records) // SHOWN * 2)][: SHOWN // 2]
         chosen += held[:: max(1, len(held) // SHOWN * 2)][: SHOWN // 2]
         captions = [str(record["text"]) for record in chosen]
-        pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, sample_size=self.sample_size)
+        about = About(sample_size=self.sample_size)
+        pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, about=about)
         text.to(self.device)
         requests = [
             Request(prompt=p, seed=i, steps=PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE)
