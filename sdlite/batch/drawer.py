@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -20,9 +21,8 @@ from PIL.Image import Image
 from sdlite.batch.manifest import Entry
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
-from sdlite.images.files import open_picture, png_bytes
-from sdlite.images.pixels import digest
-from sdlite.pipeline import Pipeline
+from sdlite.images.files import png_bytes
+from sdlite.pipeline import Finished, Pipeline
 from sdlite.request import reason
 
 EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact image
@@ -41,22 +41,19 @@ class Result:
 def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
     """Images of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
     padded = [*items, *[items[-1]] * (size - len(items))]
-    files = {(path, side) for item in items for side, path in _files(item).items()}
-    opened = {(path, side): open_picture(path, for_mask=side == "mask") for path, side in files}
-    digests = {file: digest(image) for file, image in opened.items()}
-    for item in items:
-        for side, path in _files(item).items():
-            if digests[path, side] != getattr(item.request, side):
-                raise ValueError(f"{side}={path} was changed while the batch ran")
-    images, masks = ([opened.get((getattr(item, side), side)) for item in padded] for side in ("image", "mask"))
-    requests, count = [item.request for item in padded], len(items)
-    for x_t in pipe.sample_latents(requests, images=images, masks=masks):
-        latents = x_t  # (B, C, H/f, W/f)
-    return pipe.decode(latents[:count], requests[:count], images=images[:count], masks=masks[:count])
+    same: dict[Path | None, Path | None] = {}  # one object for equal paths, so that `jobs` opens each file once
+    images, masks = ([same.setdefault(path, path) for path in side] for side in zip(*map(_starts, padded), strict=True))
+    jobs = pipe.jobs([item.request for item in padded], images, masks)
+    for item, job in zip(items, jobs, strict=False):
+        for name, path in (("image", item.image), ("mask", item.mask)):
+            if getattr(job.request, name) != getattr(item.request, name):
+                raise ValueError(f"{name}={path} was changed while the batch ran")
+    finished = (event.picture for event in pipe.draw(jobs) if isinstance(event, Finished))
+    return list(islice(finished, len(items)))
 
 
-def _files(item: Item) -> dict[str, Path]:
-    return {side: path for side, path in (("image", item.image), ("mask", item.mask)) if path is not None}
+def _starts(item: Item) -> tuple[Path | None, Path | None]:
+    return item.image, item.mask
 
 
 class Drawer:

@@ -33,8 +33,8 @@ def sample_key(request: Request, model: Mapping[str, Any]) -> str:
 
 
 def model_facts(pipe: "Pipeline", exact: bool) -> dict[str, Any]:
-    """What decides an image besides the request: the weights, what they predict, and the numerics."""
-    return {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": exact}
+    """What decides an image besides the request: the weights, what they predict, the numerics, and any backend."""
+    return {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": exact, **pipe.about.bits}
 
 
 def derived_seed(base: int, row: int) -> int:

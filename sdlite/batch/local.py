@@ -22,12 +22,13 @@ from sdlite.batch.keys import SCHEMA, model_facts
 from sdlite.batch.names import DEFAULT
 from sdlite.batch.options import Options
 from sdlite.batch.parts import groups, in_part, parse_part
-from sdlite.batch.plan import Item, Opened, Plan, Resolved, make_plan
+from sdlite.batch.plan import Item, Plan, Resolved, make_plan
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, spread
 from sdlite.images.files import png_bytes
+from sdlite.images.pixels import Opened
 from sdlite.images.recipe import versions
 from sdlite.pipeline import Pipeline
 from sdlite.request import Request
@@ -221,25 +222,13 @@ class Batch:
 
 def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opened | None) -> Resolved:
     """Resolves a row. An error that nobody foresaw is left to drawing, where it fails this row only."""
-    for text in (request.prompt, request.negative_prompt):
-        pipe.text.num_chunks(text)
-    if request.clip_skip:
-        pipe.text.encode([""], clip_skip=request.clip_skip)
-    remarks = pipe.remarks(request, image)
-    if mask is not None:
-        from sdlite.images.pixels import mask_notes
-
-        remarks += mask_notes(mask.size, mask.grey, image.size)
-    resolved = pipe.resolve(request, image)
-    key = None
     try:
-        pipe.num_evaluations(request)
-        key = pipe._batch_key(resolved)
+        job = pipe.jobs(request, [image], [mask])[0]
+        return Resolved(job.request, job.batch_key, job.remarks)
     except (ValueError, OSError):
         raise
     except Exception:
-        pass
-    return Resolved(resolved, key, remarks)
+        return Resolved(pipe.resolve(request, image))
 
 
 def _event(result: Result, file_name: str, done: int, total: int) -> Event:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdlite.batch.keys import derived_seed, sample_key
 from sdlite.batch.names import DEFAULT, Template, fill, parse_template, same_file
@@ -18,6 +18,9 @@ from sdlite.batch.options import Options
 from sdlite.batch.read import Source, Table, read_table
 from sdlite.batch.rows import MAX_ROWS, Faults, Row, read_row
 from sdlite.request import Request
+
+if TYPE_CHECKING:
+    from sdlite.images.pixels import Opened
 
 DEFAULTS = Options()
 
@@ -49,14 +52,6 @@ class Plan(NamedTuple):
     notes: Sequence[str] = ()
 
 
-class Opened(NamedTuple):
-    """Facts about a start image or mask. size: (width, height) in pixels. grey: whether a mask has grey parts."""
-
-    checksum: str
-    size: tuple[int, int]
-    grey: bool = False
-
-
 class Resolved(NamedTuple):
     """A request with its size, as the model will draw it. batch_key, remarks: as in `sdlite.pipeline.Job`."""
 
@@ -65,7 +60,7 @@ class Resolved(NamedTuple):
     remarks: Sequence[str] = ()
 
 
-Resolve = Callable[[Request, Opened | None, Opened | None], Resolved]
+Resolve = Callable[[Request, "Opened | None", "Opened | None"], Resolved]
 
 
 def make_plan(
@@ -107,7 +102,7 @@ class _Making:
     resolve: Resolve
     model: Mapping[str, Any]
     items: list[Item] = field(default_factory=list)
-    opened: dict[tuple[Path, str], Opened] = field(default_factory=dict)
+    opened: dict[tuple[Path, str], "Opened"] = field(default_factory=dict)
     kinds: dict[Hashable, int] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
 
@@ -140,16 +135,17 @@ class _Making:
             self.faults.note(re.sub(r"\d+x\d+", "", remark), remark)  # once, whatever the sizes of the images
         return resolved
 
-    def _open(self, path: Path | None, side: str) -> Opened | None:
+    def _open(self, path: Path | None, side: str) -> "Opened | None":
         """Facts about a start image or mask; each is opened once. Raises FileNotFoundError or ValueError."""
         if path is None:
             return None
         if (path, side) not in self.opened:
             from sdlite.images.files import open_picture
-            from sdlite.images.pixels import digest, has_grey
+            from sdlite.images.pixels import Opened
 
-            picture = open_picture(path, for_mask=side == "mask")
-            self.opened[path, side] = Opened(digest(picture), picture.size, side == "mask" and has_grey(picture))
+            for_mask = side == "mask"
+            opened = Opened.of(open_picture(path, for_mask=for_mask), for_mask=for_mask)
+            self.opened[path, side] = opened._replace(picture=None)
         return self.opened[path, side]
 
     def _free_name(self, name: str) -> str:
