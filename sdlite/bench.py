@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from sdlite import __version__, batch
 from sdlite.batch.drawer import EXACT_BATCH
@@ -32,7 +31,7 @@ from sdlite.images.files import png_bytes
 from sdlite.images.pixels import largest_difference
 from sdlite.models.networks import Network
 from sdlite.models.unet import UNet
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import Finished, Job, Pipeline
 from sdlite.request import Request
 
 MAX_LOAD = 0.3  # of the cores, on average over the last minute: above it a timing says more about the others
@@ -161,16 +160,12 @@ class _Idle:
 
     def __init__(self, pipe: Pipeline, picture: Image) -> None:
         self._pipe, self._picture = pipe, picture
-        self._latents = torch.zeros(1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
 
-    def sample_latents(self, *_: Any, **__: Any) -> Iterator[Tensor]:
-        yield self._latents
-
-    def decode(self, _: Tensor, requests: Sequence[Request], **__: Any) -> list[Image]:
-        return [self._picture] * len(requests)
+    def draw(self, jobs: Sequence[Job]) -> Iterator[Finished]:
+        return (Finished(i, self._picture) for i in range(len(jobs)))
 
 
 def _idle_batch(idle: Any, folder: Path) -> None:

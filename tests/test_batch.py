@@ -4,6 +4,7 @@ The processes that are killed are real and are killed with SIGKILL; they are for
 loaded, so that hundreds of them take minutes.
 """
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -14,13 +15,15 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from sdlite import batch, images
 from sdlite.batch import disk, drawer, local, manifest
@@ -29,8 +32,12 @@ from sdlite.batch.parts import groups
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, carried, spread
+from sdlite.config import ScheduleConfig
+from sdlite.contracts import Conditioning, TextFeatures
+from sdlite.diffusion.schedule import Schedule
 from sdlite.files import HOST
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Finished, Job, Pipeline, Step
+from sdlite.request import Request
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals")
 
@@ -200,22 +207,91 @@ def test_loads_as_an_image_folder(tmp_path: Path):
     assert batch_of[0]["image"].size == (64, 64)
 
 
+class PlainText:
+    """Features are the length of the prompt."""
+
+    def num_chunks(self, prompt: str) -> int:
+        return 1
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        return [(prompt, [0])]
+
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> TextFeatures:
+        return TextFeatures(torch.tensor([[[float(len(prompt))]] for prompt in prompts]))
+
+
+class PlainDenoiser:
+    """Predicts that x_0 is the features / 100 everywhere."""
+
+    prediction = "sample"
+    in_channels = 4
+    patch_size = 1
+
+    def prepare(self, conditioning: Conditioning) -> Tensor:
+        return conditioning.context
+
+    def __call__(self, x: Tensor, t: Tensor, memory: Tensor) -> Tensor:
+        return memory[:, :, :, None].expand(-1, *x.shape[1:]) / 100
+
+
+class PlainCodec:
+    """A latent cell is eight pixels of the colour of its first three channels."""
+
+    factor = 8
+    latent_channels = 4
+    deterministic = True
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.pad(images[:, :, ::8, ::8], (0, 0, 0, 0, 0, 1))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def decode_bytes(self, width: int, height: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset"])
+def test_three_plain_objects_run_a_batch(tmp_path: Path, form: str):
+    """Closed form: the last step of DDIM from a predicted x_0 ends there, whatever the noise."""
+    about = About(name="plain", hash="ab" * 32, sample_size=2)
+    pipe = Pipeline(
+        PlainText(), PlainDenoiser(), PlainCodec(), Schedule(ScheduleConfig(final_abar_one=True)), about=about
+    )
+    rows = [{"prompt": "a" * length, "steps": 3, "guidance_scale": 1} for length in (10, 50, 50, 90)]
+    assert batch.run(rows, tmp_path, pipe=pipe, format=form, exact=True).done == 4
+    assert batch.run(rows, tmp_path, pipe=pipe, format=form, exact=True).skipped == 4
+    assert len(batch.verify(tmp_path).good) == 4
+    settings = json.loads((tmp_path / "run.json").read_text())
+    assert (settings["model"], settings["model_hash"], settings["device"]) == ("plain", "ab" * 32, "cpu")
+    if form == "folder":
+        for path, length in zip(sorted(tmp_path.glob("*.png")), (10, 50, 50, 90), strict=True):
+            grey = round((length / 100 / 2 + 0.5) * 255)
+            assert images.open_picture(path).getextrema() == ((grey, grey),) * 3
+    faster = pipe.with_parts(about=dataclasses.replace(about, backend="x"))
+    assert batch.run(rows[:1], tmp_path / "backend", pipe=faster).done
+    assert json.loads((tmp_path / "backend/run.json").read_text())["backend"] == "x"
+
+
 # ----------------------------------------------------------------------------------------------- failures
 
 
+def poison(patch: pytest.MonkeyPatch, pipe: Pipeline, is_bad: Callable[[Request], bool], said: str) -> None:
+    """The images of some requests come out as nan."""
+    whole = pipe.draw
+
+    def draw(jobs: Sequence[Job], *rest: Any) -> Iterator[Step | Finished]:
+        for event in whole(jobs, *rest):
+            if isinstance(event, Finished) and is_bad(jobs[event.index].request):
+                raise FloatingPointError(said)
+            yield event
+
+    patch.setattr(pipe, "draw", draw)
+
+
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pictures of seed 13 come out as nan."""
-
-    whole = tiny().decode
-
-    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
-        if any(request.seed == 13 for request in requests):
-            raise FloatingPointError("seed=13: the image is not finite")
-        return whole(latents, requests, **sources)
-
-    monkeypatch.setattr(tiny(), "decode", decode)
-    yield
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, tiny(), lambda request: request.seed == 13, "seed=13: the image is not finite")
 
 
 def test_a_poison_request_fails_alone(tmp_path: Path, poisoned: None):
@@ -234,7 +310,7 @@ def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poison
     assert report.done == 3 and list(report.failed) == [3] and not report.interrupted
 
 
-@pytest.mark.parametrize("where", ["num_evaluations", "sample_latents", "png_bytes"])
+@pytest.mark.parametrize("where", ["num_evaluations", "draw", "png_bytes"])
 def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     """Not a ValueError, and from the check of the file, from drawing, or from writing the PNG."""
     place: Any = drawer if where == "png_bytes" else tiny()
@@ -246,8 +322,6 @@ def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch:
         return whole(given, *rest, **named)
 
     monkeypatch.setattr(place, where, breaks)
-    if where == "num_evaluations":
-        monkeypatch.setattr(place, "sample_latents", functools.partial(_breaks_too, tiny().sample_latents))
     rows = [{"prompt": "poison" if i == 1 else "a", "steps": 1 + (i == 1), "seed": i} for i in range(12)]
     report = run(tmp_path / "going", rows, keep_going=True)
     assert report.failed == {1: "IndexError: index 20 is out of bounds for dimension 0"} and report.done == 11
@@ -255,12 +329,6 @@ def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch:
     assert list(report.failed) == [1] and report.done < 12
     monkeypatch.undo()
     assert run(tmp_path / "stopping", rows).failed == {} and len(pictures(tmp_path / "stopping")) == 12
-
-
-def _breaks_too(whole: Any, requests: Any, **sources: Any) -> Any:
-    if "poison" in str(requests):
-        raise IndexError("index 20 is out of bounds\nfor dimension 0")
-    return whole(requests, **sources)
 
 
 def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch):
@@ -273,14 +341,14 @@ def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_out_of_memory_halves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool):
-    whole = tiny().sample_latents
+    whole = tiny().draw
 
-    def sample(requests: Any, **sources: Any) -> Any:
-        if len(requests) > 2:
+    def draw(jobs: Sequence[Job]) -> Iterator[Step | Finished]:
+        if len(jobs) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
-        return whole(requests, **sources)
+        return whole(jobs)
 
-    monkeypatch.setattr(tiny(), "sample_latents", sample)
+    monkeypatch.setattr(tiny(), "draw", draw)
     report = run(tmp_path, [{"prompt": "a", "steps": 2}] * 4, exact=exact, keep_going=True)
     assert (report.done, len(report.failed)) == ((0, 4) if exact else (4, 0))
     if exact:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sdlite.batch import local, sheet
 from sdlite.batch.disk import sha256
 from sdlite.config import UNTRAINED_NOTE
 from sdlite.pipeline import Pipeline
+from tests.test_batch import poison
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -27,8 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def tiny() -> Pipeline:
     pipe = Pipeline.load("tiny", device="cpu")
-    pipe.notes = ()  # that it is untrained, which is said even with -q
-    return pipe
+    return pipe.with_parts(about=replace(pipe.about, notes=()))  # the note that it is untrained is shown even with -q
 
 
 @pytest.fixture
@@ -151,14 +152,7 @@ def test_shards_are_printed_and_verified(run: Run):
 
 
 def test_failures_and_their_exit_codes(run: Run, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    whole = tiny.decode
-
-    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
-        if any(request.seed == 6 for request in requests):
-            raise FloatingPointError("not finite")
-        return whole(latents, requests, **sources)
-
-    monkeypatch.setattr(tiny, "decode", decode)
+    poison(monkeypatch, tiny, lambda request: request.seed == 6, "not finite")
     code, out, _ = run("fox.csv", "-o", "out", "--keep-going", "--json")
     failed = [event for event in events(out) if event["event"] == "failed"]
     assert code == 1 and [(event["index"], event["error"]) for event in failed] == [(1, "not finite")]

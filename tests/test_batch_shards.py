@@ -19,6 +19,7 @@ from sdlite.batch import local, shards
 from sdlite.batch.disk import sha256
 from sdlite.batch.store import LOOSE, Store
 from sdlite.pipeline import Pipeline
+from tests.test_batch import poison
 
 ROWS = [{"prompt": f"a fox, number {i}", "steps": 1, "author": f"me {i}"} for i in range(10)]
 
@@ -133,15 +134,8 @@ def test_a_shard_is_packed_as_soon_as_it_is_whole(tmp_path: Path, reference: dic
 def test_a_failed_picture_is_left_out_and_added_later(
     tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
-    whole = tiny().decode
-
-    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
-        if any(request.prompt == ROWS[2]["prompt"] for request in requests):
-            raise FloatingPointError("not finite")
-        return whole(latents, requests, **sources)
-
     with monkeypatch.context() as patch:
-        patch.setattr(tiny(), "decode", decode)
+        poison(patch, tiny(), lambda request: request.prompt == ROWS[2]["prompt"], "not finite")
         assert run(tmp_path, keep_going=True).failed == {2: "not finite"}
     assert json.loads((tmp_path / "00000_stats.json").read_text())["count"] == 3
     assert run(tmp_path).done == 1

@@ -17,10 +17,9 @@ from sdlite.checkpoints.save import convert
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import SCHEDULERS
 from sdlite.pipeline import About, Pipeline
 from sdlite.request import Request
-from tests.references.diffusers_pipeline import generators, reference_pipeline, reference_scheduler
+from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 
 GREY_LEVEL = 1  # pixels may differ by the rounding of one level
 THEIRS = 7.5  # the guidance scale that diffusers takes when it is not told

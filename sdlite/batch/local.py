@@ -130,6 +130,7 @@ class Batch:
             "prediction": self.pipe.denoiser.prediction,
             "device": self.pipe.device.type,
             "dtype": self.pipe.about.dtype,
+            **self.pipe.about.bits,
             "exact": self.options.exact,
             **({"compute_batch": self.size} if self.options.exact else {}),
             "seed": self.options.seed,
@@ -228,7 +229,8 @@ def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opene
     except (ValueError, OSError):
         raise
     except Exception:
-        return Resolved(pipe.resolve(request, image))
+        alone = pipe.resolve(request, image)
+        return Resolved(alone, batch_key=alone)
 
 
 def _event(result: Result, file_name: str, done: int, total: int) -> Event:

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from sdlite.batch.parquet import parquet_rows
 from sdlite.batch.rows import MAX_CELLS, MAX_ROWS, Columns, Faults, Row, check_flat, column_of
+from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.files import csv_delimiter, parse_json
-from sdlite.images.recipe import A1111_SAMPLERS
 from sdlite.request import Request
 
 MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million prompts of 256 letters
@@ -35,6 +35,7 @@ OPTION = re.compile(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)")
 OPTIONS = {name: name for name in ("prompt", "negative_prompt", "seed", "steps", "width", "height")}
 OPTIONS |= {"cfg_scale": "guidance_scale", "sampler_name": "solver", "n_iter": "num_images"}
 OPTIONS |= {"n": "negative_prompt", "d": "seed", "s": "steps", "l": "guidance_scale", "w": "width", "h": "height"}
+SAMPLERS = {entry.full_sampler.lower(): solver for solver, entry in SOLVERS.items()}
 
 Source = str | Path | Iterable[Request | Mapping[str, Any] | str]
 Lines = Iterable[tuple[int, str]]  # number and text of each
@@ -185,21 +186,13 @@ def _with_options(line: str, number: int, faults: Faults) -> Columns:
     if len(columns) < len(given):
         raise ValueError("an option is there twice, or a prompt in two places")
     if "solver" in columns:
-        columns["solver"] = _solver(columns["solver"])
+        columns["solver"] = SAMPLERS.get(columns["solver"].lower(), columns["solver"])
     return columns
 
 
 def _unquoted(value: str) -> str:
     value = value.strip()
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
-
-
-def _solver(sampler: str) -> str:
-    """Our name of a sampler that Automatic1111 knows, or the name itself."""
-    for solver, (known, schedule) in A1111_SAMPLERS.items():
-        if sampler.lower() == f"{known}{' Karras' if schedule == 'Karras' else ''}".lower():
-            return solver
-    return sampler
 
 
 def _jsonl(lines: Lines, faults: Faults) -> Iterator[Row]:

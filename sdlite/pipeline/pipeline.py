@@ -27,7 +27,7 @@ from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import solver_for
+from sdlite.diffusion.solvers import solver_for
 from sdlite.images.files import Images
 from sdlite.images.pixels import Opened, pasted, to_pil
 from sdlite.images.recipe import metadata

@@ -1,11 +1,11 @@
-"""A look inside a run: where each word was looked at, what the network took for the picture, how large its maps are.
+"""Where each word of the prompt was looked at.
 
     with record_attention(pipe.denoiser) as record:        softmax(Q K^T / sqrt(K)) of every cross-attention,
-        picture, = pipe("a red apple")                      summed over heads and steps
+        (image,) = pipe("a red apple")                      summed over heads and steps
     heat = record.mean()                                    (B, T, H, W): one map for each token of the prompt
 
-Recording hangs hooks on the network and takes them off again: the network's own code does not know of it, computes what
-it always does, and without a record pays nothing.
+Recording hangs hooks on the network and takes them off again, so the network's own code does not know of it and costs
+nothing more without a record.
 Maps as in DAAM (Tang et al. 2023, section 3): averaged over heads, layers and steps, coarse layers enlarged.
 Letters: B batch, of images times prompts under guidance, N heads, L image tokens, T text tokens, H W latent cells.
 """
@@ -19,20 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdlite.contracts import Conditioning, Denoiser, Memory, Wrapper
-from sdlite.diffusion.guidance import guide, rescale_guidance
-from sdlite.diffusion.parameterization import split_output
+from sdlite.contracts import Denoiser
 from sdlite.images.pixels import from_pil, to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.attention import KV, Attention
-from sdlite.models.networks import Network
 from sdlite.pipeline import Pipeline, Sources
 from sdlite.request import Request
-
-PATHS = {  # the modules that the picture passes, in this order; lists entry by entry
-    "UNet": ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
-    "DiT": ("pos_embed", "transformer_blocks", "proj_out"),
-}
 
 
 class AttentionRecord:
@@ -76,13 +68,15 @@ def attention_maps(attention: Attention, x: Tensor, kv: KV) -> Tensor:
 
 @contextmanager
 def record_attention(denoiser: Denoiser) -> Iterator[AttentionRecord]:
-    """Records every cross-attention of a UNet or DiT while the context is open.
+    """Records every cross-attention of a UNet, DiT or other network of our attention layers while the context is open.
 
-    Raises ValueError for a wrapped denoiser, whose network is not ours to know.
+    Raises ValueError for a denoiser without such layers, and for a wrapped one, whose network is not ours to know.
     """
-    if not isinstance(denoiser, Network):
+    network = denoiser if isinstance(denoiser, nn.Module) else nn.Identity()
+    layers = {name: module for name, module in network.named_modules() if name.endswith("attn2")}
+    if not layers:
         raise ValueError(f"attention of a {type(denoiser).__name__} cannot be recorded; give the UNet or DiT inside")
-    record, network = AttentionRecord(), denoiser
+    record = AttentionRecord()
 
     def begins(_: Any, inputs: tuple[Any, ...]) -> None:
         height, width = inputs[0].shape[-2:]
@@ -92,15 +86,13 @@ def record_attention(denoiser: Denoiser) -> Iterator[AttentionRecord]:
         def attends(attention: Any, inputs: tuple[Any, ...]) -> None:
             with torch.no_grad():
                 maps = attention_maps(attention, *inputs)  # (B, L, T)
-                rows, columns = token_grid(network, record.size, maps.shape[1])
+                rows, columns = token_grid(record.size, denoiser.patch_size, maps.shape[1])
                 record.add(layer, maps.transpose(1, 2).reshape(*maps.shape[::2], rows, columns))
 
         return attends
 
     hooks = [network.register_forward_pre_hook(begins)]
-    for name, module in network.named_modules():
-        if name.endswith("attn2"):
-            hooks.append(module.register_forward_pre_hook(recorder(name)))
+    hooks += [module.register_forward_pre_hook(recorder(name)) for name, module in layers.items()]
     try:
         yield record
     finally:
@@ -108,9 +100,9 @@ def record_attention(denoiser: Denoiser) -> Iterator[AttentionRecord]:
             hook.remove()
 
 
-def token_grid(network: Network, size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """(rows, columns) of an attention over that many of the network's tokens. size: (H, W) of the latents."""
-    rows, columns = size[0] // network.patch_size, size[1] // network.patch_size
+def token_grid(size: tuple[int, int], patch_size: int, tokens: int) -> tuple[int, int]:
+    """(rows, columns) of an attention over that many image tokens. size: (H, W) of the latents."""
+    rows, columns = size[0] // patch_size, size[1] // patch_size
     while rows * columns > tokens:
         rows, columns = (rows + 1) // 2, (columns + 1) // 2  # as the UNet's Downsample rounds
     assert rows * columns == tokens, f"{tokens} tokens are no grid of {size} latents"
@@ -118,7 +110,7 @@ def token_grid(network: Network, size: tuple[int, int], tokens: int) -> tuple[in
 
 
 class WordMap(NamedTuple):
-    """A word of the prompt and what part of the attention it had in each latent cell, (H, W) on the CPU."""
+    """A word of the prompt and its part of the attention in each latent cell, (H, W) on the CPU."""
 
     word: str
     heat: Tensor
@@ -127,9 +119,9 @@ class WordMap(NamedTuple):
 def word_maps(
     pipe: Pipeline, request: Request, *, images: Sources = None, masks: Sources = None
 ) -> tuple[Image.Image, list[WordMap]]:
-    """The picture of a request, as `generate` draws it, and a map for each word of its prompt, in order.
+    """The image of a request, as `generate` draws it, and a map for each word of its prompt, in order.
 
-    What is left to 1 in a cell went to the tokens that are no words: start, end, padding.
+    In each cell the maps and the tokens that are no words (start, end, padding) add up to 1.
     """
     with record_attention(pipe.denoiser) as record:
         (picture,) = pipe.generate(request, images=images, masks=masks, progress=False)
@@ -138,7 +130,7 @@ def word_maps(
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """The picture in grey under a map (H, W) from black over red and yellow to white, where the map is largest."""
+    """The image in grey under a map (H, W) from black over red and yellow to white, where the map is largest."""
     heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
     size = (picture.height, picture.width)
     large = F.interpolate(heat[None, None], size=size, mode="bilinear")  # (1, 1, height, width) in [0, 1]
@@ -148,71 +140,6 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def attention_sheet(picture: Image.Image, maps: list[WordMap], *, columns: int = 4) -> Image.Image:
-    """The picture and then every word over it, in one."""
+    """The image, and then every word's map over it, in one."""
     pictures = [picture, *(overlay(picture, heat) for _, heat in maps)]
     return contact_sheet(pictures, ["", *(word for word, _ in maps)], columns=columns)
-
-
-class Watched(Wrapper):
-    """A denoiser that keeps the latents, timesteps and output of its last call."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
-        self.last: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        output = self.denoiser(x, t, memory)
-        self.last = x, t, output
-        return output
-
-
-def clean_latents(
-    pipe: Pipeline, request: Request, *, images: Sources = None, masks: Sources = None
-) -> Iterator[Tensor]:
-    """Yields x_0 as the network sees it at every step, (1, C, H, W): the guided idea of the finished latents.
-
-    `pipe.decode(x_0, request)` makes a picture of it. Infinite where eps is predicted at abar_t = 0.
-    """
-    watched = Watched(pipe.denoiser)
-    jobs = pipe.with_parts(denoiser=watched)
-    for _ in jobs.sample_latents(request, images=images, masks=masks):
-        assert watched.last is not None, "a step runs the denoiser"
-        x, t, output = watched.last
-        if request.guidance_scale > 1:
-            uncond, cond = output.chunk(2)  # (1, C, H, W) each
-            output = rescale_guidance(guide(uncond, cond, request.guidance_scale), cond, request.guidance_rescale)
-        x_t = x[:, : output.shape[1]]  # without the channels of inpainting
-        yield split_output(output, x_t, pipe.schedule.abar(t.long()), watched.prediction)[0]
-
-
-@torch.no_grad()
-def feature_sizes(network: Network, height: int, width: int) -> list[tuple[str, tuple[int, ...]]]:
-    """(module, size of what it hands on) from the latents to the output: (C, h, w), or (L, D) for tokens.
-
-    height, width: of the latents, in cells. Runs the network once, on zeros.
-    """
-    sizes: list[tuple[str, tuple[int, ...]]] = []
-
-    def hook(name: str) -> Callable[[Any, Any, Any], None]:
-        def left(_: Any, inputs: Any, output: Any) -> None:
-            last = output[-1] if isinstance(output, list) else output  # a way down hands on its skips, the last goes on
-            sizes.append((name, tuple(last.shape[1:])))
-
-        return left
-
-    path: dict[str, nn.Module] = {}
-    for name in PATHS[type(network).__name__]:
-        module = network.get_submodule(name)
-        each = module.named_children() if isinstance(module, nn.ModuleList) else [("", module)]
-        path |= {f"{name}.{entry}".rstrip("."): m for entry, m in each}
-    hooks = [module.register_forward_hook(hook(name)) for name, module in path.items()]
-    weight = next(network.parameters())
-    try:
-        x = weight.new_zeros(1, network.in_channels, height, width)
-        t = torch.zeros(1, dtype=torch.long, device=weight.device)
-        context = weight.new_zeros(1, 1, network.config.context_dim)
-        network(x, t, network.prepare(Conditioning(context)))
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return sizes
