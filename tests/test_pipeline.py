@@ -17,7 +17,7 @@ from sdlite.checkpoints.save import convert
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
-from sdlite.pipeline import About, Pipeline
+from sdlite.pipeline import About, Finished, Pipeline, Step
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 
@@ -324,6 +324,37 @@ def test_steps_are_yielded_as_they_are_made(sd1):
     assert sd1.num_evaluations(request.replace(image="x", strength=0.5)) == 3
 
 
+def test_draw_gives_steps_and_images_in_batches_of_a_size(sd1):
+    """Two groups of 2 and 3 steps; the larger one in batches of up to two."""
+    requests = [Request(prompt="a", seed=i, steps=2 if i == 1 else 3) for i in range(4)]
+    jobs = sd1.jobs(requests)
+    assert [(job.evaluations, job.start, job.guided, job.chunks, job.size) for job in jobs[:2]] == [
+        (3, 0, True, 1, (64, 64)),
+        (2, 0, True, 1, (64, 64)),
+    ]
+    events = list(sd1.draw(jobs, batch_size=2))
+    told = [(e.batch, e.step, e.of, e.done) if isinstance(e, Step) else e.index for e in events]
+    assert told == [
+        *[([0, 2], i, 3, i) for i in range(4)], 0, 2,
+        *[([3], i, 3, 3 + i) for i in range(4)], 3,
+        *[([1], i, 2, 6 + i) for i in range(3)], 1,
+    ]  # fmt: skip
+    assert {e.total for e in events if isinstance(e, Step)} == {8} and events[0].latents is None
+    assert events[1].latents.shape == (2, 4, 8, 8)
+    for event, alone in zip((events[4], events[5]), sd1.generate([requests[0], requests[2]]), strict=True):
+        assert event.picture.tobytes() == alone.tobytes() and event.picture.info == alone.info
+
+
+def test_draw_stops_between_batches(sd1):
+    drawn = []
+    for event in sd1.draw(sd1.jobs([Request(prompt="a", seed=i, steps=2) for i in range(3)]), batch_size=1):
+        if isinstance(event, Finished):
+            drawn.append(event.index)
+        elif event.step == 0 and len(drawn) == 2:
+            break
+    assert drawn == [0, 1]
+
+
 @pytest.mark.parametrize("family", ["sd1", "dit"])
 def test_a_denoiser_can_be_wrapped(pipe):
     calls = []
@@ -344,8 +375,8 @@ def test_pictures_must_fit_the_requests(sd1):
     plain, started = Request(prompt="a", steps=2), Request(prompt="a", steps=2, image="photo.png")
     for requests, images, message in [
         ([started, started], [picture(0)], "images has 1 entries for 2 prompts"),
-        ([started, started], [picture(0), None], "image='photo.png': open the picture"),
-        (started, None, "image='photo.png': open the picture"),
+        ([started, started], [picture(0), None], "image='photo.png': open the image"),
+        (started, None, "image='photo.png': open the image"),
         ([], None, "there are no requests"),
     ]:
         for draw in (sd1.generate, sd1.sample_latents):

@@ -141,7 +141,10 @@ class Pipeline:
         codec: Codec | None = None,
         about: About | None = None,
     ) -> Self:
-        """A pipeline with some parts replaced. If the images change by more than rounding, give another `about`."""
+        """A pipeline with some parts replaced. If that changes images by more than rounding, name it in `about`.
+
+        fast = pipe.with_parts(denoiser=Faster(pipe.denoiser), about=replace(pipe.about, backend="faster"))
+        """
         other = copy.copy(self)
         for name, part in (("text", text), ("denoiser", denoiser), ("codec", codec), ("about", about)):
             if part is not None:
