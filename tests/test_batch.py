@@ -559,7 +559,7 @@ def test_a_disk_of_64_kib(tmp_path: Path, reference: Content):
     if not mount("size=64k"):
         pytest.skip("mounting is not permitted")
     try:
-        with pytest.raises(batch.DiskFull, match="No space left on device; what is done stays done"):
+        with pytest.raises(batch.DiskFull, match="No space left on device; finished images are kept"):
             run(tmp_path)
         there = pictures(tmp_path)
         assert 0 < len(there) < 20 and there.items() <= reference.items()

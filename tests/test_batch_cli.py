@@ -320,7 +320,7 @@ def test_commands_on_one_folder_and_on_a_full_disk(tmp_path: Path, tiny: Pipelin
     note = f"sdlite: note: {UNTRAINED_NOTE}\n"
     told = [process.communicate()[1].removeprefix(note) for process in at_once]
     assert [process.returncode for process in at_once] == [0, 0, 3]
-    assert told[:2] == ["", ""] and told[2].startswith("sdlite: error: full: File too large; what is done stays done")
+    assert told[:2] == ["", ""] and told[2].startswith("sdlite: error: full: File too large; finished images are kept")
     batch.run(tmp_path / "a.jsonl", tmp_path / "full", pipe=tiny, exact=True)
     batch.run(tmp_path / "a.jsonl", tmp_path / "alone", pipe=tiny, exact=True)
     alone, out, full_then = (

@@ -311,7 +311,7 @@ def test_a_full_disk_is_said_and_leaves_no_name(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", fail)
-        with pytest.raises(DiskFull, match="what is done stays done"):
+        with pytest.raises(DiskFull, match="finished images are kept"):
             store.save(ITEMS[1], png(ITEMS[1]), 0.5)
     assert names(tmp_path) == [ITEMS[0].file_name, "run.json"]
 

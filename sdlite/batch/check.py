@@ -34,9 +34,9 @@ def verify(root: Path) -> Check:
     for shard in store.shards.paths() if store.shards else ():
         _verify_shard(shard, store, check)
     listed, folder = store.manifest.entries(), store.folder
-    there = {name for name in store.names() if name.endswith(".png") and name != SHEET}
-    for name in (there | listed.keys()) - {*check.good, *check.corrupt}:
-        if name not in there:
+    on_disk = {name for name in store.names() if name.endswith(".png") and name != SHEET}
+    for name in (on_disk | listed.keys()) - {*check.good, *check.corrupt}:
+        if name not in on_disk:
             check.missing.append(name)
         elif name in listed and _hash(folder / name) == listed[name].sha256:
             check.good.append(name)

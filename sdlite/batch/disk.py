@@ -66,5 +66,5 @@ def guarded(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        why = f"{root}: {os.strerror(error.errno)}; what is done stays done: make space and give the same command again"
+        why = f"{root}: {os.strerror(error.errno)}; finished images are kept: make space and run the same command again"
         raise DiskFull(error.errno, why) from None

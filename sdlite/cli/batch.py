@@ -25,27 +25,10 @@ if TYPE_CHECKING:
 SOME_FAILED = 1  # exit code
 OWN = [name for name in Options.model_fields if name not in LoadOptions.model_fields and name != "defaults"]
 OPTION_WORDS = {
-    "batch_size": typer.Option("--batch-size", "-b", help="Images drawn at the same time."),
-    "workers": typer.Option(help="Number of processes or Ray actors; they share the cores, or each gets a GPU."),
-    "exact": typer.Option(help="Same bytes for every --batch-size and --workers, on one kind of CPU."),
-    "seed": typer.Option(
-        "--seed", "-s", help="Rows without a seed get different seeds, which are derived from this one."
-    ),
-    "same_seed": typer.Option(help="Give all rows without a seed the seed --seed."),
-    "keep_going": typer.Option(help="Continue after a row that fails."),
-    "part": typer.Option(
-        metavar="I/N",
-        help="Draw only part I of N, for many machines on one folder. In a SLURM array of 1-N: "
-        "$SLURM_ARRAY_TASK_ID/N. In a shell that accelerate launch starts: $((RANK+1))/$WORLD_SIZE.",
-    ),
-    "name": typer.Option(
-        metavar="TEMPLATE", help="File names, e.g. '{index:06}-{prompt}.png'.", show_default="index and key"
-    ),
-    "format": typer.Option(help="folder: PNG files. webdataset: shards DIR/00000.tar, ..."),
-    "ray": typer.Option(help="Make the workers actors of a Ray cluster on this machine."),
-    "ray_address": typer.Option(
-        metavar="ADDR", help="Address of a running Ray cluster; all its machines must see DIR and the model."
-    ),
+    "batch_size": typer.Option("--batch-size", "-b"),
+    "part": typer.Option(metavar="I/N"),
+    "name": typer.Option(metavar="TEMPLATE", show_default="index and key"),
+    "ray_address": typer.Option(metavar="ADDR"),
 }
 ROW_WORDS = {
     **WORDS,
