@@ -277,8 +277,6 @@ class Pipeline:
         width, height = self._size(request, image, mask)
         checksums = {"image": image and image.checksum, "mask": mask and mask.checksum}
         resolved = request.replace(width=width, height=height, **checksums)
-        guided = resolved.guidance_scale > 1
-        texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
         return Job(
             resolved,
             (width, height),
@@ -286,10 +284,14 @@ class Pipeline:
             mask,
             start=first_step(resolved),
             evaluations=self.num_evaluations(resolved),
-            guided=guided,
-            chunks=max(map(self.text.num_chunks, texts)),
+            guided=request.guidance_scale > 1,
+            chunks=self._chunks(request),
             remarks=remarks_on(request, image, mask, (width, height), self.default_size),
         )
+
+    def _chunks(self, request: Request) -> int:
+        texts = [request.negative_prompt, request.prompt] if request.guidance_scale > 1 else [request.prompt]
+        return max(map(self.text.num_chunks, texts))
 
     def _size(self, request: Request, image: Opened | Image | None, mask: object) -> tuple[int, int]:
         """(width, height) in pixels. Raises ValueError if this model cannot draw it."""
@@ -428,10 +430,10 @@ class Pipeline:
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Groups the indices of requests, with checksums for images, that may run together."""
         jobs = []
-        for request in requests:
-            size = (request.width or 0, request.height or 0)
+        for request in map(self.resolve, requests):
+            size, guided = (request.width or 0, request.height or 0), request.guidance_scale > 1
             image, mask = (None if name is None else Opened(name, size) for name in (request.image, request.mask))
-            jobs.append(self._job(request, image, mask))
+            jobs.append(Job(request, size, image, mask, 0, 0, guided, self._chunks(request)))
         return batches(jobs)
 
     def remarks(self, request: Request, image: Any = None, mask: Any = None) -> list[str]:
