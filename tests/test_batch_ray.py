@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdlite import batch
-from sdlite.batch.draw import Engine, Result
+from sdlite.batch.drawer import Drawer, Result
 from sdlite.batch.plan import Item
 from sdlite.batch.workers import spread
 from sdlite.pipeline import Pipeline
@@ -42,7 +42,7 @@ def actors(parent: int) -> list[int]:
         try:
             pid, text = int(stat.parent.name), stat.read_text()
             parents[pid] = int(text[text.rindex(")") :].split()[2])
-            if stat.with_name("cmdline").read_text().startswith("ray::Drawer"):
+            if stat.with_name("cmdline").read_text().startswith("ray::RayDrawer"):
                 found.append(pid)
         except OSError:
             pass  # it ended
@@ -101,7 +101,7 @@ def test_without_ray_one_line_says_what_to_install(tmp_path: Path):
     assert process.stderr == "sdlite: error: --ray needs the package ray: pip install 'sdlite[ray]'\n"
 
 
-class DiesOn(Engine):
+class DiesOn(Drawer):
     """Draws nothing; the process ends at item 2."""
 
     def __init__(self, number: int, threads: int) -> None:
@@ -118,7 +118,7 @@ class DiesOn(Engine):
         return done
 
 
-def refuses(number: int, threads: int) -> Engine:
+def refuses(number: int, threads: int) -> Drawer:
     raise ValueError("no such model")
 
 

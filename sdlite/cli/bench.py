@@ -61,7 +61,7 @@ def bench(
     report.note("measuring; this takes from some seconds to some minutes")
     if batch:
         from sdlite.batch import run
-        from sdlite.batch.draw import EXACT_BATCH
+        from sdlite.batch.drawer import EXACT_BATCH
 
         machinery = measure_batch(pipe, request, run, folder, load=busy, runs=runs)
         exact = measure_exact(pipe, request, run, EXACT_BATCH, load=busy, runs=runs)
