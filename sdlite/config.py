@@ -1,4 +1,4 @@
-"""Records: what to draw (`Request`) and what a model is made of (`ModelConfig` and its parts).
+"""Records: what a model is made of (`ModelConfig` and its parts) and which one to load (`LoadOptions`).
 
 All are frozen and refuse unknown fields, and every error is one line that names the field, the value and the rule.
 Configs name choices of architecture, never code paths. Presets are functions: `sd15()`, `sd21()`, `tiny()`,
@@ -6,9 +6,10 @@ Configs name choices of architecture, never code paths. Presets are functions: `
 """
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Prediction = Literal["epsilon", "v", "sample"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -24,6 +25,7 @@ Sides = Cells | tuple[Cells, Cells]  # of a square, or (height, width)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Annotated[int, Field(ge=1, le=8192)]
 Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
+Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 ELSEWHERE = {  # names of fields in diffusers and Automatic1111
     "num_inference_steps": "steps",
     "generator": "seed",
@@ -86,6 +88,33 @@ class Record(BaseModel):
     def replace(self, /, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+class LoadOptions(Record):
+    """Which model to load, and how. The command line, batches, evaluation and training all take these options.
+
+    model: folder, single file, hub id or preset; None is the model that ships. device: "auto" takes a GPU if there is
+    one. dtype: of text encoder and denoiser; "auto" is float32 on a CPU and float16 on a GPU. prediction: overrides
+    what the files say or sdlite guesses. vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use instead of the
+    model's. variant: which weights of a folder, such as "fp16". allow_links: links in a model's folder may lead into
+    these folders. Paths become text, so that a record can be written as JSON.
+    """
+
+    model: Place | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    prediction: Prediction | None = None
+    vae: Place | None = None
+    variant: str | None = None
+    allow_links: tuple[Place, ...] = ()
+
+    def file_keywords(self) -> dict[str, Any]:
+        """Keywords of `load_model` and `convert`, which leave weights on the CPU in float32."""
+        return {name: getattr(self, name) for name in ("prediction", "vae", "variant", "allow_links")}
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `Pipeline.load`: `Pipeline.load(options.model, **options.keywords())`."""
+        return {"device": self.device, "dtype": self.dtype, **self.file_keywords()}
 
 
 class UNetConfig(Record):

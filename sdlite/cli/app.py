@@ -11,19 +11,20 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sdlite import __version__
-from sdlite.checkpoints.places import SHIPPED, check_model, check_vae
+from sdlite.checkpoints.places import SHIPPED
 from sdlite.cli.hints import usage
 from sdlite.cli.output import Report, shown
 from sdlite.cli.threads import use_threads
-from sdlite.config import Prediction, check_device
+from sdlite.cli.words import WORDS, check_there as check_there, checked as checked
+from sdlite.config import LoadOptions, Prediction
 from sdlite.files import FULL
 
 if TYPE_CHECKING:
@@ -42,40 +43,9 @@ app = typer.Typer(
 )
 
 
-def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
-    """A callback for an option: it runs the check before the command and so before PyTorch is loaded."""
-
-    def callback(value: Any) -> Any:
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None:
-                check(each)
-        return value
-
-    return callback
-
-
-def check_there(path: Path) -> None:
-    """Raises FileNotFoundError if the path does not exist."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        callback=checked(check_model),
-        help="Folder, .safetensors file or hub id; 'tiny' is an untrained model for trials.",
-        show_default="the model that ships",
-    ),
-]
 Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"),
-]
-Device = Annotated[
-    str, typer.Option(callback=checked(check_device), help="Where to compute: auto, cpu, cuda, cuda:1, mps.")
 ]
 Threads = Annotated[
     int | None,
@@ -88,31 +58,15 @@ Threads = Annotated[
         show_default="one for each core allowed",
     ),
 ]
-DType = Annotated[
-    Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Number type of text encoder and denoiser.")
-]
+# Until every command takes records.
+Model = Annotated[str | None, WORDS["model"]]
+Device = Annotated[str, WORDS["device"]]
+DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], WORDS["dtype"]]
 DTypeName = Literal["float32", "float16", "bfloat16"]
-Override = Annotated[Prediction | None, typer.Option(help="What the model predicts; overrides what its files say.")]
-Vae = Annotated[
-    str | None,
-    typer.Option(
-        "--vae",
-        metavar="FILE|FOLDER|tiny",
-        callback=checked(check_vae),
-        help="Use this VAE instead of the model's; tiny is TAESD from the hub.",
-        show_default="the model's",
-    ),
-]
-Variant = Annotated[
-    str | None,
-    typer.Option(
-        "--variant", help="Which weights of a folder to use: fp16, non_ema, ...", show_default="plain, else fp16"
-    ),
-]
-AllowLinks = Annotated[
-    list[Path] | None,
-    typer.Option("--allow-links", metavar="ROOT", help="Allow links in a model's folder to lead into ROOT."),
-]
+Override = Annotated[Prediction | None, WORDS["prediction"]]
+Vae = Annotated[str | None, WORDS["vae"]]
+Variant = Annotated[str | None, WORDS["variant"]]
+AllowLinks = Annotated[list[Path] | None, WORDS["allow_links"]]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 NoMetadata = Annotated[
     bool, typer.Option("--no-metadata", help="Do not write prompt and settings into the image file.")
@@ -139,23 +93,13 @@ def _options(
         print(context.get_help())
 
 
-def load(
-    model: str | None,
-    device: str,
-    dtype: str,
-    prediction: Prediction | None,
-    report: Report,
-    *,
-    threads: int | None = None,
-    **files: Any,
-) -> "Pipeline":
-    """Loads the model and reports its notes. files: vae, variant and allow_links, as for Pipeline.load."""
-    files["allow_links"] = files.get("allow_links") or ()
-    with report.busy(f"loading {SHIPPED if model is None else model}"):
+def load(options: LoadOptions, report: Report, threads: int | None = None) -> "Pipeline":
+    """Loads the model and reports its notes."""
+    with report.busy(f"loading {SHIPPED if options.model is None else options.model}"):
         from sdlite.pipeline import Pipeline
 
         use_threads(threads)
-        pipe = Pipeline.load(model, device=device, dtype=dtype, prediction=prediction, **files)
+        pipe = Pipeline.load(options.model, **options.keywords())
     for note in pipe.notes:
         report.note(note)
     return pipe

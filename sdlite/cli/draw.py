@@ -11,27 +11,21 @@ from sdlite.checkpoints.concepts import knows_none, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.cli.app import (
     INTERRUPTED,
-    AllowLinks,
     AsJson,
-    Device,
-    DType,
     Force,
-    Model,
     NoMetadata,
     Output,
-    Override,
     Quiet,
     Threads,
-    Vae,
-    Variant,
     app,
-    check_there,
-    checked,
     examples,
     load,
 )
+from sdlite.cli.flags import Flags, options
 from sdlite.cli.output import Interrupts, Names, Report, shown
-from sdlite.request import Request, SolverName
+from sdlite.cli.words import check_there, checked
+from sdlite.config import LoadOptions
+from sdlite.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,15 +45,10 @@ DEFAULT = Request(prompt="")
         'sdlite generate "a dog face" --image sketch.png --strength 0.6 -o dog.png',
     )
 )
+@options
 def generate(
-    prompt: Annotated[
-        str, typer.Argument(help="What to draw. (word:1.3) and [word] change a word's weight, BREAK starts a new part.")
-    ],
-    output: Output = None,
-    model: Model = None,
-    negative_prompt: Annotated[
-        str, typer.Option("--negative-prompt", "-n", help="What the image should not show.")
-    ] = "",
+    request: Annotated[Request, Flags(without=("seed",))],
+    load_options: LoadOptions,
     seed: Annotated[
         str, typer.Option("--seed", "-s", help="Seed of the first image; the others count up. random or -1 picks one.")
     ] = str(DEFAULT.seed),
@@ -67,38 +56,8 @@ def generate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=1, max=64, help="Images drawn at the same time.")
     ] = 1,
-    steps: Annotated[int, typer.Option(help="Denoising steps; more is slower.")] = DEFAULT.steps,
-    guidance_scale: Annotated[
-        float,
-        typer.Option("--guidance-scale", "--cfg-scale", help="How closely to follow the prompt; 1 turns guidance off."),
-    ] = DEFAULT.guidance_scale,
-    guidance_rescale: Annotated[float, typer.Option(help="Reduce too strong contrast of guidance, 0 to 1.")] = 0.0,
-    solver: Annotated[SolverName, typer.Option(help="How to step from noise to image.")] = DEFAULT.solver,
-    eta: Annotated[float, typer.Option(help="How much noise ddim adds at each step, 0 to 1.")] = DEFAULT.eta,
-    width: Annotated[int | None, typer.Option("--width", "-W", help="In pixels.", show_default="the model's")] = None,
-    height: Annotated[int | None, typer.Option("--height", "-H", help="In pixels.", show_default="the model's")] = None,
-    image: Annotated[
-        Path | None, typer.Option("--image", "-i", callback=checked(check_there), help="Image to start from.")
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(callback=checked(check_there), help="Black-and-white image; white parts of --image are redrawn."),
-    ] = None,
-    mask_blur: Annotated[
-        float, typer.Option(help="Width in pixels of the soft edge around the white parts of --mask, 0 to 64.")
-    ] = DEFAULT.mask_blur,
-    no_paste: Annotated[
-        bool, typer.Option("--no-paste", help="Let the model also change the rest of --image, as diffusers does.")
-    ] = False,
-    strength: Annotated[float, typer.Option(help="How much to change --image, 0 to 1.")] = DEFAULT.strength,
-    clip_skip: Annotated[int, typer.Option(help="Number of last text layers to skip.")] = DEFAULT.clip_skip,
-    device: Device = "auto",
-    dtype: DType = "auto",
     threads: Threads = None,
-    prediction: Override = None,
-    vae: Vae = None,
-    variant: Variant = None,
-    allow_links: AllowLinks = None,
+    output: Output = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write all images into this one PNG.")] = None,
     attention: Annotated[
         Path | None, typer.Option(help="Also write a PNG that shows where the model looked for each word.")
@@ -115,9 +74,7 @@ def generate(
     are NAME-1.png, NAME-2.png, ... No file is replaced without --force. Ctrl-C finishes the current image; a second one
     stops at once.
     """
-    fields = {name: value for name, value in locals().items() if name in Request.model_fields}
-    sources = {name: fields[name] and str(fields[name]) for name in ("image", "mask")}
-    request = Request(**fields | sources | {"seed": _seed(seed), "paste": not no_paste})
+    request = request.replace(seed=_seed(seed))
     requests = [request.replace(seed=request.seed + i) for i in range(num_images)]
     names = Names(output, num_images, force)
     for option, path in (("--contact-sheet", contact_sheet), ("--attention", attention)):
@@ -126,16 +83,15 @@ def generate(
     if not no_metadata:
         _check_room(names, request)
     report = Report(quiet, as_json)
-    given = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
+    given = {name: Path(file) for name in ("image", "mask") if (file := getattr(request, name)) is not None}
     opened = _opened(given, report)
     if str(request.seed) != seed.strip():
         report.note(f"seed {request.seed}")
-    if image is None and strength != DEFAULT.strength:
+    if request.image is None and request.strength != DEFAULT.strength:
         report.note("--strength has no effect without --image")
-    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
-    pipe = load(model, device, dtype, prediction, report, threads=threads, **files)
+    pipe = load(load_options, report, threads)
     if pipe.name == SHIPPED:
-        _check_words(prompt, report)
+        _check_words(request.prompt, report)
     pictures, interrupted = _draw(pipe, requests, opened, names, report, batch_size, not no_metadata)
     if contact_sheet is not None and pictures:
         from sdlite.images.files import save_picture
@@ -160,6 +116,7 @@ def generate(
 @app.command(
     epilog=examples("sdlite regen star.png", "sdlite regen star.png --set steps=50 --set solver=euler -o better.png")
 )
+@options
 def regen(
     picture: Annotated[
         Path,
@@ -167,18 +124,12 @@ def regen(
             metavar="IMAGE", callback=checked(check_there), help="An image that sdlite or Automatic1111 drew."
         ),
     ],
+    load_options: LoadOptions,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. steps=50.")
     ] = None,
     output: Output = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
     threads: Threads = None,
-    prediction: Override = None,
-    vae: Vae = None,
-    variant: Variant = None,
-    allow_links: AllowLinks = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Draw even if the model or a source image is not the recorded one.")
     ] = False,
@@ -208,10 +159,9 @@ def regen(
         report.note(note)
     if (changed.get("seed") or "").strip().lower() in RANDOM:
         report.note(f"seed {request.seed}")
-    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
-    pipe = load(model, device, dtype, prediction or recipe.prediction, report, threads=threads, **files)
+    pipe = load(load_options.replace(prediction=load_options.prediction or recipe.prediction), report, threads)
     ours = recipe.prediction is not None
-    if not ours and model is None and recipe.model:
+    if not ours and load_options.model is None and recipe.model:
         report.note(f"it was drawn by model {shown(recipe.model)!r}, which --model gives; now by {pipe.name!r}")
     if ours and pipe.model_hash != recipe.model_hash and not anyway:
         raise ValueError(

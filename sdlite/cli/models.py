@@ -9,41 +9,37 @@ import typer
 from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
 from sdlite.cli.app import (
-    AllowLinks,
     AsJson,
-    Device,
-    DType,
     DTypeName,
     Force,
-    Model,
-    Override,
     Quiet,
     Threads,
-    Vae,
-    Variant,
     app,
-    check_there,
-    checked,
     examples,
     load,
 )
+from sdlite.cli.flags import Flags, options
 from sdlite.cli.output import Report, check_free, check_writable, shown
+from sdlite.cli.words import check_there, checked
+from sdlite.config import LoadOptions
 from sdlite.files import exported, sweep, write_file
 from sdlite.request import Request
 
+DEFAULT, ON_CPU = LoadOptions(), LoadOptions(device="cpu", dtype="float32")
+FILES = ("vae", "variant", "allow_links")
+MEASURED = Request(prompt="a red apple", steps=10)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SHOWN_NAMES = 10  # of a search
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 
 
 @app.command(epilog=examples("sdlite info star.png", "sdlite info emoji-128 --search clock"))
+@options
 def info(
     subject: Annotated[
         str, typer.Argument(metavar="IMAGE|MODEL", help="An image, or a model: folder, .safetensors file or hub id.")
     ],
-    vae: Vae = None,
-    variant: Variant = None,
-    allow_links: AllowLinks = None,
+    load_options: Annotated[LoadOptions, Flags(only=FILES)] = ON_CPU,
     search: Annotated[
         str | None,
         typer.Option("--search", metavar="WORD", help="Only list the names whose spelling is nearest to WORD."),
@@ -63,7 +59,7 @@ def info(
         facts = _picture_facts(subject)
     else:
         check_model(subject)
-        facts = _model_facts(subject, vae=vae, variant=variant, allow_links=allow_links)
+        facts = _model_facts(load_options.replace(model=subject))
     if as_json:
         print(json.dumps(facts))
         return
@@ -77,6 +73,7 @@ def info(
 @app.command(
     epilog=examples("sdlite convert v1-5.safetensors folder/", "sdlite convert --trust-pickle old.ckpt old.safetensors")
 )
+@options
 def convert(
     source: Annotated[
         str,
@@ -96,10 +93,7 @@ def convert(
             help="Read .ckpt and .bin files. Use it only if you trust their maker: a pickle can hold code.",
         ),
     ] = False,
-    prediction: Override = None,
-    vae: Vae = None,
-    variant: Variant = None,
-    allow_links: AllowLinks = None,
+    load_options: Annotated[LoadOptions, Flags(only=("prediction", *FILES))] = ON_CPU,
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the averaged weights of the UNet from a single file that has both.")
     ] = False,
@@ -117,14 +111,14 @@ def convert(
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
     report = Report(quiet, False)
     sweep(target.parent)
-    files = {"vae": vae, "variant": variant, "allow_links": allow_links or ()}
     with report.busy(f"converting {source}"):
         import torch
 
         from sdlite.checkpoints.save import convert
 
         kind = None if dtype is None else getattr(torch, dtype)
-        parts = convert(source, target, trust_pickle=trust_pickle, prediction=prediction, ema=ema, dtype=kind, **files)
+        files = load_options.file_keywords()
+        parts = convert(source, target, trust_pickle=trust_pickle, ema=ema, dtype=kind, **files)
     for note in parts.notes:
         report.note(note)
     print(target)
@@ -133,28 +127,17 @@ def convert(
 @app.command(
     epilog=examples("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny --json timings.json")
 )
+@options
 def bench(
-    prompt: Annotated[str, typer.Argument(help="What to draw; a number is appended in each run.")] = "a red apple",
-    model: Model = None,
+    request: Annotated[Request, Flags(only=("prompt", "steps", "width", "height"))] = MEASURED,
+    load_options: Annotated[LoadOptions, Flags(without=("prediction",))] = DEFAULT,
     vs: Annotated[
         Literal["diffusers"] | None, typer.Option(help="Also measure diffusers, on the same weights.")
     ] = None,
     runs: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of timings of each side; the sides take turns.")
     ] = 5,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the image.")] = 10,
-    width: Annotated[
-        int | None, typer.Option("--width", "-W", help="Width in pixels.", show_default="the model's")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option("--height", "-H", help="Height in pixels.", show_default="the model's")
-    ] = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
     threads: Threads = None,
-    vae: Vae = None,
-    variant: Variant = None,
-    allow_links: AllowLinks = None,
     batch: Annotated[
         bool, typer.Option("--batch", help="Measure the overhead of `sdlite batch` and the cost of --exact instead.")
     ] = False,
@@ -167,7 +150,6 @@ def bench(
     With --batch it measures instead the time that `sdlite batch` adds to an image, and how much slower --exact is.
     Prints a Markdown table, with ratios for --vs. The table says if the machine was too busy for reliable figures.
     """
-    request = Request(prompt=prompt, steps=steps, width=width, height=height)
     if json_file is not None:
         if json_file.is_dir():
             raise ValueError(f"--json={json_file} must be a file, e.g. {json_file / 'bench.json'}")
@@ -179,8 +161,7 @@ def bench(
         from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
 
         busy = machine_load()
-    files = {"vae": vae, "variant": variant, "allow_links": allow_links}
-    pipe = load(model, device, dtype, None, report, threads=threads, **files)
+    pipe = load(load_options, report, threads)
     report.note("measuring; this takes from some seconds to some minutes")
     if batch:
         machinery = measure_batch(pipe, request, folder, load=busy, runs=runs)
@@ -218,13 +199,15 @@ def _names(model: str) -> list[str]:
     return names
 
 
-def _model_facts(name: str, **files: Any) -> dict[str, dict[str, Any]]:
-    pipe = load(name, "cpu", "float32", None, Report(False, False), **files)
+def _model_facts(options: LoadOptions) -> dict[str, dict[str, Any]]:
+    pipe = load(options, Report(False, False))
     parts: dict[str, Any] = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
     counts = {f"parameters of {part}": sum(p.numel() for p in parts[part].parameters()) for part in parts}
     width, height = pipe.default_size
     kind = type(pipe.denoiser).__name__
-    trained = {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())} if name == SHIPPED else {}
+    trained = (
+        {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())} if options.model == SHIPPED else {}
+    )
     return {
         "model": {"model": pipe.name, "model_hash": pipe.model_hash, "draws": f"{width}x{height}", "denoiser": kind},
         "parts": {"prediction": pipe.denoiser.prediction} | counts,
