@@ -37,6 +37,7 @@ NOT_RUN = {  # the start of each block that is not run, and why
     "sdlite data emoji": "hours, and the network; test_train_tasks.py runs these stages at toy size",
     "sdlite data nuclei": "the network; test_train_segmentation.py runs these commands on images that it makes",
 }
+SHEET = "sdlite batch notebooks/sheet.txt"  # the start of a line with a test of its own
 SHORTER = ("--minutes 10", "--minutes 0.05")  # as shown, as run
 NEAR = 10  # lines by which a count may be off
 
@@ -59,13 +60,12 @@ def has_captioned_images(folder: Path) -> None:
 BEFORE = {
     "Your own images": has_captioned_images,
     "Command line": has_own_checkpoints,
-    "Batches": has_the_prompts,
 }
 AFTER = {
     "Your own images": ["mine/export/model_index.json", "000000-*.png"],
     "Python": ["folder/model_index.json", "cats/000003-4.png"],
     "Command line": ["four.png", "strawberries/000003-10.png", "dog.png", "words.png", "star.png", "folder/unet/*"],
-    "Batches": ["out/000001-*.png", "out/metadata.jsonl", "sheet.png"],
+    "Batches": ["out/000001-*.png", "out/metadata.jsonl"],
     "sdlite.batch": ["grid.png", "shards/00000.tar", "table/000001-*.png"],
 }  # fmt: skip
 SLOW = ("Your own images", "Command line", "Batches", "sdlite.batch")
@@ -103,7 +103,7 @@ def started(command: list[str], folder: Path, **variables: str) -> str:
 def test_the_blocks_of_a_section_run(tmp_path: Path, section: str):
     BEFORE.get(section, lambda _: None)(tmp_path)
     for language, shown in sections()[section]:
-        code = shown.replace(*SHORTER)
+        code = re.sub(f"^{SHEET}.*\n", "", shown.replace(*SHORTER), flags=re.M)
         if not code.startswith(tuple(NOT_RUN)):
             {"sh": sh, "python": lambda c, f: started([sys.executable, "-c", c], f)}[language](code, tmp_path)
     assert not [pattern for pattern in AFTER.get(section, []) if not list(tmp_path.glob(pattern))]
@@ -112,9 +112,9 @@ def test_the_blocks_of_a_section_run(tmp_path: Path, section: str):
 @pytest.mark.skipif(os.name != "posix", reason="sh")
 def test_the_first_image_is_what_its_command_draws(tmp_path: Path):
     has_the_prompts(tmp_path)
-    shown = next(code for _, code in sections()["Batches"]).splitlines()[0]
-    assert shown.startswith("sdlite batch notebooks/sheet.txt") and 'src="notebooks/sheet.png"' in README
-    sh(shown, tmp_path)
+    shown = re.search(f"^{SHEET}.*$", README, re.M)
+    assert shown and 'src="notebooks/sheet.png"' in README
+    sh(shown[0], tmp_path)
     drawn, there = (images.open_picture(path) for path in (tmp_path / "sheet.png", ROOT / "notebooks/sheet.png"))
     assert drawn.size == there.size and images.largest_difference(drawn, there) <= 2
 
