@@ -163,6 +163,12 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 200
 
 
+def test_the_size_of_the_model():
+    said = re.search(r"The model \((\d+) MB\)", README)
+    size = sum(path.stat().st_size for path in (ROOT / "weights/emoji-128").rglob("*") if path.is_file())
+    assert said and int(said[1]) == round(size / 1e6)
+
+
 def test_what_is_said_to_be_somewhere_is_there():
     rows = re.findall(r"^\| [^|]*\? \| `([\w/]+\.py)` \| `([\w.]+)` \|$", README, re.M)
     assert len(rows) >= 6
