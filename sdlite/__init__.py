@@ -15,6 +15,7 @@ from sdlite.package import __version__ as __version__, fetching
 
 _HOME = {
     "CheckpointError": "sdlite.checkpoints.load",
+    "Conditioning": "sdlite.contracts",
     "DDIM": "sdlite.diffusion.solvers",
     "DDPM": "sdlite.diffusion.solvers",
     "DiT": "sdlite.models.dit",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         tiny as tiny,
         tiny_dit as tiny_dit,
     )
+    from sdlite.contracts import Conditioning as Conditioning
     from sdlite.diffusion.sampling import denoise as denoise
     from sdlite.diffusion.schedule import Schedule as Schedule
     from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM, DiffusersSolver as DiffusersSolver

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sdlite import __version__, batch
 from sdlite.batch.draw import EXACT_BATCH
+from sdlite.contracts import Conditioning
 from sdlite.files import write_file
 from sdlite.images.files import png_bytes
 from sdlite.images.pixels import largest_difference
@@ -267,12 +268,12 @@ def _diffusers(unet: Network, folder: Path) -> Any:
 
 def _evaluations(pipe: Pipeline, net: Network, request: Request, theirs: Any) -> dict[str, Callable[[int], Any]]:
     """A guided step of both: batch 2, at a timestep in the middle of the schedule."""
-    context = pipe.text.encode([request.negative_prompt, request.prompt])
+    features = pipe.text.encode([request.negative_prompt, request.prompt])
     width, height = (side // pipe.codec.factor for side in (request.width or 0, request.height or 0))
-    shape = (2, net.config.in_channels, height, width)
+    shape = (2, net.in_channels, height, width)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     t = torch.full((2,), 500, device=x.device)
-    memory = net.prepare(context)  # once per image, so not part of a step
+    memory = net.prepare(Conditioning(*features))  # once per image, so not part of a step
 
     @torch.no_grad()
     def ours(_: int) -> Any:
@@ -280,7 +281,7 @@ def _evaluations(pipe: Pipeline, net: Network, request: Request, theirs: Any) ->
 
     @torch.no_grad()
     def other(_: int) -> Any:
-        return theirs.unet(x, t, encoder_hidden_states=context)
+        return theirs.unet(x, t, encoder_hidden_states=features.context)
 
     return {"sdlite": ours} | ({"diffusers": other} if theirs else {})
 

@@ -77,6 +77,31 @@ class Denoiser(Protocol):
         """
 
 
+class Wrapper:
+    """A denoiser around another one. It passes everything on; a wrapper overrides what it changes."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.denoiser.prediction
+
+    @property
+    def in_channels(self) -> int:
+        return self.denoiser.in_channels
+
+    @property
+    def patch_size(self) -> int:
+        return self.denoiser.patch_size
+
+    def prepare(self, conditioning: Conditioning) -> Memory:
+        return self.denoiser.prepare(conditioning)
+
+    def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        return self.denoiser(x, t, memory)
+
+
 class Codec(Protocol):
     """Images to latents of about unit variance, and back."""
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sdlite.config import DiTConfig, tiny_dit
+from sdlite.contracts import Conditioning
 from sdlite.models.dit import DiT
 from tests.references.closed_form import normal
 from tests.references.diffusers_dit import reference_dit
@@ -45,7 +46,7 @@ def test_outputs_and_gradients_equal_diffusers(name, dtype):
     dit, reference = pair(config, dtype)
     x, t, context = inputs(config, dtype)
     leaves = [[tensor.clone().requires_grad_() for tensor in (x, context)] for _ in range(2)]
-    ours = dit(leaves[0][0], t, dit.prepare(leaves[0][1]))
+    ours = dit(leaves[0][0], t, dit.prepare(Conditioning(leaves[0][1])))
     theirs = theirs_of(reference, leaves[1][0], t, leaves[1][1])
     assert relative(ours, theirs) < TOLERANCE[dtype]
     weights = normal(*ours.shape, seed=2, dtype=dtype)
@@ -66,7 +67,7 @@ def test_any_size_that_the_patch_divides(name, rows, columns):
     config = VARIANTS[name]
     dit, reference = pair(config, torch.float64)
     x, t, context = inputs(config, torch.float64, rows, columns)
-    assert relative(dit(x, t, dit.prepare(context)), theirs_of(reference, x, t, context)) < 1e-13
+    assert relative(dit(x, t, dit.prepare(Conditioning(context))), theirs_of(reference, x, t, context)) < 1e-13
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -81,14 +82,14 @@ def test_fractional_timesteps_equal_diffusers():
     dit, reference = pair(BASE, torch.float64)
     x, _, context = inputs(BASE, torch.float64)
     t = torch.tensor([999.0, 0.25])
-    assert relative(dit(x, t, dit.prepare(context)), theirs_of(reference, x, t, context)) < 1e-13
+    assert relative(dit(x, t, dit.prepare(Conditioning(context))), theirs_of(reference, x, t, context)) < 1e-13
 
 
 @torch.no_grad()
 def test_prompt_is_projected_once_and_serves_every_step():
     dit, reference = pair(BASE, torch.float64)
     x, _, context = inputs(BASE, torch.float64)
-    memory = dit.prepare(context)
+    memory = dit.prepare(Conditioning(context))
     dit.caption_projection.forward = None  # calling one of these again would fail
     for block in dit.transformer_blocks:
         block.attn2.to_k.forward = block.attn2.to_v.forward = None
@@ -105,14 +106,14 @@ def test_several_prompts_per_image_equal_a_repeated_batch(name, prompts):
     x, t, _ = inputs(config, torch.float64)
     context = normal(2 * prompts, 7, config.context_dim, seed=3)
     expected = theirs_of(reference, torch.cat([x] * prompts), torch.cat([t] * prompts), context)
-    assert relative(dit(x, t, dit.prepare(context)), expected) < 1e-13
+    assert relative(dit(x, t, dit.prepare(Conditioning(context))), expected) < 1e-13
 
 
 @torch.no_grad()
 def test_half_precision_weights_take_and_return_float32_latents():
     dit, reference = pair(BASE, torch.bfloat16)
     x, t, context = inputs(BASE, torch.float32)
-    ours = dit(x, t, dit.prepare(context))
+    ours = dit(x, t, dit.prepare(Conditioning(context)))
     assert ours.dtype == torch.float32
     assert relative(ours, theirs_of(reference, x.bfloat16(), t, context.bfloat16()).float()) < 0.05
 
@@ -121,8 +122,14 @@ def test_bad_sizes_contexts_and_configs_are_one_line():
     dit = DiT(BASE)
     x, t, context = inputs(BASE, torch.float32)
     for build, message in [
-        (lambda: dit(x[..., :5], t, dit.prepare(context)), r"latents of 6x5 cells must be a multiple .*patch_size=2"),
-        (lambda: dit.prepare(torch.zeros(2, 7, 768)), r"context has shape \(2, 7, 768\).* needs \(B, T, 20\)"),
+        (
+            lambda: dit(x[..., :5], t, dit.prepare(Conditioning(context))),
+            r"latents of 6x5 cells must be a multiple .*patch_size=2",
+        ),
+        (
+            lambda: dit.prepare(Conditioning(torch.zeros(2, 7, 768))),
+            r"context has shape \(2, 7, 768\).* needs \(B, T, 20\)",
+        ),
         (lambda: BASE.replace(num_heads=5), "width=48 must be a multiple of num_heads=5"),
         (lambda: BASE.replace(width=30), "width=30 must be a multiple of num_heads=3 and of 4"),
         (lambda: BASE.replace(sample_size=9), "sample_size=9 must be a multiple of patch_size=2"),

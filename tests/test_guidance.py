@@ -6,6 +6,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils.torch_utils import randn_tensor
 
 from sdlite.config import ScheduleConfig
+from sdlite.contracts import Conditioning
 from sdlite.diffusion.guidance import Guided, guide, rescale_guidance
 from sdlite.diffusion.inpainting import WithChannels, keep_known
 from sdlite.diffusion.noise import ImageNoise
@@ -20,10 +21,10 @@ UNCOND, COND = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=1)
 class Recorder:
     """A denoiser that returns its context's number everywhere and remembers how it was called."""
 
-    prediction = "epsilon"
+    prediction, in_channels, patch_size = "epsilon", 9, 1
 
-    def prepare(self, context):
-        return context
+    def prepare(self, conditioning):
+        return conditioning.context
 
     def __call__(self, x, t, memory):
         self.x, self.t = x, t
@@ -46,7 +47,7 @@ def test_guided_runs_unconditional_first_with_a_scale_per_image():
     recorder = Recorder()
     context = torch.tensor([1.0, 2.0, 10.0, 20.0]).reshape(4, 1, 1)  # uncond 1, 2; cond 10, 20
     guided = Guided(recorder, torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1))
-    out = guided(torch.zeros(2, 4, 3, 3), torch.tensor([5, 6]), guided.prepare(context))
+    out = guided(torch.zeros(2, 4, 3, 3), torch.tensor([5, 6]), guided.prepare(Conditioning(context)))
     assert out[:, 0, 0, 0].tolist() == [1 + 2 * 9, 2 + 3 * 18]
     assert recorder.t.tolist() == [5, 6]
 
@@ -56,6 +57,14 @@ def test_extra_channels_follow_the_latents_under_guidance():
     x, extra = normal(2, 4, 3, 3), normal(2, 5, 3, 3)
     Guided(WithChannels(recorder, extra), 2.0)(x, torch.tensor([1, 1]), torch.zeros(4, 1, 1))
     assert torch.equal(recorder.x, torch.cat([x, extra], dim=1))
+
+
+def test_wrappers_answer_for_themselves():
+    recorder, extra = Recorder(), normal(2, 5, 3, 3)
+    wrapped = Guided(WithChannels(recorder, extra), 2.0)
+    assert (wrapped.prediction, wrapped.in_channels, wrapped.patch_size) == ("epsilon", 9 - 5, 1)
+    features = normal(4, 7, 8)
+    assert wrapped.prepare(Conditioning(features)) is features
 
 
 def test_known_part_ends_as_the_image_and_the_rest_does_not():

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from sdlite.config import tiny
+from sdlite.contracts import Conditioning
 from sdlite.inspect import (
     attention_sheet,
     clean_latents,
@@ -40,7 +41,7 @@ def test_maps_are_the_softmax_of_queries_and_keys(pipe):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(F, "scaled_dot_product_attention", spy)
         with record_attention(net) as record:
-            net(x, torch.tensor([5, 900]), net.prepare(context))
+            net(x, torch.tensor([5, 900]), net.prepare(Conditioning(context)))
     expected = []
     for q, k in seen:
         weights = torch.einsum("bnlk,bntk->bnlt", q, k).div(q.shape[-1] ** 0.5).exp()
@@ -81,13 +82,13 @@ def test_steps_are_averaged_and_batches_not_mixed(pipe):
         for times in ([900], [10], [900, 10]):
             with record_attention(net) as record:
                 for t in times:
-                    net(x, torch.tensor([t]), net.prepare(context))
+                    net(x, torch.tensor([t]), net.prepare(Conditioning(context)))
             means.append(record.mean())
     torch.testing.assert_close(means[2], (means[0] + means[1]) / 2)
     with record_attention(net) as record, torch.no_grad():
-        net(x, torch.tensor([1]), net.prepare(context))
+        net(x, torch.tensor([1]), net.prepare(Conditioning(context)))
         with pytest.raises(ValueError, match="open a record for each"):
-            net(x, torch.tensor([1]), net.prepare(torch.randn(2, 7, 32)))
+            net(x, torch.tensor([1]), net.prepare(Conditioning(torch.randn(2, 7, 32))))
 
 
 def test_what_cannot_be_recorded_is_said():
@@ -101,7 +102,7 @@ def test_what_cannot_be_recorded_is_said():
 def test_maps_of_any_size_of_latents():
     net = UNet(tiny().denoiser.replace(block_out_channels=(8,) * 4, num_heads=(1,) * 4, attention_stages=(True,) * 4))
     with record_attention(net) as record, torch.no_grad():
-        net(torch.randn(1, 4, 11, 7), torch.tensor([1]), net.prepare(torch.randn(1, 3, 32)))
+        net(torch.randn(1, 4, 11, 7), torch.tensor([1]), net.prepare(Conditioning(torch.randn(1, 3, 32))))
     assert {tuple(m.shape[2:]) for m in record.sums.values()} == {(11, 7), (6, 4), (3, 2), (2, 1)}
     torch.testing.assert_close(record.mean().sum(1), torch.ones(1, 11, 7))
 

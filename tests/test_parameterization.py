@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 
 from sdlite.config import ScheduleConfig
+from sdlite.contracts import Conditioning
 from sdlite.diffusion.loss import diffusion_loss, min_snr_weight
 from sdlite.diffusion.parameterization import (
     add_noise,
@@ -69,7 +70,7 @@ def test_loss_of_the_best_denoiser_is_the_variance_that_remains(prediction):
     denoiser = GaussianDenoiser(SCHEDULE.abars, mu=0.5, spread=0.8, prediction=prediction)
     x_0, noise = 0.5 + 0.8 * normal(4, 4, 128, 128), normal(4, 4, 128, 128, seed=1)
     t = torch.full((4,), 400)
-    loss = diffusion_loss(denoiser, SCHEDULE, x_0, torch.zeros(4, 1, 1), t=t, noise=noise)
+    loss = diffusion_loss(denoiser, SCHEDULE, x_0, Conditioning(torch.zeros(4, 1, 1)), t=t, noise=noise)
     abar = SCHEDULE.abars[400]
     remaining = abar * 0.64 / (abar * 0.64 + 1 - abar) / (1 if prediction == "epsilon" else abar)
     assert loss.item() == pytest.approx(remaining.item(), rel=0.01)

@@ -273,9 +273,9 @@ def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
 
 
 def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
-    (negative, positive) = sd1._context([Request(prompt="a cat", negative_prompt="blurry", clip_skip=1)])
+    (negative, positive), *_ = sd1._conditioning([Request(prompt="a cat", negative_prompt="blurry", clip_skip=1)])
     for prompt, found in (("blurry", negative), ("a cat", positive)):
-        skipped, whole = (sd1.text.encode([prompt], clip_skip=skip)[0] for skip in (1, 0))
+        skipped, whole = (sd1.text.encode([prompt], clip_skip=skip).context[0] for skip in (1, 0))
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
 
 

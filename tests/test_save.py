@@ -21,6 +21,7 @@ from sdlite.checkpoints.load import ModelParts, load_model, random_model
 from sdlite.checkpoints.save import convert, save_folder, save_single_file
 from sdlite.checkpoints.weights import CheckpointError
 from sdlite.config import AutoencoderTinyConfig, ModelConfig, tiny, tiny_dit
+from sdlite.contracts import Conditioning
 from sdlite.files import sweep
 
 SD2_LIKE = tiny(9, "v").replace(  # and inpainting
@@ -86,10 +87,10 @@ def test_diffusers_loads_the_folder(parts: ModelParts, folder: Path):
     ids = theirs.tokenizer(["a red apple"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = theirs.text_encoder(ids).last_hidden_state
-    torch.testing.assert_close(parts.text.encode(["a red apple"]), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.text.encode(["a red apple"]).context, expected, rtol=1e-5, atol=1e-5)
     x, t = torch.randn(2, parts.config.denoiser.in_channels, 9, 6), torch.tensor([3, 800])
     with torch.no_grad():
-        ours = parts.denoiser(x, t, parts.denoiser.prepare(expected.repeat(2, 1, 1)))
+        ours = parts.denoiser(x, t, parts.denoiser.prepare(Conditioning(expected.repeat(2, 1, 1))))
         other = theirs.unet(x, t, expected.repeat(2, 1, 1)).sample
     torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
@@ -431,9 +432,10 @@ def test_a_dit_folder_says_so_and_its_parts_load_in_diffusers(tmp_path: Path):
     assert_same(load_model(tmp_path / "model"), parts)
     theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer", local_files_only=True)
     AutoencoderKL.from_pretrained(tmp_path / "model" / "vae", local_files_only=True)
-    x, t, context = torch.randn(2, 9, 6, 10), torch.tensor([3, 800]), parts.text.encode(["a red apple", ""])
+    x, t = torch.randn(2, 9, 6, 10), torch.tensor([3, 800])
+    context = parts.text.encode(["a red apple", ""]).context
     with torch.no_grad():
-        ours, other = parts.denoiser(x, t, parts.denoiser.prepare(context)), theirs(x, context, t).sample
+        ours, other = parts.denoiser(x, t, parts.denoiser.prepare(Conditioning(context))), theirs(x, context, t).sample
     torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
 

@@ -20,6 +20,7 @@ from sdlite.checkpoints.save import save_folder
 from sdlite.cli import main
 from sdlite.cli.app import app
 from sdlite.config import AutoencoderKLConfig, tiny
+from sdlite.contracts import Conditioning
 from sdlite.models.codec import LatentCodec
 from sdlite.models.networks import network
 from sdlite.models.prompt import escaped
@@ -405,7 +406,7 @@ def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     for denoiser in (theirs, task.denoiser):
         denoiser.eval()
-    outputs = [d(x, t, d.prepare(parts[1].encode(["a disc"]))) for d in (theirs, task.denoiser)]
+    outputs = [d(x, t, d.prepare(Conditioning(*parts[1].encode(["a disc"])))) for d in (theirs, task.denoiser)]
     assert torch.equal(*outputs) and outputs[0].abs().max() > 0
     with pytest.raises(ValueError, match="another shape or prediction"):
         DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(model)
@@ -463,8 +464,8 @@ def test_contexts_are_those_of_the_pipeline(runs):
     text = load_text(runs / "text" / "export")
     captions = ["a disc", "", "a very long prompt of words", "a (disc:1.5) [flat] \\ ((", "<|endoftext|> BREAK cat"]
     prompts = [escaped(caption) for caption in captions]
-    torch.testing.assert_close(encoded(text, captions), text.encode(prompts)[:, :16], atol=1e-5, rtol=1e-5)
-    weighted = text.encode([captions[3]])[:, :16]
+    torch.testing.assert_close(encoded(text, captions), text.encode(prompts).context[:, :16], atol=1e-5, rtol=1e-5)
+    weighted = text.encode([captions[3]]).context[:, :16]
     assert (encoded(text, captions[3:4]) - weighted).abs().max() > 0.1
 
     long = "a disc, " + "very round and warm and cold " * 3  # 14 tokens are learned: up to the comma
@@ -629,7 +630,7 @@ def test_a_fresh_network_predicts_zero_and_all_of_it_learns():
             torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 4, 8, 8), (2, 7, 32))
         )
         for step in range(8):
-            output = net(x, torch.tensor([10, 900]), net.prepare(context))
+            output = net(x, torch.tensor([10, 900]), net.prepare(Conditioning(context)))
             assert step or not output.any()
             (output - x).square().mean().backward()
             optimizer.step()

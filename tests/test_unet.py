@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sdlite.config import UNetConfig, sd15, sd21, tiny
+from sdlite.contracts import Conditioning
 from sdlite.models.attention import PointwiseConv, attend
 from sdlite.models.unet import UNet
 from tests.references.closed_form import normal
@@ -47,7 +48,7 @@ def test_outputs_and_gradients_equal_diffusers(name, dtype, tolerance):
     config = VARIANTS[name]
     unet, reference = pair(config, dtype)
     x, t, context = inputs(config, dtype)
-    ours, theirs = unet(x, t, unet.prepare(context)), reference(x, t, context).sample
+    ours, theirs = unet(x, t, unet.prepare(Conditioning(context))), reference(x, t, context).sample
     assert relative(ours, theirs) < tolerance
     weights = normal(*ours.shape, seed=2, dtype=dtype)
     (ours * weights).sum().backward()
@@ -63,20 +64,20 @@ def test_any_latent_size(height, width):
     config = VARIANTS["five stages"]
     unet, reference = pair(config, torch.float64)
     x, t, context = inputs(config, torch.float64, height, width)
-    assert relative(unet(x, t, unet.prepare(context)), reference(x, t, context).sample) < 1e-10
+    assert relative(unet(x, t, unet.prepare(Conditioning(context))), reference(x, t, context).sample) < 1e-10
 
 
 def test_fractional_timesteps_equal_diffusers():
     unet, reference = pair(BASE, torch.float64)
     x, _, context = inputs(BASE, torch.float64)
     t = torch.tensor([999.0, 0.25])
-    assert relative(unet(x, t, unet.prepare(context)), reference(x, t, context).sample) < 1e-10
+    assert relative(unet(x, t, unet.prepare(Conditioning(context))), reference(x, t, context).sample) < 1e-10
 
 
 def test_prompt_is_projected_once_and_serves_every_step():
     unet, reference = pair(BASE, torch.float64)
     x, _, context = inputs(BASE, torch.float64)
-    memory = unet.prepare(context)
+    memory = unet.prepare(Conditioning(context))
     for layer in [m for m in unet.modules() if isinstance(m, torch.nn.Linear) and m.in_features == BASE.context_dim]:
         layer.forward = None  # to_k and to_v of the prompt: calling one again would fail
     for t in (torch.tensor([999, 999]), torch.tensor([1, 500])):
@@ -90,13 +91,13 @@ def test_several_prompts_per_image_equal_a_repeated_batch(name):
     x, t, _ = inputs(config, torch.float64)
     context = normal(4, 7, config.context_dim, seed=3)
     theirs = reference(torch.cat([x, x]), torch.cat([t, t]), context).sample
-    assert relative(unet(x, t, unet.prepare(context)), theirs) < 1e-10
+    assert relative(unet(x, t, unet.prepare(Conditioning(context))), theirs) < 1e-10
 
 
 def test_half_precision_weights_take_and_return_float32_latents():
     unet, reference = pair(BASE, torch.bfloat16)
     x, t, context = inputs(BASE, torch.float32)
-    ours = unet(x, t, unet.prepare(context.bfloat16()))
+    ours = unet(x, t, unet.prepare(Conditioning(context.bfloat16())))
     assert ours.dtype == torch.float32
     theirs = reference(x.bfloat16(), t, context.bfloat16()).sample
     assert relative(ours, theirs.float()) < 0.05
@@ -104,7 +105,7 @@ def test_half_precision_weights_take_and_return_float32_latents():
 
 def test_context_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"context has shape \(2, 7, 768\).* needs \(B, T, 20\)"):
-        UNet(BASE).prepare(torch.zeros(2, 7, 768))
+        UNet(BASE).prepare(Conditioning(torch.zeros(2, 7, 768)))
 
 
 @pytest.mark.parametrize("config", [sd15(), sd15(in_channels=9), sd21()], ids=["sd15", "inpainting", "sd21"])
@@ -120,7 +121,7 @@ def test_full_size_keys_and_shapes_equal_diffusers(config):
 def test_full_size_outputs_equal_diffusers(config):
     unet, reference = pair(config.denoiser, torch.float32)
     x, t, context = inputs(config.denoiser, torch.float32, 16, 24)
-    assert relative(unet(x, t, unet.prepare(context)), reference(x, t, context).sample) < 1e-5
+    assert relative(unet(x, t, unet.prepare(Conditioning(context))), reference(x, t, context).sample) < 1e-5
 
 
 def test_pointwise_conv_is_a_1x1_convolution():

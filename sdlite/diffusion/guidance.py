@@ -1,14 +1,9 @@
 """Classifier-free guidance (Ho and Salimans 2022) as a wrapper of a denoiser."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from sdlite.config import Prediction
-
-if TYPE_CHECKING:
-    from sdlite.models.denoiser import Denoiser, Memory
+from sdlite.contracts import Conditioning, Denoiser, Memory, Wrapper
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
@@ -30,23 +25,19 @@ def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> T
     return guided * (1 + rescale * (spread[:, None, None, None] - 1))
 
 
-class Guided:
+class Guided(Wrapper):
     """Runs another denoiser with two prompts per image, the unconditional one first, and combines the outputs."""
 
-    def __init__(self, denoiser: "Denoiser", scale: float | Tensor, rescale: float | Tensor = 0.0) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, scale: float | Tensor, rescale: float | Tensor = 0.0) -> None:
+        super().__init__(denoiser)
         self.scale = scale
         self.rescale = rescale
 
-    @property
-    def prediction(self) -> Prediction:
-        return self.denoiser.prediction
+    def prepare(self, conditioning: Conditioning) -> Memory:
+        """conditioning: 2B rows, the B unconditional (negative) prompts first."""
+        return self.denoiser.prepare(conditioning)
 
-    def prepare(self, context: Tensor) -> "Memory":
-        """context: (2B, T, D), the B unconditional (negative) prompts first."""
-        return self.denoiser.prepare(context)
-
-    def __call__(self, x: Tensor, t: Tensor, memory: "Memory") -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """x: (B, C, H, W). t: (B,). Returns the guided output (B, C, H, W)."""
         uncond, cond = self.denoiser(x, t, memory).chunk(2)  # (B, C, H, W) each
         return rescale_guidance(guide(uncond, cond, self.scale), cond, self.rescale)

@@ -5,17 +5,11 @@ their resampling). An inpainting model instead gets mask and masked image as fur
 et al. 2022, appendix D.5).
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from sdlite.config import Prediction
+from sdlite.contracts import Denoiser, Memory, Solver, Wrapper
 from sdlite.diffusion.sampling import Constrain
-from sdlite.diffusion.solvers import Solver
-
-if TYPE_CHECKING:
-    from sdlite.models.denoiser import Denoiser, Memory
 
 
 def keep_known(solver: Solver, x_0: Tensor, noise: Tensor, mask: Tensor) -> Constrain:
@@ -27,20 +21,17 @@ def keep_known(solver: Solver, x_0: Tensor, noise: Tensor, mask: Tensor) -> Cons
     return lambda x, i: (1 - mask) * solver.noised(x_0, noise, i) + mask * x
 
 
-class WithChannels:
+class WithChannels(Wrapper):
     """Wraps an inpainting denoiser of 9 channels as one of 4: appends the same 5 channels in every call."""
 
-    def __init__(self, denoiser: "Denoiser", channels: Tensor) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, channels: Tensor) -> None:
+        super().__init__(denoiser)
         self.channels = channels  # (B, 5, H, W)
 
     @property
-    def prediction(self) -> Prediction:
-        return self.denoiser.prediction
+    def in_channels(self) -> int:
+        return self.denoiser.in_channels - self.channels.shape[1]
 
-    def prepare(self, context: Tensor) -> "Memory":
-        return self.denoiser.prepare(context)
-
-    def __call__(self, x: Tensor, t: Tensor, memory: "Memory") -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """x: (B, 4, H, W). Returns (G B, 4, H, W), for a memory of G B prompts."""
         return self.denoiser(torch.cat([x, self.channels], dim=1), t, memory)  # (B, 9, H, W) -> (G B, 4, H, W)

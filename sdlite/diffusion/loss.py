@@ -1,15 +1,11 @@
 """The training loss of a noise predictor: the squared error of its output, weighted by the timestep."""
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from sdlite.config import Prediction
+from sdlite.contracts import Conditioning, Denoiser
 from sdlite.diffusion.parameterization import add_noise, training_target
 from sdlite.diffusion.schedule import Schedule
-
-if TYPE_CHECKING:
-    from sdlite.models.denoiser import Denoiser
 
 
 def min_snr_weight(abar_t: Tensor, prediction: Prediction, gamma: float = 5.0) -> Tensor:
@@ -25,10 +21,10 @@ def min_snr_weight(abar_t: Tensor, prediction: Prediction, gamma: float = 5.0) -
 
 
 def diffusion_loss(
-    denoiser: "Denoiser",
+    denoiser: Denoiser,
     schedule: Schedule,
     x_0: Tensor,
-    context: Tensor,
+    conditioning: Conditioning,
     *,
     t: Tensor,
     noise: Tensor,
@@ -36,10 +32,10 @@ def diffusion_loss(
 ) -> Tensor:
     """Mean squared error of the denoiser at x_t (Ho et al. 2020, eq. 14), a scalar.
 
-    x_0, noise: (B, C, H, W). context: (B, T, D). t: (B,) int64. gamma: of `min_snr_weight`; None weighs all t alike.
+    x_0, noise: (B, C, H, W). conditioning: B rows. t: (B,) int64. gamma: of `min_snr_weight`; None weighs all t alike.
     """
     abar_t = schedule.abar(t)  # (B,)
-    output = denoiser(add_noise(x_0, noise, abar_t), t, denoiser.prepare(context))
+    output = denoiser(add_noise(x_0, noise, abar_t), t, denoiser.prepare(conditioning))
     error = (output - training_target(x_0, noise, abar_t, denoiser.prediction)).float().square().flatten(1).mean(1)
     weight = 1.0 if gamma is None else min_snr_weight(abar_t, denoiser.prediction, gamma).to(error)
     return (weight * error).mean()

@@ -1,24 +1,21 @@
 """The sampling loop: the solver and the denoiser take turns until the latents are clean."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
-from sdlite.diffusion.solvers import Noise, Solver
-
-if TYPE_CHECKING:
-    from sdlite.models.denoiser import Denoiser, Memory
+from sdlite.contracts import Denoiser, Memory, Noise, Solver
 
 Constrain: TypeAlias = Callable[[Tensor, int], Tensor]
 """Changes the latents after a step; the second argument is the index of the timestep that they have reached."""
 
 
 def denoise(
-    denoiser: "Denoiser",
+    denoiser: Denoiser,
     solver: Solver,
     x: Tensor,
-    memory: "Memory",
+    memory: Memory,
     noise: Noise,
     *,
     start: int = 0,
@@ -27,7 +24,7 @@ def denoise(
     """Yields the latents after every step; the last ones are x_0. To stop early, leave the loop.
 
     x: (B, C, H, W), noise of the solver's initial_scale, or an image noised to timesteps[start].
-    memory: `denoiser.prepare(context)`. noise: draws the noise that stochastic solvers add.
+    memory: `denoiser.prepare(conditioning)`. noise: draws the noise that stochastic solvers add.
     constrain: changes the latents after every step; inpainting puts the known part of the image back.
     """
     timesteps = solver.timesteps.to(x.device)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sdlite.config import Prediction, ScheduleConfig
+from sdlite.contracts import Solver
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solvers import DDIM, DDPM, MIN_ABAR, DiffusersSolver, Solver
+from sdlite.diffusion.solvers import DDIM, DDPM, MIN_ABAR, DiffusersSolver
 from sdlite.request import Request
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

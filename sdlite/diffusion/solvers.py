@@ -7,20 +7,18 @@ draws it and is called only by steps that need it.
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdlite.config import Prediction
+from sdlite.contracts import Noise
 from sdlite.diffusion.parameterization import add_noise, split_output
 from sdlite.diffusion.schedule import Schedule
 
 MIN_ABAR = 1e-12  # below it the image in x_t is beyond float32's digits
-
-Noise = Callable[[], Tensor]
-"""Draws standard normal noise of the latents' shape, (B, C, H, W)."""
 
 
 def ddim_step(
@@ -49,22 +47,6 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, abar_t: Tensor, abar_prev: Tensor, *, no
     mean = (abar_prev.sqrt() * (1 - alpha) * x_0 + alpha.sqrt() * (1 - abar_prev) * x_t) / (1 - abar_t)
     variance = (1 - abar_prev) / (1 - abar_t) * (1 - alpha)
     return mean + variance.sqrt() * noise
-
-
-class Solver(Protocol):
-    """A run of S steps. The sampling loop iterates over `timesteps`; some solvers have more than S of them."""
-
-    timesteps: Tensor  # (S,) descending
-    initial_scale: float  # standard deviation of x_T
-
-    def scale_input(self, x: Tensor, i: int) -> Tensor:
-        """x_t as the denoiser expects it before step i."""
-
-    def step(self, i: int, x: Tensor, output: Tensor, noise: Noise) -> Tensor:
-        """x at timesteps[i] and the denoiser's output there -> x at the next timestep."""
-
-    def noised(self, x_0: Tensor, noise: Tensor, i: int) -> Tensor:
-        """Clean latents at the noise level of timesteps[i]; x_0 itself past the end."""
 
 
 class _OwnSolver:

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdlite.contracts import Conditioning, Denoiser, Memory, Wrapper
 from sdlite.diffusion.guidance import guide, rescale_guidance
 from sdlite.diffusion.parameterization import split_output
 from sdlite.images.pixels import from_pil, to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.attention import KV, Attention
-from sdlite.models.denoiser import Denoiser, Memory
 from sdlite.models.networks import Network
 from sdlite.pipeline import Pictures, Pipeline
 from sdlite.request import Request
@@ -110,8 +110,7 @@ def record_attention(denoiser: Denoiser) -> Iterator[AttentionRecord]:
 
 def token_grid(network: Network, size: tuple[int, int], tokens: int) -> tuple[int, int]:
     """(rows, columns) of an attention over that many of the network's tokens. size: (H, W) of the latents."""
-    patch = getattr(network.config, "patch_size", 1)
-    rows, columns = size[0] // patch, size[1] // patch
+    rows, columns = size[0] // network.patch_size, size[1] // network.patch_size
     while rows * columns > tokens:
         rows, columns = (rows + 1) // 2, (columns + 1) // 2  # as the UNet's Downsample rounds
     assert rows * columns == tokens, f"{tokens} tokens are no grid of {size} latents"
@@ -154,19 +153,12 @@ def attention_sheet(picture: Image.Image, maps: list[WordMap], *, columns: int =
     return contact_sheet(pictures, ["", *(word for word, _ in maps)], columns=columns)
 
 
-class Watched:
+class Watched(Wrapper):
     """A denoiser that keeps the latents, timesteps and output of its last call."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+        super().__init__(denoiser)
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def prediction(self) -> Any:
-        return self.denoiser.prediction
-
-    def prepare(self, context: Tensor) -> Memory:
-        return self.denoiser.prepare(context)
 
     def __call__(self, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
         output = self.denoiser(x, t, memory)
@@ -216,9 +208,10 @@ def feature_sizes(network: Network, height: int, width: int) -> list[tuple[str, 
     hooks = [module.register_forward_hook(hook(name)) for name, module in path.items()]
     weight = next(network.parameters())
     try:
-        x = weight.new_zeros(1, network.config.in_channels, height, width)
+        x = weight.new_zeros(1, network.in_channels, height, width)
         t = torch.zeros(1, dtype=torch.long, device=weight.device)
-        network(x, t, network.prepare(weight.new_zeros(1, 1, network.config.context_dim)))
+        context = weight.new_zeros(1, 1, network.config.context_dim)
+        network(x, t, network.prepare(Conditioning(context)))
     finally:
         for handle in hooks:
             handle.remove()

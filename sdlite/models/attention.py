@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdlite.contracts import Conditioning
 from sdlite.models.layers import repeat_rows
 
 KV: TypeAlias = tuple[Tensor, Tensor]
@@ -24,6 +25,17 @@ KV: TypeAlias = tuple[Tensor, Tensor]
 
 SPATIAL_EPS = 1e-6  # GroupNorm eps before the tokens (CompVis attention.py `Normalize`), not the residual blocks' 1e-5
 FEED_FORWARD_FACTOR = 4  # hidden width of the feed-forward part (Vaswani et al. 2017, section 3.3)
+
+
+def checked_context(conditioning: Conditioning, width: int, network: str) -> Tensor:
+    """The context, (R, T, width). Raises ValueError for another width."""
+    context = conditioning.context
+    if context.ndim != 3 or context.shape[-1] != width:
+        raise ValueError(
+            f"context has shape {tuple(context.shape)}, but this {network} needs (B, T, {width}); "
+            "use the text encoder that belongs to it"
+        )
+    return context
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

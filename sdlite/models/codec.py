@@ -22,7 +22,7 @@ class LatentCodec(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
-        self.factor = config.factor
+        self.factor, self.latent_channels = config.factor, config.latent_channels
         fields = config.model_dump()
         if isinstance(config, AutoencoderKLConfig):
             stages = len(config.block_out_channels)

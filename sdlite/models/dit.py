@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlite.config import DiTConfig, Prediction
-from sdlite.models.attention import FEED_FORWARD_FACTOR, KV, Attention
+from sdlite.contracts import Conditioning
+from sdlite.models.attention import FEED_FORWARD_FACTOR, KV, Attention, checked_context
 from sdlite.models.layers import MAX_PERIOD, TimeEmbedding, repeat_rows
 
 NORM_EPS = 1e-6  # of every LayerNorm (DiT models.py)
@@ -135,6 +136,8 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.prediction: Prediction = config.prediction
+        self.in_channels, self.patch_size = config.in_channels, config.patch_size
         self.pos_embed = PatchEmbedding(config)
         self.adaln_single = TimeModulation(config.width)
         self.caption_projection = PromptProjection(config.context_dim, config.width)
@@ -142,20 +145,13 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, config.width) / config.width**0.5)
         self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
 
-    @property
-    def prediction(self) -> Prediction:
-        return self.config.prediction
-
-    def prepare(self, context: Tensor) -> tuple[KV, ...]:
+    def prepare(self, conditioning: Conditioning) -> tuple[KV, ...]:
         """Projects the prompt to K and V for every block's cross-attention.
 
-        context: (B, T, D_text) text features, D_text = config.context_dim. Raises ValueError for another width.
+        conditioning: its context (R, T, D_text), D_text = config.context_dim, is used. Raises ValueError for another
+        width.
         """
-        if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}, but this DiT needs (B, T, {self.config.context_dim}); "
-                "use the text encoder that belongs to it"
-            )
+        context = checked_context(conditioning, self.config.context_dim, "DiT")
         prompt = self.caption_projection(context.to(self.proj_out.weight.dtype))  # (B, T, D)
         blocks = [module for module in self.transformer_blocks if isinstance(module, Block)]
         return tuple(block.attn2.project_kv(prompt) for block in blocks)

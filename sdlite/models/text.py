@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdlite.config import TextConfig
+from sdlite.contracts import TextFeatures
 from sdlite.models.prompt import Piece, Token, escaped, parse_prompt, split_chunks
 
 MAX_CHUNKS = 64  # 4,800 tokens for SD: what the longest prompt of English words that a Request takes comes to
@@ -53,10 +54,11 @@ class TextEncoder(nn.Module):
         return len(self._chunks(prompt))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0, chunks: int | None = None) -> Tensor:
-        """Context (B, n L, D) of B prompts, on the model's device; L is max_position_embeddings, 77 for SD.
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0, chunks: int | None = None) -> TextFeatures:
+        """Features of B prompts on the model's device: a context (B, n L, D), and no `pooled`.
 
-        n is the chunk count of the longest prompt, or `chunks`; empty chunks are added to shorter prompts.
+        L is max_position_embeddings, 77 for SD. n is the chunk count of the longest prompt, or `chunks`; empty chunks
+        are added to shorter prompts.
         clip_skip: number of last layers to skip; the final layer norm is still applied, as in diffusers.
         Each chunk is encoded alone, so a prompt's context does not depend on its neighbours. Chunks are cached until
         the weights change. Raises ValueError for a clip_skip beyond the layers and for fewer `chunks` than needed.
@@ -73,7 +75,8 @@ class TextEncoder(nn.Module):
             raise ValueError(f"chunks={chunks} must be at least {needed}, the chunks of the longest prompt")
         self._forget_changed()
         padded = [row + [[]] * (count - len(row)) for row in rows]
-        return torch.stack([torch.cat([self._features(chunk, clip_skip) for chunk in row]) for row in padded])
+        contexts = [torch.cat([self._features(chunk, clip_skip) for chunk in row]) for row in padded]
+        return TextFeatures(torch.stack(contexts))
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Words of a prompt in order, in the tokenizer's spelling, each with its rows of the context of `encode`.

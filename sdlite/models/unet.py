@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlite.config import Prediction, UNetConfig
-from sdlite.models.attention import KV, SpatialTransformer, TransformerBlock
+from sdlite.contracts import Conditioning
+from sdlite.models.attention import KV, SpatialTransformer, TransformerBlock, checked_context
 from sdlite.models.layers import RESNET_EPS, Downsample, ResnetBlock, TimeEmbedding, Upsample, repeat_rows
 
 TIME_FACTOR = 4  # width of the time vector over that of the first stage (CompVis openaimodel.py)
@@ -108,6 +109,8 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.prediction: Prediction = config.prediction
+        self.in_channels, self.patch_size = config.in_channels, 1
         channels = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], TIME_FACTOR * channels[0])
@@ -117,21 +120,12 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.num_groups, channels[0], eps=RESNET_EPS)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    @property
-    def prediction(self) -> Prediction:
-        return self.config.prediction
-
-    def prepare(self, context: Tensor) -> tuple[KV, ...]:
+    def prepare(self, conditioning: Conditioning) -> tuple[KV, ...]:
         """Projects the prompt to K and V for every cross-attention, in the order in which `forward` uses them.
 
-        context: (B, T, D) text features, D = config.context_dim. Raises ValueError for another D.
+        conditioning: its context (R, T, D), D = config.context_dim, is used. Raises ValueError for another D.
         """
-        if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}, but this UNet needs (B, T, {self.config.context_dim}); "
-                "use the text encoder that belongs to it"
-            )
-        context = context.to(self.conv_in.weight.dtype)
+        context = checked_context(conditioning, self.config.context_dim, "UNet").to(self.conv_in.weight.dtype)
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         return tuple(block.attn2.project_kv(context) for block in blocks)
 

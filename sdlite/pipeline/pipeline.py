@@ -20,17 +20,16 @@ from sdlite.checkpoints.load import ModelParts, load_model
 from sdlite.checkpoints.places import SHIPPED
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import ModelConfig, Prediction
+from sdlite.contracts import Conditioning, Denoiser, Solver
 from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solver_names import solver_for
-from sdlite.diffusion.solvers import Solver
 from sdlite.images.files import Images, open_picture
 from sdlite.images.pixels import digest, has_grey, mask_notes, pasted, to_pil
 from sdlite.images.recipe import metadata
 from sdlite.models.codec import LatentCodec
-from sdlite.models.denoiser import Denoiser
 from sdlite.models.device import find_device, find_dtype, total_memory
 from sdlite.models.networks import Network
 from sdlite.models.prompt import foreign_marks
@@ -67,10 +66,8 @@ class Pipeline:
         self.codec = codec
         self.schedule = schedule
         self.sample_size = sample_size
-        config = denoiser.config if isinstance(denoiser, Network) else None
-        channels = 0 if config is None else config.in_channels
-        self.inpainting = channels > codec.config.latent_channels  # it takes mask and masked image as further channels
-        self.size_unit = codec.factor * getattr(config, "patch_size", 1)  # pixels; sides are multiples of it
+        self.inpainting = denoiser.in_channels > codec.latent_channels  # further channels: mask and masked image
+        self.size_unit = codec.factor * denoiser.patch_size  # pixels; sides are multiples of it
         self.name = name
         self.model_hash = model_hash
         self.notes = tuple(notes)
@@ -371,7 +368,7 @@ class Pipeline:
                 for column in zip(*((r.guidance_scale, r.guidance_rescale) for r in requests), strict=True)
             )
             denoiser = Guided(denoiser, scale, rescale)
-        memory = denoiser.prepare(self._context(requests))
+        memory = denoiser.prepare(self._conditioning(requests))
         start = first_step(requests[0])
         yield from denoise(denoiser, solver, x, memory, noise.draw, start=start, constrain=constrain)
 
@@ -387,15 +384,15 @@ class Pipeline:
     def _noise(self, requests: Sequence[Request]) -> ImageNoise:
         resolved = self.resolve(requests[0]).model_dump()
         height, width = resolved["height"] // self.codec.factor, resolved["width"] // self.codec.factor
-        shape = (self.codec.config.latent_channels, height, width)
+        shape = (self.codec.latent_channels, height, width)
         return ImageNoise([request.seed for request in requests], shape, self.device)
 
-    def _context(self, requests: Sequence[Request]) -> Tensor:
-        """(B, T, D), or with guidance (2B, T, D) with the negative prompts first."""
+    def _conditioning(self, requests: Sequence[Request]) -> Conditioning:
+        """B rows, or with guidance 2B rows with the negative prompts first."""
         prompts = [request.prompt for request in requests]
         if requests[0].guidance_scale > 1:
             prompts = [request.negative_prompt for request in requests] + prompts
-        return self.text.encode(prompts, clip_skip=requests[0].clip_skip)
+        return Conditioning(*self.text.encode(prompts, clip_skip=requests[0].clip_skip))
 
     def _solver(self, request: Request, generators: Sequence[torch.Generator]) -> Solver:
         return solver_for(request, self.schedule, self.denoiser.prediction, generators, first_step(request))

@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdlite.config import MAX_SIDE
+from sdlite.contracts import Denoiser, Solver
 from sdlite.diffusion.inpainting import WithChannels, keep_known
 from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import Constrain
-from sdlite.diffusion.solvers import Solver
 from sdlite.images.pixels import from_pil, mask_from_pil
 from sdlite.models.codec import LatentCodec
-from sdlite.models.denoiser import Denoiser
 from sdlite.request import Request
 
 

@@ -203,8 +203,8 @@ class CodecTask(nn.Module):
             self.codec.model.quant_conv.requires_grad_(False)
             self.cropped = 0
         self.teacher = (load_codec(teacher),) if teacher is not None else ()  # in a tuple: no module of this one
-        if self.teacher and self.teacher[0].config.latent_channels != config.latent_channels:
-            theirs = self.teacher[0].config.latent_channels
+        if self.teacher and self.teacher[0].latent_channels != config.latent_channels:
+            theirs = self.teacher[0].latent_channels
             raise ValueError(f"{teacher} has latents of {theirs} channels, not {config.latent_channels}")
         if self.teacher:
             self.settings["teacher"] = codec_identity(self.teacher[0])

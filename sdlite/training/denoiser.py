@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sdlite.checkpoints.load import ModelParts, assembled
 from sdlite.checkpoints.save import save_folder
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, ScheduleConfig, UNetConfig
+from sdlite.contracts import Conditioning
 from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import save_picture
@@ -260,7 +261,7 @@ class DenoiserTask(nn.Module):
     def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         x_0, contexts, t, noise = (tensor.to(self.device) for tensor in (x_0.float(), contexts.float(), t, noise))
         gamma = self.objective.min_snr_gamma
-        return diffusion_loss(self.denoiser, self.schedule, x_0, contexts, t=t, noise=noise, gamma=gamma)
+        return diffusion_loss(self.denoiser, self.schedule, x_0, Conditioning(contexts), t=t, noise=noise, gamma=gamma)
 
     def evaluate(self) -> dict[str, float]:
         """Loss of held-out pairs and of equally many trained pictures, at the same timesteps with the same noise."""

@@ -92,7 +92,7 @@ def encode(
 def _encoded(codec: LatentCodec, images: list[Tensor], longest: int) -> Tensor:
     """(B, C, M, M) float16 of images (4, H, W) uint8; each at the top left, where M is of `longest` pixels."""
     side = longest // codec.factor
-    x_0 = torch.zeros(len(images), codec.config.latent_channels, side, side, dtype=torch.float16)
+    x_0 = torch.zeros(len(images), codec.latent_channels, side, side, dtype=torch.float16)
     for shape in {image.shape for image in images}:
         rows = [i for i, image in enumerate(images) if image.shape == shape]
         encoded = codec.encode(on_white(torch.stack([images[i] for i in rows])))  # (b, C, h, w)

@@ -141,7 +141,7 @@ def _denoiser(data: Path, out: Path, folders: Folders, options: Options, arch: s
     goal = {name: options.pop(name) for name in OBJECTIVE if name in options}
     if goal.get("min_snr_gamma") == 0:
         goal["min_snr_gamma"] = None
-    widths = codec.config.latent_channels, text.config.hidden_size
+    widths = codec.latent_channels, text.config.hidden_size
     network: DenoiserConfig
     if start:
         network = start.denoiser.config

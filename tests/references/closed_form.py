@@ -7,14 +7,18 @@ the probability-flow ODE keeps (x_t - sqrt(abar) mu) / sqrt(abar spread^2 + 1 - 
 import torch
 from torch import Tensor
 
+from sdlite.contracts import Conditioning
+
 
 class GaussianDenoiser:
     """The exact eps, v or x_0 of x_0 ~ N(mu, spread^2), as a Denoiser."""
 
+    in_channels, patch_size = 4, 1
+
     def __init__(self, abars: Tensor, mu: float, spread: float, prediction: str = "epsilon") -> None:
         self.abars, self.mu, self.spread, self.prediction = abars, mu, spread, prediction
 
-    def prepare(self, context: Tensor) -> None:
+    def prepare(self, conditioning: Conditioning) -> None:
         return None
 
     def __call__(self, x: Tensor, t: Tensor, memory: None = None) -> Tensor:
