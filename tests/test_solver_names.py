@@ -1,4 +1,4 @@
-"""One table of solvers: the names that requests take, Automatic1111's names, and the table in the package's docstring agree."""
+"""One table of solvers: names that requests take, and Automatic1111's, as the docstring of the package shows them."""
 
 import re
 import subprocess
