@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom without a network, and is committed as it ran."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -74,6 +75,16 @@ def test_uses_public_names_only(path):
                 names = [node.attr]
             private = [name for name in names if name.startswith("_")]
             assert not private, f"{path.name}: {', '.join(private)} in\n{source(cell)}"
+
+
+@each
+def test_imports_names_that_are_there(path):
+    for cell in cells(path, "code"):
+        for node in ast.walk(ast.parse(python(cell))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sdlite":
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{path.name}: {node.module} has no {', '.join(missing)}"
 
 
 @each

@@ -280,6 +280,12 @@ def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
 
 
+def test_latents_are_float32_where_weights_are_not():
+    pipe = Pipeline.load("tiny", dtype="bfloat16", device="cpu")
+    assert next(pipe.denoiser.parameters()).dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in pipe.sample_latents(Request(prompt="a cat", steps=2)))
+
+
 def test_requests_that_cannot_share_a_batch_come_back_in_order(sd1):
     long = ", ".join(["a very long prompt"] * 30)
     variants = [

@@ -1,4 +1,4 @@
-"""One table of solvers: the names that requests take, Automatic1111's names, and the README's table agree with it."""
+"""One table of solvers: names that requests take, and Automatic1111's, as the docstring of the package shows them."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.request import Request, SolverName
 from tests.references.diffusers_pipeline import SCHEDULERS
 
-README = Path(__file__).parent.parent / "README.md"
+PACKAGE = Path(__file__).parent.parent / "sdlite/diffusion/__init__.py"
 
 
 def test_the_names_for_type_checkers_are_those_of_the_table():
@@ -24,9 +24,9 @@ def test_the_names_for_type_checkers_are_those_of_the_table():
         Request(prompt="a", solver="eular")
 
 
-def test_the_readme_has_the_table():
+def test_the_package_shows_the_table():
     """| solver | Automatic1111 | source |"""
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", README.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", PACKAGE.read_text(), re.MULTILINE)
     expected = {
         name: (f"{e.sampler}, {e.schedule_type}" if e.schedule_type else e.sampler, e.source)
         for name, e in SOLVERS.items()

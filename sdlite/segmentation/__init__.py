@@ -1,4 +1,14 @@
-"""Which class each pixel is of: the original UNet and its predecessor FCN, losses, metrics. Stands alone."""
+"""Finds the class of each pixel: the original UNet, the FCN that it improved on, losses and metrics. Stands alone.
+
+    $ sdlite data nuclei -o nuclei  # or your own images and masks: layout in sdlite/training/datasets/pairs.py
+    $ sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine  # --arch fcn: the other network
+    $ sdlite segment image.png -m run/export -o mask.png  # --overlay: coloured classes; --cutout: transparent PNG
+    $ sdlite segment photos/ -m run/export -o masks/  # every image of a folder
+
+`sdlite segment` also reads TIFF with 16 bits, takes images up to 128 megapixels and labels large ones in tiles. In
+Python, `Segmenter.load("run/export")(image)` returns a mask. notebooks/05_segmentation.ipynb compares the networks and
+losses.
+"""
 
 from sdlite.segmentation.losses import combined, cross_entropy, dice_loss, iou_loss, tversky_loss
 from sdlite.segmentation.metrics import (
