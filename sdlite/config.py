@@ -122,6 +122,7 @@ class UNetConfig(Record):
 
     Tuples have one entry per stage from the finest to the coarsest. attention_stages: which have cross-attention.
     num_heads: heads, not their width (diffusers calls this attention_head_dim). context_dim: width of text features.
+    transformer_depth: transformer blocks in each attention, or one number for all stages; the middle has the last's.
     """
 
     in_channels: Channels = 4
@@ -133,6 +134,7 @@ class UNetConfig(Record):
     context_dim: Channels
     num_groups: Channels = 32
     use_linear_projection: bool = False
+    transformer_depth: tuple[Annotated[int, Field(ge=0, le=32)], ...] = (1,)
     prediction: Prediction = "epsilon"
 
     @model_validator(mode="after")
@@ -141,6 +143,10 @@ class UNetConfig(Record):
         for name in ("attention_stages", "num_heads"):
             if len(getattr(self, name)) != len(channels):
                 raise ValueError(f"{name} must have one entry per stage, {len(channels)}, like block_out_channels")
+        if len(self.transformer_depth) not in (1, len(channels)):
+            raise ValueError(f"transformer_depth must have one entry, or one per stage, {len(channels)}")
+        if not any([self.depth(-1), *(has and self.depth(i) for i, has in enumerate(self.attention_stages))]):
+            raise ValueError(f"transformer_depth={self.transformer_depth} leaves no attention to the prompt")
         for width, heads in zip(channels, self.num_heads, strict=True):
             if width % heads or width % self.num_groups:
                 raise ValueError(
@@ -148,6 +154,10 @@ class UNetConfig(Record):
                     f"and of num_groups={self.num_groups}"
                 )
         return self
+
+    def depth(self, stage: int) -> int:
+        """Number of transformer blocks in each attention of a stage."""
+        return self.transformer_depth[stage if len(self.transformer_depth) > 1 else 0]
 
 
 class DiTConfig(Record):
