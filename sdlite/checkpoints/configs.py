@@ -103,6 +103,8 @@ def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfi
     if up != mirrored:
         raise _unsupported(where, "up_block_types", up, (mirrored,))
     heads = found["attention_head_dim"] if found["num_attention_heads"] is None else found["num_attention_heads"]
+    depths = found["transformer_layers_per_block"]
+    depths = depths if isinstance(depths, list) else [depths]
     fields = {name: found[name] for name in ("in_channels", "out_channels", "block_out_channels")} | {
         "layers_per_block": _same_everywhere(found, "layers_per_block", where),
         "context_dim": _same_everywhere(found, "cross_attention_dim", where),
@@ -110,6 +112,7 @@ def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfi
         "num_heads": heads if isinstance(heads, list) else [heads] * len(attention),
         "num_groups": found["norm_num_groups"],
         "use_linear_projection": found["use_linear_projection"],
+        "transformer_depth": depths[:1] if all(depth == depths[0] for depth in depths) else depths,
         "prediction": prediction,
     }
     return _record(UNetConfig, fields, where)
@@ -270,6 +273,7 @@ def _denoiser_file(config: DenoiserConfig, size: Sides) -> dict[str, Any]:
             "caption_channels": config.context_dim,
             "use_additional_conditions": False,
         }
+    depths = config.transformer_depth
     return {
         "_class_name": "UNet2DConditionModel",
         **config.model_dump(include={"in_channels", "out_channels", "block_out_channels", "layers_per_block"}),
@@ -279,6 +283,7 @@ def _denoiser_file(config: DenoiserConfig, size: Sides) -> dict[str, Any]:
         "attention_head_dim": config.num_heads,
         "norm_num_groups": config.num_groups,
         "use_linear_projection": config.use_linear_projection,
+        **({} if depths == (1,) else {"transformer_layers_per_block": depths if len(depths) > 1 else depths[0]}),
         "sample_size": size,
     }
 

@@ -29,6 +29,7 @@ UNET_MAPPED = {
     "num_attention_heads": None,
     "norm_num_groups": 32,
     "use_linear_projection": False,
+    "transformer_layers_per_block": 1,
     "sample_size": None,
 }
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -41,7 +42,6 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),
     "norm_eps": (1e-5,),
-    "transformer_layers_per_block": (1,),
     "dual_cross_attention": (False,),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
