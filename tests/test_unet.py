@@ -116,8 +116,8 @@ def test_context_of_another_model_is_refused():
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ((1, 2), "transformer_depth must have one entry, or one per stage, 3"),
-        ((), "transformer_depth must have one entry, or one per stage, 3"),
+        ((1, 2), "transformer_depth must have one entry per stage, 3"),
+        ((), "transformer_depth must have one entry per stage, 3"),
         ((0,), r"transformer_depth=\(0,\) leaves no attention to the prompt"),
         ((1, 0, 0), r"transformer_depth=\(1, 0, 0\) leaves no attention"),  # stage 0 has no attention
         ((-1,), "transformer_depth.0=-1 must be greater than or equal to 0"),

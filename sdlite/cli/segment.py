@@ -81,7 +81,7 @@ def _pictures(given: Sequence[Path]) -> Iterator[Path]:
     """The given pictures and those in given folders, found by suffix. Raises ValueError for a folder without any."""
     from PIL import Image
 
-    from sdlite.segmentation.segmenter import FORMATS
+    from sdlite.segmentation.pixels import FORMATS
 
     Image.init()
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
@@ -117,7 +117,8 @@ def _places(pictures: Sequence[Path], output: Path | None, many: bool) -> list[t
 
 
 def _task(model: Path, overlay: bool, cutout: bool, threads: int | None) -> Task:
-    from sdlite.segmentation.segmenter import Segmenter, cutout as cut, overlay as laid_over
+    from sdlite.segmentation.pixels import cutout as cut, overlay as laid_over
+    from sdlite.segmentation.segmenter import Segmenter
 
     use_threads(threads)
     segmenter = Segmenter.load(model)
@@ -164,7 +165,7 @@ def _make(
     picture: Path, place: Path, task: Task, force: bool, report: Report, progress: Callable[[float], None]
 ) -> None:
     from sdlite.images.files import decoded, png_bytes
-    from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS
+    from sdlite.segmentation.pixels import FORMATS, MAX_PIXELS
 
     image = decoded(picture, FORMATS, MAX_PIXELS)
     if "pages" in image.info:

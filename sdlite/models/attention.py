@@ -1,4 +1,4 @@
-"""Attention: how the prompt reaches the picture.
+"""Attention: how the prompt reaches the image.
 
     image tokens z (B, L, C) --to_q--> Q (B, N, L, K)
     context        (B, T, D) --to_k--> K (B, N, T, K)     softmax(Q K^T / sqrt(K)) V --to_out--> (B, L, C)
@@ -11,7 +11,7 @@ width, N heads, K head width.
 Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -30,7 +30,7 @@ FEED_FORWARD_FACTOR = 4  # hidden width of the feed-forward part (Vaswani et al.
 
 
 def checked_context(conditioning: Conditioning, width: int, network: str) -> Tensor:
-    """The context, (R, T, width). Raises ValueError for another width."""
+    """The context, (R, T, width). network: its name in the error. Raises ValueError for another width."""
     context = conditioning.context
     if context.ndim != 3 or context.shape[-1] != width:
         raise ValueError(
@@ -93,12 +93,15 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU, then back to the channels. Index 1 of `net` is the dropout of the original, which has no weights."""
+    """To the hidden width, through a nonlinear layer(channels, hidden), and back.
 
-    def __init__(self, channels: int) -> None:
+    Index 1 of `net` is the dropout of the original, which has no weights.
+    """
+
+    def __init__(self, channels: int, layer: Callable[[int, int], nn.Module] = GEGLU) -> None:
         super().__init__()
         hidden = FEED_FORWARD_FACTOR * channels
-        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
+        self.net = nn.Sequential(layer(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # (B, L, C)
