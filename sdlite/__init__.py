@@ -20,7 +20,7 @@ _HOME = {
     "DDPM": "sdlite.diffusion.solvers",
     "DiT": "sdlite.models.dit",
     "DiTConfig": "sdlite.config",
-    "DiffusersSolver": "sdlite.diffusion.solvers",
+    "DiffusersSolver": "sdlite.diffusion.schedulers",
     "LatentCodec": "sdlite.models.codec",
     "Pipeline": "sdlite.pipeline",
     "Request": "sdlite.request",
@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from sdlite.contracts import Conditioning as Conditioning
     from sdlite.diffusion.sampling import denoise as denoise
     from sdlite.diffusion.schedule import Schedule as Schedule
-    from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM, DiffusersSolver as DiffusersSolver
+    from sdlite.diffusion.schedulers import DiffusersSolver as DiffusersSolver
+    from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM
     from sdlite.inspect import widgets as widgets
     from sdlite.models.codec import LatentCodec as LatentCodec
     from sdlite.models.dit import DiT as DiT

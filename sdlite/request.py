@@ -1,26 +1,32 @@
 """What to draw: one record for command-line flags, rows of a batch file and PNG metadata."""
 
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WrapValidator, model_validator
 
 from sdlite.config import Fraction, Record, Size
+from sdlite.diffusion.solver_names import MAX_STEPS, SOLVERS
 
 SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
+"""The names in SOLVERS, for type checkers and flags."""
 
-MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
+
+def _solver(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Also takes a solver that was added to SOLVERS from outside the package."""
+    return value if isinstance(value, str) and value in SOLVERS else check(value)
 
 
 class Request(Record):
     """One image to draw. CLI flags, rows of a batch file and PNG metadata are all this record.
 
     guidance_scale: Stable Diffusion's convention, uncond + scale * (cond - uncond); up to 1 means no guidance, and then
-    the negative prompt has no effect. guidance_rescale: Lin et al. 2023, section 3.4. eta: 0 is DDIM, 1 is DDPM's noise
-    (solver "ddim" only). clip_skip: text layers left out at the end (Automatic1111's "Clip skip" is this plus 1).
-    height, width: pixels; None is the model's own size. image, mask: which picture img2img or inpainting started from,
-    a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it. paste: put
-    the untouched picture back outside the mask, with an edge that is mask_blur pixels soft (Automatic1111's "Mask
-    blur"); False is what diffusers draws.
+    the negative prompt has no effect. guidance_rescale: Lin et al. 2023, section 3.4. solver: see `SOLVERS`. eta: 0 is
+    DDIM, 1 is DDPM's noise (solver "ddim" only). clip_skip: text layers left out at the end (Automatic1111's "Clip
+    skip" is this plus 1). height, width: pixels; None is the model's own size. image, mask: what img2img or inpainting
+    starts from, a file name or, in metadata, "sha256:..."; strength: the part of the noise schedule that is run on it.
+    paste: put the untouched image back outside the mask, with an edge that is mask_blur pixels soft (Automatic1111's
+    "Mask blur"); False is what diffusers draws.
     """
 
     prompt: str = Field(max_length=20_000)
@@ -31,7 +37,7 @@ class Request(Record):
     steps: int = Field(20, ge=1, le=MAX_STEPS)
     guidance_scale: float = Field(5.0, ge=0, le=100)
     guidance_rescale: Fraction = 0.0
-    solver: SolverName = "ddim"
+    solver: Annotated[SolverName, WrapValidator(_solver)] = "ddim"
     eta: Fraction = 0.0
     clip_skip: int = Field(0, ge=0, le=47)
     image: str | None = None
@@ -44,14 +50,14 @@ class Request(Record):
     def _fields_fit(self) -> Self:
         if self.mask is not None and self.image is None:
             raise ValueError("mask needs an image to inpaint; give image as well")
-        if self.eta > 0 and self.solver != "ddim":
+        if self.eta > 0 and not SOLVERS[self.solver].takes_eta:
             raise ValueError(f"eta={self.eta:g} has no effect with solver={self.solver!r}; use solver 'ddim' or eta 0")
         return self
 
     def deciding(self) -> dict[str, Any]:
-        """The fields that decide the picture, for keys and records.
+        """The fields that decide the image, for keys and records.
 
-        paste and mask_blur only where something is pasted: what is without them is as it was before there were any.
+        paste and mask_blur are left out where nothing is pasted, so that keys from before these fields stay valid.
         """
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         if self.mask is None or not self.paste:

@@ -14,8 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import its own room and the floors below; rooms on one floor do not know each other.
 FLOORS = (
     {"config", "files", "package"},
-    {"contracts", "request"},
+    {"contracts"},
     {"diffusion", "models", "segmentation"},
+    {"request"},  # reads the names of solvers
     {"backends", "checkpoints", "images"},
     {"pipeline"},
     {"batch", "inspect", "training"},
@@ -28,7 +29,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Libraries with one home each; torch is everybody's but config's.
 HOMES = {
     "transformers": {"models/text.py", "checkpoints/tokenizer.py", "training/text.py", "training/evaluation/report.py"},
-    "diffusers": {"models/codec.py", "diffusion/solver_names.py", "training/codec.py", "bench.py"},
+    "diffusers": {"models/codec.py", "diffusion/schedulers.py", "training/codec.py", "bench.py"},
     "accelerate": {"training/loop.py"},
     "huggingface_hub": {"checkpoints/load.py", "checkpoints/hub.py"},
     "typer": {"cli/"},

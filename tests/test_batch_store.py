@@ -31,7 +31,7 @@ ITEMS = make_plan(
 
 def png(item: Item) -> bytes:
     picture = Image.new("RGB", (8, 8), (item.index, 0, 0))
-    picture.info.update(recipe.metadata(item.request, **MODEL, prediction="v", width=8, height=8))
+    picture.info.update(recipe.metadata(item.request, **MODEL, prediction="v"))
     return images.png_bytes(picture)
 
 
@@ -63,7 +63,7 @@ def test_without_exact_the_first_picture_of_a_request_stays(tmp_path: Path):
     filled(tmp_path, 1)
     there = (tmp_path / ITEMS[0].file_name).read_bytes()
     last_bits = Image.new("RGB", (8, 8), (1, 0, 0))
-    last_bits.info.update(recipe.metadata(ITEMS[0].request, **MODEL, prediction="v", width=8, height=8))
+    last_bits.info.update(recipe.metadata(ITEMS[0].request, **MODEL, prediction="v"))
     with pytest.raises(ValueError, match="is not the picture that goes there"):
         Store(tmp_path, "1").save(ITEMS[0], images.png_bytes(last_bits), 0.5)
     entry = Store(tmp_path, "1", exact=False).save(ITEMS[0], images.png_bytes(last_bits), 0.5)

@@ -78,8 +78,6 @@ class StandIn:
                 model=self.name,
                 model_hash=self.model_hash,
                 prediction="epsilon",
-                width=picture.width,
-                height=picture.height,
             )
             picture.info.update(texts)
             pictures.append(picture)

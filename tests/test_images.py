@@ -28,8 +28,8 @@ def noise_picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> 
 
 
 def texts(request: Request = PLAIN, **changes: object) -> dict[str, str]:
-    fields = {"model": "toy", "model_hash": "0123456789abcdef", "prediction": "v", "width": 64, "height": 48} | changes
-    return recipe.metadata(request, **fields)
+    fields = {"model": "toy", "model_hash": "0123456789abcdef", "prediction": "v"} | changes
+    return recipe.metadata(request.replace(width=64, height=48), **fields)
 
 
 def names(folder: Path) -> list[str]:

@@ -81,7 +81,7 @@ def test_the_playground_says_what_nobody_foresaw(pipe: Pipeline, monkeypatch: py
     def breaks(*_: object) -> None:
         raise IndexError("index 20 is out of bounds")
 
-    monkeypatch.setattr(pipe, "sample_latents", breaks)
+    monkeypatch.setattr(pipe, "draw", breaks)
     box = playground(pipe, "a boat")
     next(widget for widget in box.children if widget.description == "Draw").click()
     assert box.children[-1].value == "IndexError: index 20 is out of bounds"

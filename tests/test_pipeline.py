@@ -15,11 +15,11 @@ import sdlite
 from sdlite.checkpoints.load import load_model, random_model
 from sdlite.checkpoints.save import convert
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
+from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import SCHEDULERS
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Finished, Pipeline, Step
 from sdlite.request import Request
-from tests.references.diffusers_pipeline import generators, reference_pipeline, reference_scheduler
+from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 
 GREY_LEVEL = 1  # pixels may differ by the rounding of one level
 THEIRS = 7.5  # the guidance scale that diffusers takes when it is not told
@@ -28,9 +28,8 @@ THEIRS = 7.5  # the guidance scale that diffusers takes when it is not told
 def make(config) -> Pipeline:
     parts = random_model(config, seed=0)
     schedule = Schedule(config.schedule)
-    return Pipeline(
-        parts.text, parts.denoiser, parts.codec, schedule, sample_size=8, name="random", model_hash="0" * 64
-    )
+    about = About("random", "0" * 64, sample_size=8)
+    return Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=about)
 
 
 def sd2_like():
@@ -273,7 +272,8 @@ def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
 
 
 def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
-    (negative, positive), *_ = sd1._conditioning([Request(prompt="a cat", negative_prompt="blurry", clip_skip=1)])
+    jobs = sd1.jobs(Request(prompt="a cat", negative_prompt="blurry", clip_skip=1))
+    negative, positive = sd1._conditioning(jobs).context
     for prompt, found in (("blurry", negative), ("a cat", positive)):
         skipped, whole = (sd1.text.encode([prompt], clip_skip=skip).context[0] for skip in (1, 0))
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
@@ -324,14 +324,42 @@ def test_steps_are_yielded_as_they_are_made(sd1):
     assert sd1.num_evaluations(request.replace(image="x", strength=0.5)) == 3
 
 
+def test_draw_gives_steps_and_images_in_batches_of_a_size(sd1):
+    """Two groups of 2 and 3 steps; the larger one in batches of up to two."""
+    requests = [Request(prompt="a", seed=i, steps=2 if i == 1 else 3) for i in range(4)]
+    jobs = sd1.jobs(requests)
+    assert [(job.evaluations, job.start, job.guided, job.chunks, job.size) for job in jobs[:2]] == [
+        (3, 0, True, 1, (64, 64)),
+        (2, 0, True, 1, (64, 64)),
+    ]
+    events = list(sd1.draw(jobs, batch_size=2))
+    told = [(e.batch, e.step, e.of, e.done) if isinstance(e, Step) else e.index for e in events]
+    assert told == [
+        *[([0, 2], i, 3, i) for i in range(4)], 0, 2,
+        *[([3], i, 3, 3 + i) for i in range(4)], 3,
+        *[([1], i, 2, 6 + i) for i in range(3)], 1,
+    ]  # fmt: skip
+    assert {e.total for e in events if isinstance(e, Step)} == {8} and events[0].latents is None
+    assert events[1].latents.shape == (2, 4, 8, 8)
+    for event, alone in zip((events[4], events[5]), sd1.generate([requests[0], requests[2]]), strict=True):
+        assert event.picture.tobytes() == alone.tobytes() and event.picture.info == alone.info
+
+
+def test_draw_stops_between_batches(sd1):
+    drawn = []
+    for event in sd1.draw(sd1.jobs([Request(prompt="a", seed=i, steps=2) for i in range(3)]), batch_size=1):
+        if isinstance(event, Finished):
+            drawn.append(event.index)
+        elif event.step == 0 and len(drawn) == 2:
+            break
+    assert drawn == [0, 1]
+
+
 @pytest.mark.parametrize("family", ["sd1", "dit"])
 def test_a_denoiser_can_be_wrapped(pipe):
     calls = []
 
-    class Counted:
-        def __init__(self, denoiser):
-            self.denoiser, self.prediction, self.prepare = denoiser, denoiser.prediction, denoiser.prepare
-
+    class Counted(Wrapper):
         def __call__(self, x, t, memory):
             calls.append(len(x))
             return self.denoiser(x, t, memory)
@@ -347,8 +375,8 @@ def test_pictures_must_fit_the_requests(sd1):
     plain, started = Request(prompt="a", steps=2), Request(prompt="a", steps=2, image="photo.png")
     for requests, images, message in [
         ([started, started], [picture(0)], "images has 1 entries for 2 prompts"),
-        ([started, started], [picture(0), None], "image='photo.png': open the picture"),
-        (started, None, "image='photo.png': open the picture"),
+        ([started, started], [picture(0), None], "image='photo.png': open the image"),
+        (started, None, "image='photo.png': open the image"),
         ([], None, "there are no requests"),
     ]:
         for draw in (sd1.generate, sd1.sample_latents):
@@ -429,7 +457,7 @@ def test_a_model_with_two_sides_draws_what_diffusers_draws(tmp_path):
     """[height, width] in latent cells, as in UNet2DConditionModel's config."""
     parts = random_model(tiny().replace(sample_size=(6, 10)), seed=0)
     schedule = Schedule(parts.config.schedule)
-    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, sample_size=(6, 10), name="x")
+    pipe = Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=About("x", sample_size=(6, 10)))
     pipe.save(tmp_path / "wide")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "wide", local_files_only=True)
     expected = theirs("a cat", num_inference_steps=2, generator=generators(5)).images[0]

@@ -10,14 +10,15 @@ import pytest
 from sdlite.checkpoints.load import random_model
 from sdlite.config import tiny
 from sdlite.diffusion.schedule import Schedule
-from sdlite.pipeline import Pipeline, progress
+from sdlite.pipeline import About, Pipeline, progress
 from sdlite.request import Request
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     parts = random_model(tiny(), seed=0)
-    return Pipeline(parts.text, parts.denoiser, parts.codec, Schedule(parts.config.schedule), sample_size=4)
+    schedule, about = Schedule(parts.config.schedule), About(sample_size=4)
+    return Pipeline(parts.text, parts.denoiser, parts.codec, schedule, about=about)
 
 
 class Terminal(io.StringIO):

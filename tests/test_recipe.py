@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import sdlite
 from sdlite import images
+from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.images import recipe
 from sdlite.request import Request
 from tests.test_images import PLAIN, noise_picture, saved, texts
@@ -19,9 +20,7 @@ from tests.test_images import PLAIN, noise_picture, saved, texts
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # Automatic1111's re_param
 
 
-@given(
-    st.text(max_size=200), st.text(max_size=50), st.integers(0, 2**64 - 1), st.sampled_from([*recipe.A1111_SAMPLERS])
-)
+@given(st.text(max_size=200), st.text(max_size=50), st.integers(0, 2**64 - 1), st.sampled_from([*SOLVERS]))
 @settings(max_examples=60, deadline=None)
 def test_metadata_round_trip(tmp_path_factory: pytest.TempPathFactory, prompt: str, negative: str, seed: int, solver):
     request = Request(prompt=prompt, negative_prompt=negative, seed=seed, solver=solver, guidance_scale=0.1 + 0.2)
@@ -147,7 +146,7 @@ def test_automatic1111s_pictures_that_were_started_from_others():
     assert recipe.parse_a1111(f"{line}, Hires upscale: 2").recipe.request.image is None
 
 
-@pytest.mark.parametrize("solver", recipe.A1111_SAMPLERS)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_our_own_text_is_read_as_automatic1111s(solver: str):
     request = Request(prompt="a, b\nc", negative_prompt="d: e", solver=solver, seed=9, width=64, height=48)
     assert recipe.parse_a1111(texts(request)["parameters"]).recipe.request == request

@@ -12,14 +12,15 @@ from sdlite.diffusion.inpainting import keep_known
 from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import SCHEDULERS, diffusers_scheduler, solver_for
-from sdlite.diffusion.solvers import DDIM, DDPM, DiffusersSolver, ddim_step, ddpm_step
-from sdlite.pipeline.start import first_step
+from sdlite.diffusion.schedulers import DiffusersSolver, diffusers_scheduler
+from sdlite.diffusion.solvers import DDIM, DDPM, ddim_step, ddpm_step, solver_for
+from sdlite.pipeline.job import first_step
 from sdlite.request import Request
 from tests.references.closed_form import GaussianDenoiser, normal
+from tests.references.diffusers_pipeline import SCHEDULERS
 from tests.test_schedule import reference
 
-SOLVERS = ("ddim", "ddpm", *SCHEDULERS)
+ALL = ("ddim", "ddpm", *SCHEDULERS)
 SHAPE = (2, 4, 5, 6)
 SD = ScheduleConfig()
 
@@ -208,7 +209,7 @@ def ends_well(schedule: Schedule, request: Request, prediction: str) -> bool:
 def check_every_run(name: str, numbers: list[int]) -> None:
     schedule = Schedule(SCHEDULES[name])
     modes = ({}, {"image": "given", "strength": 0.7}, {"image": "given", "mask": "given", "strength": 1.0})
-    for solver, prediction, mode, steps in product(SOLVERS, ("epsilon", "v", "sample"), modes, numbers):
+    for solver, prediction, mode, steps in product(ALL, ("epsilon", "v", "sample"), modes, numbers):
         # from an abar of 1e-9 float32 cannot tell x_0 by its epsilon, in which diffusers is no better
         if (name, prediction) != ("cosine", "epsilon") and int(steps * mode.get("strength", 1)):
             request = Request(prompt="", solver=solver, steps=steps, **mode)

@@ -176,7 +176,7 @@ class Batch:
             "model_hash": self.pipe.model_hash,
             "prediction": self.pipe.denoiser.prediction,
             "device": self.pipe.device.type,
-            "dtype": str(next(self.pipe.text.parameters()).dtype).removeprefix("torch."),
+            "dtype": self.pipe.about.dtype,
             "exact": self.options.exact,
             **({"compute_batch": self.size} if self.options.exact else {}),
             "seed": self.options.seed,
@@ -312,12 +312,14 @@ def _checks(pipe: Pipeline, remarks: dict[str, str]) -> Callable[[Request, Any],
         for text in (request.prompt, request.negative_prompt):
             if len(text.encode()) > SHORT_PROMPT:
                 pipe.text.num_chunks(text)
-        if request.clip_skip > pipe.text.config.num_hidden_layers:
-            raise ValueError(
-                f"clip_skip={request.clip_skip} must be 0 to {pipe.text.config.num_hidden_layers}, "
-                "the layers of this text encoder"
-            )
-        settings = (request.solver, request.steps, request.eta, request.strength, request.image is None)
+        settings = (
+            request.solver,
+            request.steps,
+            request.eta,
+            request.strength,
+            request.image is None,
+            request.clip_skip,
+        )
         if settings not in tried:
             try:
                 pipe.num_evaluations(request)

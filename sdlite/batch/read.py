@@ -21,8 +21,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.files import csv_delimiter
-from sdlite.images.recipe import A1111_SAMPLERS
 from sdlite.request import Request
 
 MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million prompts of 256 letters
@@ -253,10 +253,8 @@ def _unquoted(value: str) -> str:
 
 def _solver(sampler: str) -> str:
     """Our name of a sampler that Automatic1111 knows, or the name itself."""
-    for solver, (known, schedule) in A1111_SAMPLERS.items():
-        if sampler.lower() == f"{known}{' Karras' if schedule == 'Karras' else ''}".lower():
-            return solver
-    return sampler
+    names = {entry.full_sampler.lower(): solver for solver, entry in SOLVERS.items()}
+    return names.get(sampler.lower(), sampler)
 
 
 def _jsonl(lines: Iterable[tuple[int, str]], faults: Faults) -> Iterator[Row]:

@@ -21,11 +21,28 @@ from sdlite.checkpoints.load import UNTRAINED, ModelParts, load_model
 from sdlite.checkpoints.single_file import CONFIG_KEY, PREDICTION_KEY, TITLE_KEY
 from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from sdlite.checkpoints.weights import MAX_TENSORS, NAME, CheckpointError, Weights, finite, open_safetensors
-from sdlite.config import UNTRAINED_NOTE, AutoencoderKLConfig, DiTConfig
+from sdlite.config import UNTRAINED_NOTE, AutoencoderKLConfig, DiTConfig, ModelConfig, ScheduleConfig, Sides
 from sdlite.files import atomic_file, atomic_folder, check_file, check_folder
-from sdlite.models.text import saved_text_state_dict
+from sdlite.models.codec import LatentCodec
+from sdlite.models.networks import Network
+from sdlite.models.text import TextEncoder, saved_text_state_dict
 
 MAX_NESTING = 4  # of "state_dict" in pickles; training frameworks make 1
+
+
+def gathered(
+    text: object, denoiser: object, codec: object, schedule: ScheduleConfig, sample_size: Sides, notes: tuple[str, ...]
+) -> ModelParts:
+    """The parts of a pipeline as `save_folder` takes them. Raises ValueError for a part that is no network of ours."""
+    if not isinstance(denoiser, Network):
+        raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
+    if not isinstance(text, TextEncoder) or not isinstance(codec, LatentCodec):
+        other = codec if isinstance(text, TextEncoder) else text
+        raise ValueError(f"a {type(other).__name__} cannot be saved; save the pipeline whose parts sdlite loaded")
+    config = ModelConfig(
+        denoiser=denoiser.config, schedule=schedule, text=text.config, codec=codec.config, sample_size=sample_size
+    )
+    return ModelParts(text, denoiser, codec, config, "", "", notes)
 
 
 def save_folder(

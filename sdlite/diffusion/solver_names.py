@@ -1,111 +1,74 @@
-"""A solver by its name: our DDIM and DDPM, and the schedulers of diffusers for the others."""
+"""The solvers by name: one table, which requests, flags, metadata, README, help and errors read.
 
-import inspect
-from collections.abc import Sequence
+It imports nothing heavy. `sdlite.diffusion.solvers.solver_for` builds a solver of the table. To add one, write a class
+with the methods of `sdlite.contracts.Solver` and add a line here; a solver from outside the package is added by
+`SOLVERS["name"] = SolverEntry(...)` with a function as `make`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sdlite.config import Prediction, ScheduleConfig
-from sdlite.contracts import Solver
-from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solvers import DDIM, DDPM, MIN_ABAR, DiffusersSolver
-from sdlite.request import Request
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lcm": ("LCMScheduler", {}),
-}
+MAX_STEPS = 1000  # the training timesteps of every Stable Diffusion
 LCM_STEPS = 50  # diffusers' original_inference_steps: LCM visits a part of that grid
-NO_ZERO_SNR = ("pndm",)  # has no rescale_betas_zero_snr
-NO_SAMPLE = ("euler_a", "pndm")  # know models that predict epsilon or v only
-KARRAS_RHO = 7  # Karras et al. 2022, section 3: the steps get shorter towards the clean end
-KARRAS_MAX = 14.6146  # sigma of Stable Diffusion's last timestep, where its Karras schedules begin
-STEEP = 1000  # sigmas from which float32 loses what an ancestral step takes the difference of
-PURE_NOISE = 4096.0  # the sigma by which diffusers stands for infinity (abar 2**-24)
 
 
-def solver_for(
-    request: Request, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
-) -> Solver:
-    """The request's solver over its steps. generators: one per image. start: index of the first step that is run.
+@dataclass(frozen=True, slots=True)
+class SolverEntry:
+    """A solver, its names elsewhere and its limits.
 
-    Raises ValueError for steps, a schedule or a prediction that the solver cannot do.
+    source: paper. sampler, schedule_type: as Automatic1111 1.10 calls them. make: name of our class, name of diffusers'
+    scheduler, or a function of (schedule, steps, prediction) that returns a Solver. options: of diffusers' scheduler.
+    max_steps: at most, and never more than the training timesteps. last_step: whether it can take all of these.
+    zero_snr: whether it can start at pure noise. predictions: of the denoiser, that it can follow. takes_eta: whether
+    `eta` has an effect. karras: whether its steps get shorter towards the clean end (Karras et al. 2022).
     """
-    _check(request, schedule, prediction)
-    if request.solver == "ddim":
-        return DDIM(schedule, request.steps, request.eta, prediction)
-    if request.solver == "ddpm":
-        return DDPM(schedule, request.steps, prediction)
-    scheduler = diffusers_scheduler(request.solver, schedule.config, prediction)
-    karras = request.solver == "dpmpp_2m_karras" and schedule.config.zero_terminal_snr
-    sigmas = zero_snr_karras(schedule, request.steps) if karras else None
-    solver = DiffusersSolver(scheduler, request.steps, generators, start, sigmas)
-    if request.solver == "pndm" and solver.timesteps[0] >= schedule.config.num_train_steps:
-        raise ValueError(f"steps={request.steps} leads solver='pndm' past this schedule's last timestep; use 'ddim'")
-    if request.solver == "euler_a" and solver.scheduler.sigmas[0] > STEEP:
-        solver.scheduler.sigmas = solver.scheduler.sigmas.double()  # float32 can give a step a variance below zero
-    return solver
+
+    source: str
+    sampler: str
+    schedule_type: str | None
+    make: str | Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_steps: int = MAX_STEPS
+    last_step: bool = True
+    zero_snr: bool = True
+    predictions: tuple[str, ...] = ("epsilon", "v", "sample")
+    takes_eta: bool = False
+    karras: bool = False
+
+    @property
+    def full_sampler(self) -> str:
+        """The sampler's name in Automatic1111 before 1.9, when the schedule type was part of it."""
+        return f"{self.sampler} Karras" if self.karras else self.sampler
 
 
-def _check(request: Request, schedule: Schedule, prediction: Prediction) -> None:
-    """Says in our words what diffusers' schedulers would fail at, some of them only after the last step."""
-    solver, steps, train_steps = request.solver, request.steps, schedule.config.num_train_steps
-    most = {"lcm": LCM_STEPS, "pndm": train_steps - 1, "dpmpp_2m": train_steps - 1, "unipc": train_steps - 1}
-    limit = min(most.get(solver, train_steps), train_steps)
-    if steps > limit:
-        raise ValueError(f"steps={steps} must be up to {limit} with solver={solver!r}")
-    if schedule.config.zero_terminal_snr and solver in NO_ZERO_SNR:
-        raise ValueError(f"solver={solver!r} knows no zero terminal SNR, which this model has; use 'ddim'")
-    if prediction == "sample" and solver in NO_SAMPLE:
-        raise ValueError(f"solver={solver!r} knows no model that predicts 'sample', as this one does; use 'ddim'")
-    if schedule.config.zero_terminal_snr and solver == "lcm" and prediction == "epsilon":
-        raise ValueError("solver='lcm' starts from pure noise here, where epsilon says nothing; predict v")
-    reached = schedule.abars[:-1] if schedule.config.zero_terminal_snr else schedule.abars
-    if solver not in ("ddim", "ddpm") and not reached.min() >= MIN_ABAR:
-        raise ValueError(
-            f"solver={solver!r} cannot follow this model's schedule, pure noise before its last timestep; use 'ddim'"
-        )
-
-
-def zero_snr_karras(schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
-    """Noise levels and timesteps of a run that starts at pure noise, (steps,) each, descending.
-
-    Karras et al. 2022, eq. 5, from KARRAS_MAX down, after one step from pure noise. Their formula alone would take
-    that noise's sigma, 4096 in diffusers, for its upper end, and spend most steps where nothing can be seen yet.
-    """
-    levels = schedule.sigmas  # (T,), the last is infinite
-    ramp = torch.linspace(0, 1, max(steps - 1, 1), dtype=torch.float64)[: steps - 1]
-    ends = [min(KARRAS_MAX, levels[-2].item()) ** (1 / KARRAS_RHO), levels[0].item() ** (1 / KARRAS_RHO)]
-    sigmas = (ends[0] + ramp * (ends[1] - ends[0])) ** KARRAS_RHO  # (steps - 1,)
-    nearest = (sigmas.log()[:, None] - levels[:-1].log()).abs().argmin(1)  # (steps - 1,)
-    last = len(levels) - 1
-    return torch.cat([sigmas.new_tensor([PURE_NOISE]), sigmas]), torch.cat([nearest.new_tensor([last]), nearest])
-
-
-def diffusers_scheduler(solver: str, config: ScheduleConfig, prediction: Prediction) -> Any:
-    """diffusers' scheduler of that name on our schedule, with its own defaults for what the schedule leaves open."""
-    import diffusers
-
-    name, options = SCHEDULERS[solver]
-    scheduler = getattr(diffusers, name)
-    fields = {
-        "num_train_timesteps": config.num_train_steps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "beta_schedule": "squaredcos_cap_v2" if config.beta_schedule == "cosine" else config.beta_schedule,
-        "steps_offset": config.steps_offset,
-        "set_alpha_to_one": config.final_abar_one,
-        "prediction_type": "v_prediction" if prediction == "v" else prediction,
-        "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "timestep_spacing": config.spacing,
-        "original_inference_steps": min(LCM_STEPS, config.num_train_steps),
-    }
-    known = inspect.signature(scheduler).parameters
-    return scheduler(**{key: value for key, value in fields.items() if key in known and value is not None}, **options)
+NO_X_0 = ("epsilon", "v")
+SOLVERS: dict[str, SolverEntry] = {
+    "ddim": SolverEntry("Song et al. 2021", "DDIM", None, "DDIM", takes_eta=True),
+    "ddpm": SolverEntry("Ho et al. 2020", "DDPM", None, "DDPM"),
+    "euler": SolverEntry("Karras et al. 2022", "Euler", "Uniform", "EulerDiscreteScheduler"),
+    "euler_a": SolverEntry(
+        "Karras et al. 2022", "Euler a", "Uniform", "EulerAncestralDiscreteScheduler", predictions=NO_X_0
+    ),
+    "dpmpp_2m": SolverEntry("Lu et al. 2022", "DPM++ 2M", "Uniform", "DPMSolverMultistepScheduler", last_step=False),
+    "dpmpp_2m_karras": SolverEntry(
+        "Lu et al. 2022",
+        "DPM++ 2M",
+        "Karras",
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True},
+        karras=True,
+    ),
+    "unipc": SolverEntry("Zhao et al. 2023", "UniPC", None, "UniPCMultistepScheduler", last_step=False),
+    "pndm": SolverEntry(
+        "Liu et al. 2022",
+        "PLMS",
+        None,
+        "PNDMScheduler",
+        {"skip_prk_steps": True},
+        last_step=False,
+        zero_snr=False,  # has no rescale_betas_zero_snr
+        predictions=NO_X_0,
+    ),
+    "lcm": SolverEntry("Luo et al. 2023", "LCM", None, "LCMScheduler", max_steps=LCM_STEPS),
+}

@@ -1,22 +1,21 @@
 """From noise to image, one step at a time.
 
 `ddim_step` and `ddpm_step` are the papers' formulas. `DDIM` and `DDPM` fix all pairs (t, t_prev) of a run beforehand
-and apply them. `DiffusersSolver` gives diffusers' schedulers the same interface. Noise is always an argument: `noise()`
+and apply them. `solver_for` builds any solver of the table in solver_names.py. Noise is always an argument: `noise()`
 draws it and is called only by steps that need it.
 """
 
-import copy
-import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sdlite.config import Prediction
-from sdlite.contracts import Noise
+from sdlite.contracts import Noise, Solver
 from sdlite.diffusion.parameterization import add_noise, split_output
 from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.solver_names import SOLVERS, SolverEntry
 
 MIN_ABAR = 1e-12  # below it the image in x_t is beyond float32's digits
 
@@ -93,51 +92,51 @@ class DDPM(_OwnSolver):
         return ddpm_step(x, x_0, self.abar_t[i], self.abar_prev[i], noise=noise())
 
 
-class DiffusersSolver:
-    """A scheduler of diffusers as a Solver.
+class Settings(Protocol):
+    """What a Request says about its solver."""
 
-    It copies the scheduler, because a scheduler holds the state of one run. generators: one per image; the scheduler
-    draws the noise that it adds from them. start: the step at which the run begins (image to image). levels: (sigmas,
-    timesteps), (S,) each, descending, to use instead of the scheduler's own.
+    @property
+    def solver(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def eta(self) -> float: ...
+
+
+def solver_for(
+    request: Settings, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
+) -> Solver:
+    """The request's solver over its steps. generators: one per image. start: index of the first step that is run.
+
+    Raises ValueError for steps, a schedule or a prediction that the solver cannot do.
     """
+    entry = SOLVERS[request.solver]
+    _check(request, entry, schedule, prediction)
+    if entry.make == "DDIM":
+        return DDIM(schedule, request.steps, request.eta, prediction)
+    if entry.make == "DDPM":
+        return DDPM(schedule, request.steps, prediction)
+    if not isinstance(entry.make, str):
+        return entry.make(schedule, request.steps, prediction)
+    from sdlite.diffusion.schedulers import scheduler_solver
 
-    def __init__(
-        self,
-        scheduler: Any,
-        steps: int,
-        generators: Sequence[torch.Generator] = (),
-        start: int = 0,
-        levels: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(steps)
-        if levels is not None:
-            self.scheduler.sigmas = torch.cat([levels[0], levels[0].new_zeros(1)]).float()
-            self.scheduler.timesteps = levels[1]
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)  # else it looks for the first timestep, and some stand twice
-        _drop_double_end(self.scheduler)
-        self.timesteps: Tensor = self.scheduler.timesteps.clamp(min=0)
-        self.initial_scale = float(self.scheduler.init_noise_sigma)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        self._extra = {"generator": list(generators)} if takes_generator and generators else {}
-
-    def scale_input(self, x: Tensor, i: int) -> Tensor:
-        return self.scheduler.scale_model_input(x, self.timesteps[i])
-
-    def step(self, i: int, x: Tensor, output: Tensor, noise: Noise) -> Tensor:
-        return self.scheduler.step(output, self.timesteps[i], x, **self._extra).prev_sample
-
-    def noised(self, x_0: Tensor, noise: Tensor, i: int) -> Tensor:
-        return self.scheduler.add_noise(x_0, noise, self.timesteps[i : i + 1]) if i < len(self.timesteps) else x_0
+    return scheduler_solver(request, schedule, prediction, generators, start)
 
 
-def _drop_double_end(scheduler: Any) -> None:
-    """Rounding gives some trailing grids (61 steps of 1000) a timestep more, -1, which has the noise level of 0.
-
-    After a timestep 0 it would be a step of length 0, which some solvers divide by.
-    """
-    if len(scheduler.timesteps) > 1 and scheduler.timesteps[-1] < 0 and scheduler.timesteps[-2] == 0:
-        scheduler.timesteps = scheduler.timesteps[:-1]
-        if hasattr(scheduler, "sigmas"):
-            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
+def _check(request: Settings, entry: SolverEntry, schedule: Schedule, prediction: Prediction) -> None:
+    """Says in our words what diffusers' schedulers would fail at, some of them only after the last step."""
+    solver, train_steps, zero_snr = request.solver, schedule.config.num_train_steps, schedule.config.zero_terminal_snr
+    limit = min(entry.max_steps, train_steps if entry.last_step else train_steps - 1)
+    if request.steps > limit:
+        raise ValueError(f"steps={request.steps} must be up to {limit} with solver={solver!r}")
+    if zero_snr and not entry.zero_snr:
+        raise ValueError(f"solver={solver!r} knows no zero terminal SNR, which this model has; use 'ddim'")
+    if prediction not in entry.predictions:
+        raise ValueError(f"solver={solver!r} knows no model that predicts {prediction!r}, as this one does; use 'ddim'")
+    if zero_snr and solver == "lcm" and prediction == "epsilon":
+        raise ValueError("solver='lcm' starts from pure noise here, where epsilon says nothing; predict v")
+    reached = schedule.abars[:-1] if zero_snr else schedule.abars
+    if entry.make not in ("DDIM", "DDPM") and not reached.min() >= MIN_ABAR:
+        raise ValueError(
+            f"solver={solver!r} cannot follow this model's schedule, pure noise before its last timestep; use 'ddim'"
+        )

@@ -1,6 +1,7 @@
 """PIL images to tensors and back, masks, and comparing images."""
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageChops, ImageFilter
@@ -9,6 +10,24 @@ from torch import Tensor
 from sdlite.images.files import Drawn
 
 SURE = 0.05  # of a mask's pixels may be neither black nor white: the soft rim of a brush
+
+
+class Opened(NamedTuple):
+    """What is known of an image or mask to start from, once it was opened.
+
+    checksum: see `digest`. size: (width, height) in pixels. grey: see `has_grey`. picture: from `open_picture`; None
+    where it is not kept, as in the plan of a batch.
+    """
+
+    checksum: str
+    size: tuple[int, int]
+    grey: bool = False
+    picture: Image.Image | None = None
+
+    @classmethod
+    def of(cls, picture: Image.Image, *, for_mask: bool = False) -> "Opened":
+        """picture: from `open_picture`."""
+        return cls(digest(picture), picture.size, for_mask and has_grey(picture), picture)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -15,23 +15,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from sdlite.config import Prediction, Record
+from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.files import parse_json
 from sdlite.request import Request
 
 MAX_CHARS = 1024 * 1024  # of a text: two prompts of Request's length, every character escaped, and room
 MAX_NAME = 200  # characters of a model's name
 UNKNOWN_SOURCE = "sha256:unknown"
-A1111_SAMPLERS = {  # solver -> (sampler, schedule type) as Automatic1111 1.10 calls them
-    "ddim": ("DDIM", None),
-    "ddpm": ("DDPM", None),
-    "euler": ("Euler", "Uniform"),
-    "euler_a": ("Euler a", "Uniform"),
-    "dpmpp_2m": ("DPM++ 2M", "Uniform"),
-    "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),
-    "unipc": ("UniPC", None),
-    "pndm": ("PLMS", None),
-    "lcm": ("LCM", None),
-}
 A1111_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # Automatic1111's own rule
 UNICODE = b"UNICODE\0"  # EXIF's mark of a comment in UTF-16
 MAX_JPEG_EXIF = 65_000  # bytes: a JPEG's segment has two bytes for its length
@@ -41,7 +31,8 @@ A1111_FEWEST = 3  # settings in a line, or it belongs to the prompt; also its ru
 class Recipe(Record):
     """All that a picture records about itself; sizes in the request are resolved, sources are digests.
 
-    prediction: None where another program drew it, which does not say.
+    prediction: None where another program drew it, which does not say. backend: what computed the image, if that is not
+    PyTorch.
     """
 
     request: Request
@@ -49,6 +40,7 @@ class Recipe(Record):
     model_hash: str = Field(pattern=r"^[0-9a-f]{0,64}$")
     prediction: Prediction | None  # not in the weights, which the hash is of
     versions: dict[Literal["sdlite", "torch", "diffusers", "transformers"], Annotated[str, Field(max_length=64)]]
+    backend: str = Field("", max_length=64)
 
 
 class Foreign(NamedTuple):
@@ -59,18 +51,21 @@ class Foreign(NamedTuple):
 
 
 def metadata(
-    request: Request, *, model: str, model_hash: str, prediction: Prediction, width: int, height: int
+    request: Request, *, model: str, model_hash: str, prediction: Prediction, backend: str = ""
 ) -> dict[str, str]:
-    """The two texts of a picture; width and height are those drawn, model_hash is hexadecimal."""
+    """The two texts of an image. request: with the size that was drawn. model_hash: hexadecimal."""
     sources = {name: _source(getattr(request, name)) for name in ("image", "mask")}
     recipe = Recipe(
-        request=request.replace(width=width, height=height, **sources),
+        request=request.replace(**sources),
         model=re.split(r"[/\\]", model.rstrip("/\\"))[-1][:MAX_NAME],  # a name, never where it lies
         model_hash=model_hash,
         prediction=prediction,
         versions=versions(),
+        backend=backend,
     )
     written = recipe.model_dump() | {"request": recipe.request.deciding()}
+    if not backend:
+        del written["backend"]
     return {"parameters": _infotext(recipe), "sdlite": json.dumps(written, separators=(",", ":"))}
 
 
@@ -149,9 +144,9 @@ def _solver(settings: dict[str, str]) -> tuple[str, list[str]]:
     sampler = settings.get("Sampler", "")
     if sampler.endswith(" Karras"):  # before 1.9 the schedule was part of the name
         sampler, schedule = sampler.removesuffix(" Karras"), "Karras"
-    named = [solver for solver, (name, _) in A1111_SAMPLERS.items() if name == sampler]
-    if sampler == "DPM++ 2M":
-        named = ["dpmpp_2m_karras" if schedule in ("Karras", "Automatic") else "dpmpp_2m"]
+    named = [solver for solver, entry in SOLVERS.items() if entry.sampler == sampler]
+    if len(named) > 1:  # "Automatic" is Karras for a sampler that has both
+        named = [solver for solver in named if SOLVERS[solver].karras == (schedule in ("Karras", "Automatic"))]
     if named:
         return named[0], []
     nearest = "euler_a" if sampler.endswith(" a") or "SDE" in sampler else "dpmpp_2m"
@@ -165,12 +160,12 @@ def _source(name: str | None) -> str | None:
 def _infotext(recipe: Recipe) -> str:
     """Automatic1111's text: prompt, negative prompt, then one line of settings. RNG: CPU is how noise is drawn."""
     request = recipe.request
-    sampler, schedule = A1111_SAMPLERS[request.solver]
+    solver = SOLVERS[request.solver]
     pasted = request.mask is not None and request.paste
     settings = {
         "Steps": request.steps,
-        "Sampler": sampler,
-        "Schedule type": schedule,
+        "Sampler": solver.sampler,
+        "Schedule type": solver.schedule_type,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",

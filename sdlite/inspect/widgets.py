@@ -1,10 +1,9 @@
-"""Sliders in a notebook: the fields of a request, and the picture while it comes out of the noise."""
+"""Sliders in a notebook: the fields of a request, and the image while it comes out of the noise."""
 
-from io import BytesIO
 from typing import Any
 
-from sdlite.images.files import Images
-from sdlite.pipeline import Pipeline
+from sdlite.images.files import Images, png_bytes
+from sdlite.pipeline import Finished, Pipeline
 from sdlite.request import Request, reason
 
 
@@ -37,13 +36,14 @@ def playground(pipe: Pipeline, prompt: str = "a red apple") -> Any:
         button.disabled = True
         try:
             request = Request(**{name: field.value for name, field in fields.items()})
-            for step, latents in enumerate(pipe.sample_latents(request), 1):
-                said.value = f"step {step} of {request.steps}"
-                (picture,) = pipe.decode(latents, pipe.resolve(request))
-                data = BytesIO()
-                picture.save(data, "PNG")
-                shown.value = data.getvalue()
-            box.pictures.append(picture)
+            for event in pipe.draw(pipe.jobs(request)):
+                if isinstance(event, Finished):
+                    box.pictures.append(event.picture)
+                    shown.value = png_bytes(event.picture)
+                    continue
+                said.value = f"step {event.step} of {event.of}"
+                if event.latents is not None and event.step < event.of:
+                    shown.value = png_bytes(pipe.decode(event.latents, request)[0])
         except Exception as error:  # it has no other way to be seen: a callback's traceback goes nowhere
             said.value = reason(error)
         finally:

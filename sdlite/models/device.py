@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 
 import torch
+from torch import nn
 
 from sdlite.config import check_device
 
@@ -36,3 +37,14 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ValueError(f"dtype={name!r} must be one of {', '.join(known)}")
     return known[name]
+
+
+def device_of(*parts: object) -> torch.device:
+    """Where the first of the parts that has weights holds them; the CPU if none has any."""
+    weights = (weight for part in parts if isinstance(part, nn.Module) for weight in part.parameters())
+    return next((weight.device for weight in weights), torch.device("cpu"))
+
+
+def num_weights(part: object) -> int:
+    """How many numbers a network holds; 0 for other objects."""
+    return sum(weight.numel() for weight in part.parameters()) if isinstance(part, nn.Module) else 0

@@ -1,3 +1,5 @@
-"""Parts in, pictures out."""
+"""Parts in, images out."""
 
-from sdlite.pipeline.pipeline import Picture as Picture, Pictures as Pictures, Pipeline as Pipeline
+from sdlite.pipeline.about import About as About
+from sdlite.pipeline.job import Job as Job, Source as Source, Sources as Sources, batches as batches
+from sdlite.pipeline.pipeline import Finished as Finished, Pipeline as Pipeline, Step as Step

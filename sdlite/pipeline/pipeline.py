@@ -1,76 +1,93 @@
-"""From requests to images: text encoder, denoiser and codec in the order of the README's data-flow line.
+"""From requests to images: text model, denoiser and codec in the order of the README's data-flow line.
 
-A Pipeline holds the parts of a model and no seed. Requests that may share a batch (`batches`) run together. The noise
-of an image comes from its own seed, so the image does not depend on its batch, except for rounding.
+A Pipeline holds the parts of a model and no seed. `jobs` resolves requests, and `draw` is the one loop that samples,
+decodes and finishes images. The noise of an image comes from its own seed, so the image does not depend on its batch,
+except for rounding.
 """
 
 import copy
 import html
-import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdlite.checkpoints.load import ModelParts, load_model
+from sdlite.checkpoints.load import load_model
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.checkpoints.save import save_folder
-from sdlite.config import ModelConfig, Prediction
-from sdlite.contracts import Conditioning, Denoiser, Solver
+from sdlite.checkpoints.save import gathered, save_folder
+from sdlite.config import Prediction
+from sdlite.contracts import Codec, Conditioning, Denoiser, TextModel
 from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.noise import ImageNoise
 from sdlite.diffusion.sampling import denoise
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import solver_for
-from sdlite.images.files import Images, open_picture
-from sdlite.images.pixels import digest, has_grey, mask_notes, pasted, to_pil
+from sdlite.diffusion.solvers import solver_for
+from sdlite.images.files import Images
+from sdlite.images.pixels import Opened, pasted, to_pil
 from sdlite.images.recipe import metadata
-from sdlite.models.codec import LatentCodec
-from sdlite.models.device import find_device, find_dtype, total_memory
-from sdlite.models.networks import Network
-from sdlite.models.prompt import foreign_marks
-from sdlite.models.text import TextEncoder
+from sdlite.models.device import device_of, find_device, find_dtype, num_weights, total_memory
+from sdlite.pipeline.about import UNKNOWN, About
+from sdlite.pipeline.job import (
+    Job,
+    Source,
+    Sources,
+    batches,
+    check_size,
+    first_step,
+    fitted_size,
+    opened,
+    opened_columns,
+    remarks_on,
+    spread,
+)
 from sdlite.pipeline.progress import Progress, watched
-from sdlite.pipeline.start import Job, begin, check_mask, check_size, first_step, fitted_size
-from sdlite.request import Request
+from sdlite.pipeline.start import begin, check_mask, picture_of
+from sdlite.request import Request, SolverName
 
-Picture = Image | str | Path | bytes  # what `open_picture` reads
-Pictures = Sequence[Picture | None] | None
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch has run `step` of its `of` steps; step 0 comes before the first one. batch: indices of its jobs.
+
+    done, total: steps of all batches. latents: (B, C, H/f, W/f) after the step, for previews; None at step 0.
+    """
+
+    batch: list[int]
+    step: int
+    of: int
+    done: int
+    total: int
+    latents: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The image of jobs[index], with its metadata in `.info`."""
+
+    index: int
+    picture: Image
 
 
 class Pipeline:
-    """Text encoder, denoiser, codec and noise schedule, which draw images together.
+    """Text model, denoiser, codec and noise schedule, which draw images together.
 
-    sample_size: default size of an image in latent cells, one number for both sides or (height, width).
-    name, model_hash: go into the images' metadata. notes: what loading had to guess; the caller should show them.
+    Any objects with the methods of `sdlite.contracts` can be parts.
     """
 
     def __init__(
-        self,
-        text: TextEncoder,
-        denoiser: Denoiser,
-        codec: LatentCodec,
-        schedule: Schedule,
-        *,
-        sample_size: int | tuple[int, int] = 64,
-        name: str = "",
-        model_hash: str = "",
-        notes: Sequence[str] = (),
+        self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About = UNKNOWN
     ) -> None:
         self.text = text
         self.denoiser = denoiser
         self.codec = codec
         self.schedule = schedule
-        self.sample_size = sample_size
-        self.inpainting = denoiser.in_channels > codec.latent_channels  # further channels: mask and masked image
-        self.size_unit = codec.factor * denoiser.patch_size  # pixels; sides are multiples of it
-        self.name = name
-        self.model_hash = model_hash
-        self.notes = tuple(notes)
+        self.about = about
 
     @classmethod
     def load(
@@ -98,43 +115,65 @@ class Pipeline:
         parts = load_model(
             SHIPPED if path is None else path, prediction=prediction, variant=variant, vae=vae, allow_links=allow_links
         )
+        about = About(parts.name, parts.hash, tuple(parts.notes), parts.config.sample_size, str(kind)[len("torch.") :])
         return cls(
             parts.text.to(place, kind),
             parts.denoiser.to(place, kind),
             parts.codec.to(place),
             Schedule(parts.config.schedule),
-            sample_size=parts.config.sample_size,
-            name=parts.name,
-            model_hash=parts.hash,
-            notes=parts.notes,
+            about=about,
         )
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that this class and diffusers' StableDiffusionPipeline load (a DiT: this class only).
 
-        The dtype is that of the loaded model: float16 rounds the weights, and the copy then has another hash.
+        The dtype is that of the loaded model: float16 rounds the weights, and the copy then has another hash. Raises
+        ValueError for a part that is no network of sdlite, such as a wrapped denoiser.
         """
-        if not isinstance(self.denoiser, Network):
-            raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
-        config = ModelConfig(
-            denoiser=self.denoiser.config,
-            schedule=self.schedule.config,
-            text=self.text.config,
-            codec=self.codec.config,
-            sample_size=self.sample_size,
-        )
-        parts = ModelParts(self.text, self.denoiser, self.codec, config, self.name, self.model_hash, self.notes)
-        save_folder(parts, folder)
+        about, schedule = self.about, self.schedule.config
+        save_folder(gathered(self.text, self.denoiser, self.codec, schedule, about.sample_size, about.notes), folder)
+
+    def with_parts(
+        self,
+        *,
+        text: TextModel | None = None,
+        denoiser: Denoiser | None = None,
+        codec: Codec | None = None,
+        about: About | None = None,
+    ) -> Self:
+        """A pipeline with some parts replaced. If that changes images by more than rounding, name it in `about`.
+
+        fast = pipe.with_parts(denoiser=Faster(pipe.denoiser), about=replace(pipe.about, backend="faster"))
+        """
+        other = copy.copy(self)
+        for name, part in (("text", text), ("denoiser", denoiser), ("codec", codec), ("about", about)):
+            if part is not None:
+                setattr(other, name, part)
+        return other
 
     def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> Self:
         """A pipeline with the same parts, except the denoiser, which is replaced by wrap(denoiser)."""
-        other = copy.copy(self)
-        other.denoiser = wrap(self.denoiser)
-        return other
+        return self.with_parts(denoiser=wrap(self.denoiser))
+
+    @property
+    def name(self) -> str:
+        return self.about.name
+
+    @property
+    def model_hash(self) -> str:
+        return self.about.hash
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.about.notes
+
+    @property
+    def sample_size(self) -> int | tuple[int, int]:
+        return self.about.sample_size
 
     @property
     def device(self) -> torch.device:
-        return next(self.codec.parameters()).device
+        return device_of(self.codec, self.denoiser, self.text)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -143,13 +182,18 @@ class Pipeline:
         height, width = (size, size) if isinstance(size, int) else size
         return width * self.codec.factor, height * self.codec.factor
 
+    @property
+    def size_unit(self) -> int:
+        """Sides of images are multiples of it, in pixels."""
+        return self.codec.factor * self.denoiser.patch_size
+
     def summary(self) -> dict[str, str]:
         """The parts of the pipeline in words; repr and notebooks show it."""
         parts = {"text": self.text, "denoiser": self.denoiser, "codec": self.codec}
-        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items() if isinstance(m, nn.Module)}
+        weights = {name: f"{num_weights(part) / 1e6:.1f} million weights" for name, part in parts.items()}
         return {
             "model": self.name or "unnamed",
-            **{name: f"{type(parts[name]).__name__}, {size / 1e6:.1f} million weights" for name, size in sizes.items()},
+            **{name: f"{type(part).__name__}, {weights[name]}" for name, part in parts.items() if num_weights(part)},
             "draws": "{} x {} pixels, {}".format(*self.default_size, f"prediction {self.denoiser.prediction}"),
             "device": str(self.device),
             "sha256": self.model_hash[:10] or "none",
@@ -169,8 +213,8 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         num_images: int = 1,
-        image: Picture | Sequence[Picture] | None = None,
-        mask: Picture | Sequence[Picture] | None = None,
+        image: Source | Sequence[Source] | None = None,
+        mask: Source | Sequence[Source] | None = None,
         progress: bool | Progress | None = None,
         **fields: Any,
     ) -> Images:
@@ -179,34 +223,20 @@ class Pipeline:
         image: start from this image (img2img) and change it by `strength`; a PIL image, a file or its bytes. mask:
         black-and-white image; white parts of `image` are redrawn (inpainting). progress: as for `generate`. fields:
         those of Request. A list gives one value for each prompt. Warns if a prompt or an image may not be read as you
-        expect (see `remarks`). Raises ValueError with one line for a request that cannot be drawn.
+        expect (`Job.remarks`). Raises ValueError with one line for a request that cannot be drawn.
         """
-        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-        count = _whole("num_images", num_images)
-        if count < 1:
-            raise ValueError(f"num_images={count} must be at least 1")
-        columns = {"seed": seed, "image": image, "mask": mask} | fields
-        rows = zip(*(_each(name, value, len(prompts)) for name, value in columns.items()), strict=True)
-        requests, images, masks = [], [], []
-        for text, row in zip(prompts, rows, strict=True):
-            values = dict(zip(columns, row, strict=True))
-            first, picture, repaint = _whole("seed", values.pop("seed")), values.pop("image"), values.pop("mask")
-            picture, repaint = _opened(picture), _opened(repaint, for_mask=True)
-            values |= {"image": _named(picture), "mask": _named(repaint)}
-            requests += [Request(prompt=text, seed=first + i, **values) for i in range(count)]
-            images += [picture] * count
-            masks += [repaint] * count
-        rows = zip(requests, images, masks, strict=True)
-        for remark in dict.fromkeys(remark for row in rows for remark in self.remarks(*row)):
+        columns = {"prompt": prompt, "seed": seed, "image": image, "mask": mask} | fields
+        jobs = self.jobs(*spread(columns, num_images))
+        for remark in dict.fromkeys(remark for job in jobs for remark in job.remarks):
             warnings.warn(remark, stacklevel=2)
-        return self.generate(requests, images=images, masks=masks, progress=progress)
+        return self._all(jobs, progress)
 
     def generate(
         self,
         requests: Request | Sequence[Request],
         *,
-        images: Pictures = None,
-        masks: Pictures = None,
+        images: Sources = None,
+        masks: Sources = None,
         progress: bool | Progress | None = None,
     ) -> Images:
         """Draws one image for each request, in their order, each with its metadata in `.info`.
@@ -216,137 +246,58 @@ class Pipeline:
         and the total. Raises ValueError with one line for a request that cannot be drawn, FloatingPointError if an
         image is not finite.
         """
-        jobs = self.jobs(requests, images, masks)
+        return self._all(self.jobs(requests, images, masks), progress)
+
+    def _all(self, jobs: Sequence[Job], progress: bool | Progress | None) -> Images:
         drawn: dict[int, Image] = {}
-        batches = self.batches([job.request for job in jobs])
-        # Before anything is drawn, because solvers raise their errors here.
-        total, done = sum(self.num_evaluations(jobs[batch[0]].request) for batch in batches), 0
         with watched(progress, len(jobs)) as tell:
-            tell(done, total)
-            for batch in batches:
-                mine = [jobs[i] for i in batch]
-                for x_t in self._sample(mine):
-                    latents, done = x_t, done + 1
-                    tell(done, total)
-                requests, images, masks = zip(*mine, strict=True)
-                drawn |= zip(batch, self.decode(latents, requests, images=images, masks=masks), strict=True)
+            for event in self.draw(jobs):
+                if isinstance(event, Finished):
+                    drawn[event.index] = event.picture
+                elif event.step or not event.done:
+                    tell(event.done, event.total)
         return Images(drawn[i] for i in range(len(jobs)))
 
-    def sample_latents(
-        self, requests: Request | Sequence[Request], *, images: Pictures = None, masks: Pictures = None
-    ) -> Iterator[Tensor]:
-        """Yields the latents (B, C, H/f, W/f) of a batch after every step, for previews and for stopping early.
+    def jobs(self, requests: Request | Sequence[Request], images: Sources = None, masks: Sources = None) -> list[Job]:
+        """Resolves requests against this model: what `draw` draws. Opens each image once.
 
-        images, masks: as for `generate`. Raises ValueError if the requests may not share a batch (see `batches`).
-        """
-        jobs = self.jobs(requests, images, masks)
-        if len(self.batches([job.request for job in jobs])) > 1:
-            raise ValueError("these requests cannot share a batch; group them with Pipeline.batches")
-        return self._sample(jobs)
-
-    @torch.no_grad()
-    def decode(
-        self,
-        latents: Tensor,
-        requests: Request | Sequence[Request],
-        *,
-        images: Pictures = None,
-        masks: Pictures = None,
-    ) -> list[Image]:
-        """Decodes final latents (B, C, H/f, W/f) to images, one after the other, each with its metadata in `.info`.
-
-        images, masks: as for `generate`; if a request's paste is true, the part of the image outside the mask is put
-        back. Raises FloatingPointError if an image is not finite.
-        """
-        requests = [requests] if isinstance(requests, Request) else requests
-        columns = [_each(name, value, len(requests)) for name, value in (("images", images), ("masks", masks))]
-        pictures = []
-        for z, request, image, mask in zip(latents.chunk(len(latents)), requests, *columns, strict=True):
-            decoded = self.codec.decode(z.float())  # (1, 3, H, W)
-            if not decoded.isfinite().all():
-                raise FloatingPointError(
-                    f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
-                )
-            picture = to_pil(decoded)[0]
-            paste = request.paste and image is not None and mask is not None
-            if paste:
-                picture = pasted(picture, _opened(image), _opened(mask, for_mask=True), request.mask_blur)
-            width, height = picture.size
-            texts = metadata(
-                request.replace(paste=paste),
-                model=self.name,
-                model_hash=self.model_hash,
-                prediction=self.denoiser.prediction,
-                width=width,
-                height=height,
-            )
-            picture.info.update(texts.items())
-            pictures.append(picture)
-        return pictures
-
-    def num_evaluations(self, request: Request) -> int:
-        """Number of steps that `sample_latents` yields."""
-        return len(self._solver(request, []).timesteps) - first_step(request)
-
-    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Groups the indices of requests that may run together.
-
-        In a group the prompts (of equally many chunks), seeds and strengths of guidance may differ.
-        """
-        groups: dict[Hashable, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(self._batch_key(request), []).append(i)
-        return list(groups.values())
-
-    def jobs(self, requests: Request | Sequence[Request], images: Pictures = None, masks: Pictures = None) -> list[Job]:
-        """Requests with their images; sizes are filled in, and images are recorded by their digests.
-
-        Raises ValueError for a request that this model cannot draw and for images that do not fit the requests.
+        images, masks: as for `generate`. Raises ValueError for a request that this model cannot draw and for images
+        that do not fit the requests.
         """
         requests = [requests] if isinstance(requests, Request) else list(requests)
         if not requests:
             raise ValueError("there are no requests; give at least one")
-        columns = [_each(name, value, len(requests)) for name, value in (("images", images), ("masks", masks))]
-        jobs = []
-        for request, image, mask in zip(requests, *columns, strict=True):
-            for name, named, given in (("image", request.image, image), ("mask", request.mask, mask)):
-                if named is not None and given is None:
-                    raise ValueError(f"{name}={named!r}: open the picture and give it as well")
-            image, mask = _opened(image), _opened(mask, for_mask=True)
-            request = request.replace(image=image and digest(image), mask=mask and digest(mask))
-            jobs.append(Job(self.resolve(request, image), image, mask))
-            if mask is not None:
-                check_mask(mask, *self._size(jobs[-1].request, image), self.codec.factor)
-        return jobs
+        rows = zip(requests, *opened_columns(images, masks, len(requests)), strict=True)
+        return [self._job(*row) for row in rows]
 
-    def remarks(self, request: Request, image: Image | None = None, mask: Image | None = None) -> list[str]:
-        """Warnings for the user about parts of a request that may not be read as expected.
+    def _job(self, request: Request, image: Opened | None, mask: Opened | None) -> Job:
+        for name, given in (("image", image), ("mask", mask)):
+            if getattr(request, name) is not None and given is None:
+                raise ValueError(f"{name}={getattr(request, name)!r}: open the image and give it as well")
+        width, height = self._size(request, image, mask)
+        checksums = {"image": image and image.checksum, "mask": mask and mask.checksum}
+        resolved = request.replace(width=width, height=height, **checksums)
+        return Job(
+            resolved,
+            (width, height),
+            image,
+            mask,
+            start=first_step(resolved),
+            evaluations=self.num_evaluations(resolved),
+            guided=request.guidance_scale > 1,
+            chunks=self._chunks(request),
+            remarks=remarks_on(request, image, mask, (width, height), self.default_size),
+        )
 
-        image, mask: results of `open_picture`.
-        """
-        remarks = [*foreign_marks(request.prompt), *foreign_marks(request.negative_prompt)]
-        open_size = request.width is None and request.height is None
-        if image is not None and open_size and math.prod(image.size) > math.prod(self.default_size):
-            sizes = ["{}x{}".format(*size) for size in (image.size, self._size(request, image))]
-            remarks.append(
-                "the picture to start from has {} pixels and is made {}, the area that this model draws; "
-                "width or height sets another size".format(*sizes)
-            )
-        if image is not None and mask is not None:
-            remarks += mask_notes(mask.size, has_grey(mask), image.size)
-        return remarks
+    def _chunks(self, request: Request) -> int:
+        texts = [request.negative_prompt, request.prompt] if request.guidance_scale > 1 else [request.prompt]
+        return max(map(self.text.num_chunks, texts))
 
-    def _size(self, request: Request, image: Image | None) -> tuple[int, int]:
-        return fitted_size(request, None if image is None else image.size, self.default_size, self.size_unit)
-
-    def resolve(self, request: Request, image: Image | None = None) -> Request:
-        """The request with its size filled in: that of the image, scaled down to the model's area, or the model's size.
-
-        Raises ValueError if this model cannot draw it.
-        """
-        if self.inpainting and request.mask is None:
+    def _size(self, request: Request, image: Opened | Image | None, mask: object) -> tuple[int, int]:
+        """(width, height) in pixels. Raises ValueError if this model cannot draw it."""
+        if self.denoiser.in_channels > self.codec.latent_channels and mask is None:
             raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
-        width, height = self._size(request, image)
+        width, height = fitted_size(request, None if image is None else image.size, self.default_size, self.size_unit)
         check_size(width, height, self.size_unit, self.codec.factor)
         needed, there = self.codec.decode_bytes(width, height), total_memory(self.device)
         if needed > there:
@@ -354,73 +305,149 @@ class Pipeline:
                 f"width={width}, height={height}: to decode it takes {needed / 2**30:.1f} GiB of memory or more, and "
                 f"{self.device} has {there / 2**30:.1f}; draw it smaller"
             )
+        if isinstance(mask, Opened) and mask.picture is not None:
+            check_mask(mask.picture, width, height, self.codec.factor)
+        return width, height
+
+    def resolve(self, request: Request, image: Image | Opened | None = None) -> Request:
+        """The request with its size filled in: that of the image, scaled down to the model's area, or the model's size.
+
+        Raises ValueError if this model cannot draw it.
+        """
+        width, height = self._size(request, image, request.mask)
         return request.replace(width=width, height=height)
 
     @torch.no_grad()
+    def draw(self, jobs: Sequence[Job], batch_size: int | None = None) -> Iterator[Step | Finished]:
+        """Draws jobs batch by batch: the loop behind every image that sdlite draws.
+
+            for event in pipe.draw(pipe.jobs(requests), batch_size=4):
+                if isinstance(event, Finished):
+                    event.picture.save(f"{event.index}.png")     # jobs[event.index]
+                elif event.step == 0 and asked_to_stop:
+                    break                                        # between two batches, all images so far are finished
+                else:
+                    bar.update(completed=event.done, total=event.total)
+
+        For each batch: a Step with step 0, one Step after each step, then each image as soon as it is decoded. Jobs
+        that may share a batch run together, up to batch_size of them (None: no limit), in the order of the first job of
+        each group. Raises FloatingPointError if an image is not finite.
+        """
+        groups = batches(jobs, batch_size)
+        total, done = sum(jobs[group[0]].evaluations for group in groups), 0
+        for group in groups:
+            mine = [jobs[i] for i in group]
+            count, latents = mine[0].evaluations, None
+            yield Step(group, 0, count, done, total, None)
+            for step, latents in enumerate(self._sample(mine), 1):
+                yield Step(group, step, count, done + step, total, latents)
+            done += count
+            assert latents is not None, "a run has at least one step"
+            for i, job, z in zip(group, mine, latents.chunk(len(latents)), strict=True):
+                yield Finished(i, self._finish(z, job.request, job.image, job.mask))
+
+    def sample_latents(
+        self, requests: Request | Sequence[Request], *, images: Sources = None, masks: Sources = None
+    ) -> Iterator[Tensor]:
+        """Yields the latents (B, C, H/f, W/f) of a batch after every step, for previews and for stopping early.
+
+        images, masks: as for `generate`. Raises ValueError if the requests may not share a batch.
+        """
+        jobs = self.jobs(requests, images, masks)
+        if len(batches(jobs)) > 1:
+            raise ValueError("these requests cannot share a batch; `draw` groups them")
+        return self._sample(jobs)
+
+    @torch.no_grad()
     def _sample(self, jobs: Sequence[Job]) -> Iterator[Tensor]:
-        requests = [job.request for job in jobs]
-        noise = self._noise(requests)
-        solver = self._solver(requests[0], noise.generators)
-        x, denoiser, constrain = begin(jobs, solver, noise, self.codec, self.denoiser, self.inpainting)
-        if requests[0].guidance_scale > 1:
-            scale, rescale = (
-                torch.tensor(column, device=self.device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-                for column in zip(*((r.guidance_scale, r.guidance_rescale) for r in requests), strict=True)
+        """jobs: of one batch."""
+        first, codec = jobs[0], self.codec
+        width, height = (side // codec.factor for side in first.size)
+        shape = (codec.latent_channels, height, width)
+        noise = ImageNoise([job.request.seed for job in jobs], shape, self.device)
+        solver = solver_for(first.request, self.schedule, self.denoiser.prediction, noise.generators, first.start)
+        x, denoiser, constrain = begin(jobs, solver, noise, codec, self.denoiser)
+        if first.guided:
+            columns = zip(*((job.request.guidance_scale, job.request.guidance_rescale) for job in jobs), strict=True)
+            denoiser = Guided(denoiser, *(torch.tensor(c, device=self.device).view(-1, 1, 1, 1) for c in columns))
+        memory = denoiser.prepare(self._conditioning(jobs))
+        yield from denoise(denoiser, solver, x, memory, noise.draw, start=first.start, constrain=constrain)
+
+    def _conditioning(self, jobs: Sequence[Job]) -> Conditioning:
+        """B rows, or with guidance 2B with the negative prompts first."""
+        prompts = [job.request.prompt for job in jobs]
+        if jobs[0].guided:
+            prompts = [job.request.negative_prompt for job in jobs] + prompts
+        return Conditioning(*self.text.encode(prompts, clip_skip=jobs[0].request.clip_skip))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        requests: Request | Sequence[Request],
+        *,
+        images: Sources = None,
+        masks: Sources = None,
+    ) -> list[Image]:
+        """Decodes final latents (B, C, H/f, W/f) to images, one after the other, each with its metadata in `.info`.
+
+        images, masks: as for `generate`; if a request's paste is true, the part of the image outside the mask is put
+        back. Raises FloatingPointError if an image is not finite.
+        """
+        requests = [requests] if isinstance(requests, Request) else requests
+        rows = zip(latents.chunk(len(latents)), requests, *opened_columns(images, masks, len(requests)), strict=True)
+        return [self._finish(*row) for row in rows]
+
+    def _finish(self, z: Tensor, request: Request, image: Opened | None, mask: Opened | None) -> Image:
+        """Latents (1, C, H/f, W/f) to an image with its metadata."""
+        decoded = self.codec.decode(z.float())  # (1, 3, H, W)
+        if not decoded.isfinite().all():
+            raise FloatingPointError(
+                f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
             )
-            denoiser = Guided(denoiser, scale, rescale)
-        memory = denoiser.prepare(self._conditioning(requests))
-        start = first_step(requests[0])
-        yield from denoise(denoiser, solver, x, memory, noise.draw, start=start, constrain=constrain)
+        picture = to_pil(decoded)[0]
+        paste = request.paste and image is not None and mask is not None
+        if paste:
+            picture = pasted(picture, picture_of(image), picture_of(mask), request.mask_blur)
+        texts = metadata(
+            request.replace(paste=paste, width=picture.width, height=picture.height),
+            model=self.name,
+            model_hash=self.model_hash,
+            prediction=self.denoiser.prediction,
+            **self.about.bits,
+        )
+        picture.info.update(texts.items())
+        return picture
 
-    def _batch_key(self, request: Request) -> Hashable:
-        """Equal for requests that may share a batch. It holds whether there is guidance, an image and a mask."""
-        guided = request.guidance_scale > 1
-        texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
-        chunks = max(map(self.text.num_chunks, texts))
-        alike = {"prompt": "", "negative_prompt": "", "seed": 0, "guidance_scale": float(guided), "guidance_rescale": 0}
-        sources = {"image": _named(request.image), "mask": _named(request.mask)}
-        return self.resolve(request).replace(**alike, **sources), chunks
+    def num_evaluations(self, request: Request) -> int:
+        """How many steps `draw` runs for a request. Raises ValueError if solver or text model cannot do it."""
+        start = first_step(request)
+        if request.clip_skip:
+            self.text.encode([""], clip_skip=request.clip_skip)  # raises ValueError for more layers than there are
+        settings = (request.solver, request.steps, request.eta)
+        return _grid_length(*settings, self.schedule, self.denoiser.prediction, start) - start
 
-    def _noise(self, requests: Sequence[Request]) -> ImageNoise:
-        resolved = self.resolve(requests[0]).model_dump()
-        height, width = resolved["height"] // self.codec.factor, resolved["width"] // self.codec.factor
-        shape = (self.codec.latent_channels, height, width)
-        return ImageNoise([request.seed for request in requests], shape, self.device)
+    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Groups the indices of requests, with checksums for images, that may run together."""
+        jobs = []
+        for request in map(self.resolve, requests):
+            size, guided = (request.width or 0, request.height or 0), request.guidance_scale > 1
+            image, mask = (None if name is None else Opened(name, size) for name in (request.image, request.mask))
+            jobs.append(Job(request, size, image, mask, 0, 0, guided, self._chunks(request)))
+        return batches(jobs)
 
-    def _conditioning(self, requests: Sequence[Request]) -> Conditioning:
-        """B rows, or with guidance 2B rows with the negative prompts first."""
-        prompts = [request.prompt for request in requests]
-        if requests[0].guidance_scale > 1:
-            prompts = [request.negative_prompt for request in requests] + prompts
-        return Conditioning(*self.text.encode(prompts, clip_skip=requests[0].clip_skip))
-
-    def _solver(self, request: Request, generators: Sequence[torch.Generator]) -> Solver:
-        return solver_for(request, self.schedule, self.denoiser.prediction, generators, first_step(request))
-
-
-def _opened(picture: Any, *, for_mask: bool = False) -> Any:
-    return None if picture is None else open_picture(picture, for_mask=for_mask)
-
-
-def _each(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each of count prompts: those of a list, or one value for all. Checks that images are images."""
-    values = list(value) if isinstance(value, list | tuple) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one for each")
-    if name in ("image", "mask", "images", "masks"):
-        for picture in values:
-            if picture is not None and not isinstance(picture, Picture):
-                raise ValueError(f"{name} must be a PIL image, a file or its bytes, not {type(picture).__name__}")
-    return values
+    def remarks(self, request: Request, image: Any = None, mask: Any = None) -> list[str]:
+        """What the user should know about a request; see `Job.remarks`."""
+        given = None if image is None else Opened("", image.size)
+        area = None if mask is None else opened(mask, for_mask=True)
+        size = fitted_size(request, given and given.size, self.default_size, self.size_unit)
+        return list(remarks_on(request, given, area, size, self.default_size))
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        return value.__index__()  # also the integers of numpy and torch
-    except (AttributeError, TypeError):
-        raise ValueError(f"{name}={value!r:.40} must be a whole number") from None
-
-
-def _named(picture: Any) -> str | None:
-    """A placeholder for the image in requests that are compared or not yet resolved."""
-    return None if picture is None else "given"
+@lru_cache(maxsize=1024)
+def _grid_length(
+    solver: SolverName, steps: int, eta: float, schedule: Schedule, prediction: Prediction, start: int
+) -> int:
+    """How many timesteps a run of these settings has; the solver is built once to see whether it can do them."""
+    request = Request(prompt="", solver=solver, steps=steps, eta=eta)
+    return len(solver_for(request, schedule, prediction, (), start).timesteps)

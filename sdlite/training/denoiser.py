@@ -30,7 +30,7 @@ from sdlite.models.codec import LatentCodec
 from sdlite.models.dit import DiT
 from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Pipeline
 from sdlite.request import Request
 from sdlite.training.codec import codec_identity
 from sdlite.training.datasets.data import (
@@ -283,7 +283,8 @@ class DenoiserTask(nn.Module):
         chosen = self.records[:: max(1, len(self.records) // SHOWN * 2)][: SHOWN // 2]
         chosen += held[:: max(1, len(held) // SHOWN * 2)][: SHOWN // 2]
         captions = [str(record["text"]) for record in chosen]
-        pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, sample_size=self.sample_size)
+        about = About(sample_size=self.sample_size)
+        pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, about=about)
         text.to(self.device)
         requests = [
             Request(prompt=p, seed=i, steps=PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE)

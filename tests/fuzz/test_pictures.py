@@ -11,7 +11,7 @@ from sdlite.request import Request
 from tests.fuzz.rule import TOKENS, Choices, changed, edited, fuzz, hold
 
 REQUEST = Request(prompt="a (red:1.2) apple", negative_prompt="blurry", steps=5, image=f"sha256:{'0' * 64}")
-TEXTS = metadata(REQUEST, model="m", model_hash="ab" * 32, prediction="v", width=8, height=8)
+TEXTS = metadata(REQUEST, model="m", model_hash="ab" * 32, prediction="v")
 RECIPE = json.loads(TEXTS["sdlite"])
 
 

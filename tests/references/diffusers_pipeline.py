@@ -13,6 +13,15 @@ KINDS = {
     "img2img": diffusers.StableDiffusionImg2ImgPipeline,
     "inpaint": diffusers.StableDiffusionInpaintPipeline,
 }
+SCHEDULERS = {  # our name of a solver -> diffusers' class and options
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lcm": ("LCMScheduler", {}),
+}
 
 
 def reference_pipeline(pipe: Pipeline, kind: str = "txt2img", scheduler: str = "DDIMScheduler", **options):

@@ -1,0 +1,28 @@
+"""What a pipeline knows of its model besides the parts themselves."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """name, hash: of the model, for the images' metadata. notes: what loading had to guess; the caller should show it.
+
+    sample_size: default size of an image in latent cells, one number for both sides or (height, width). dtype: of text
+    model and denoiser. backend: what computes the parts, if that is not PyTorch with the weights of `hash`; it changes
+    the bits of an image, and so belongs to the keys of a batch and to the metadata.
+    """
+
+    name: str = ""
+    hash: str = ""
+    notes: tuple[str, ...] = ()
+    sample_size: int | tuple[int, int] = 64
+    dtype: str = "float32"
+    backend: str = ""
+
+    @property
+    def bits(self) -> dict[str, str]:
+        """What decides an image's bits besides request, model and prediction. Defaults are left out of keys."""
+        return {"backend": self.backend} if self.backend else {}
+
+
+UNKNOWN = About()

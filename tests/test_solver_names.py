@@ -1,0 +1,39 @@
+"""One table of solvers: the names that requests take, Automatic1111's names, and the README's table agree with it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from sdlite.diffusion.solver_names import SOLVERS
+from sdlite.request import Request, SolverName
+from tests.references.diffusers_pipeline import SCHEDULERS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_names_for_type_checkers_are_those_of_the_table():
+    assert get_args(SolverName) == tuple(SOLVERS)
+    assert {name: (entry.make, dict(entry.options)) for name, entry in SOLVERS.items() if name in SCHEDULERS} == (
+        SCHEDULERS
+    )
+    with pytest.raises(ValueError, match=r"solver='eular' must be 'ddim', .*, 'pndm' or 'lcm'"):
+        Request(prompt="a", solver="eular")
+
+
+def test_the_readme_has_the_table():
+    """| solver | Automatic1111 | source |"""
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", README.read_text(), re.MULTILINE)
+    expected = {
+        name: (f"{e.sampler}, {e.schedule_type}" if e.schedule_type else e.sampler, e.source)
+        for name, e in SOLVERS.items()
+    }
+    assert {name: (sampler, source) for name, sampler, source in rows if name in SOLVERS} == expected
+
+
+def test_the_table_loads_nothing_heavy():
+    code = "import sys, sdlite.request; print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'diffusers'})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
