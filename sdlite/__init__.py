@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sdlite.package import __version__ as __version__, fetching
 
 _HOME = {
-    "CheckpointError": "sdlite.checkpoints.load",
+    "CheckpointError": "sdlite.checkpoints.places",
     "Conditioning": "sdlite.contracts",
     "DDIM": "sdlite.diffusion.solvers",
     "DDPM": "sdlite.diffusion.solvers",
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
         segmentation as segmentation,
         training as training,
     )
-    from sdlite.checkpoints.load import CheckpointError as CheckpointError, load_model as load_model
+    from sdlite.checkpoints.load import load_model as load_model
+    from sdlite.checkpoints.places import CheckpointError as CheckpointError
     from sdlite.config import (
         DiTConfig as DiTConfig,
         UNetConfig as UNetConfig,

@@ -1,12 +1,11 @@
-"""One way to read JSON from outside and one way to write a result, whole or not at all.
+"""One way to read JSON from outside, and one way to write a file or a folder: whole or not at all.
 
-Reading: limits on bytes, brackets and depth hold before and after parsing, and a key that is there twice is refused.
+Reading: bytes, brackets and depth are limited, and a key that occurs twice is refused.
 
 Writing: a file or a folder is made in a temporary folder beside its place, brought to the disk, and only then renamed.
-The rule about what is there already is the same everywhere: a name that is taken is refused without `force`; with it a
-file or link is replaced, the link itself and never its target; folders take the place of folders only, and nothing
-takes the place of a device. Whatever ends the making, an error or Ctrl-C, also removes the temporary folder. Only a
-process that is killed leaves one, under a name that `sweep` knows.
+Without `force` a name that is taken is refused. With it a file replaces a file or a link (never the link's target), and
+a folder replaces a folder; nothing replaces a device. An error or Ctrl-C removes the temporary folder. Only a process
+that is killed leaves one, under a name that `sweep` knows.
 """
 
 import errno
@@ -18,6 +17,7 @@ import secrets
 import shutil
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,9 +27,10 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_BRACKETS = 500_000  # of lists and objects, which take 20 to 50 times the memory of their text
 MAX_DEPTH = 64
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes no more
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errno of an OSError: the disk cannot be written
 SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\r?\n?', re.IGNORECASE)  # Excel reads it, and so people write it
-STALE_SECONDS = 24 * 3600.0  # after which another machine's temporary file is nobody's; one is needed for moments
+TEMPORARY = re.compile(r"\.(.+)-(\d{1,10})\.[0-9a-f]{16}\.(tmp|old)")  # host, process, kind
+STALE_SECONDS = 24 * 3600.0  # another machine's temporary file that is older is left over; writing takes moments
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an error of the system
 
 
@@ -56,17 +57,30 @@ def parse_json(text: bytes | str) -> Any:
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError or ValueError, in one line that begins with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path}: has more than {max_bytes} bytes")
+    data = _read_bytes(path, max_bytes)
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
     return content
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text in a file. Raises FileNotFoundError or ValueError, in one line that begins with the path."""
+    try:
+        return _read_bytes(path, max_bytes).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8") from None
+
+
+def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: has more than {max_bytes} bytes")
+    return path.read_bytes()
 
 
 def csv_delimiter(first: str) -> tuple[str, bool]:
@@ -86,14 +100,13 @@ def exported(folder: Path, name: str) -> Path:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twice!r:.80} is there twice")
     return content
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_depth(value: Any) -> None:
@@ -114,10 +127,10 @@ def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
 def atomic_file(
     path: Path, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
 ) -> Iterator[Path]:
-    """Gives an empty temporary file of that name; when the block ends well, what it holds is on disk under `path`.
+    """Gives an empty temporary file of that name; when the block ends well, it becomes the file `path`.
 
-    Folders on the way are made. reached: told of "written", "synced" and "linked", for tests that end the process
-    there. Raises FileExistsError, DiskFull, or OSError as the system says; then `path` is as it was.
+    Missing folders are made. reached: called with "written", "synced" and "linked", for tests that end the process
+    there. Raises FileExistsError, DiskFull, or OSError as the system says; `path` is unchanged then.
     """
     path = path if path.name else path.absolute()
     check_file(path, force)
@@ -143,17 +156,17 @@ def atomic_file(
 def write_file(
     path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
 ) -> None:
-    """The bytes as a file, by `atomic_file`."""
+    """Writes the bytes with `atomic_file`."""
     with atomic_file(path, force=force, reached=reached) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
 def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Gives a new temporary folder; when the block ends well, it is on disk as `path`.
+    """Gives a new temporary folder; when the block ends well, it becomes the folder `path`.
 
     `path` must be free or an empty folder; with force, a folder that holds files is replaced, and removed only when the
-    new one is in its place. Folders on the way are made. Raises as `atomic_file` does.
+    new one is in its place. Missing folders are made. Raises as `atomic_file` does.
     """
     path = path if path.name else path.absolute()
     check_folder(path, force)
@@ -172,19 +185,18 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def temporary_name(folder: Path) -> Path:
-    """A free name for something in the making, which `sweep` knows when its process is gone."""
+    """A free name for a file or folder that is being made; `sweep` removes it when the process is gone."""
     return folder / f".{HOST}-{os.getpid()}.{secrets.token_hex(8)}.tmp"
 
 
 def sweep(folder: Path) -> None:
-    """Removes what processes that are gone left in the making in this folder."""
-    for path in folder.glob(".*.tmp"):
-        match = re.fullmatch(r"\.(.+)-(\d{1,10})\.[0-9a-f]{16}\.tmp", path.name)
-        if match:
+    """Removes what killed processes left unfinished in this folder, and puts back folders that they were replacing."""
+    for path in folder.glob(".*"):
+        if match := TEMPORARY.fullmatch(path.name):
             with suppress(OSError):  # its process was quicker, or it is not ours
                 age = time.time() - path.lstat().st_mtime
                 if age > STALE_SECONDS or (match[1] == HOST and not _is_running(int(match[2]))):
-                    _remove(path)
+                    _put_back(path) if match[3] == "old" and not path.is_symlink() else _remove(path)
 
 
 def _is_running(pid: int) -> bool:
@@ -235,20 +247,18 @@ def check_file(path: Path, force: bool) -> None:
     if not _is_there(path):
         return
     if not (path.is_symlink() or path.is_file()):
-        raise FileExistsError(f"{path} is there and is no file; give another name")
+        raise FileExistsError(f"{path} exists and is not a file; give another name")
     if not force:
         raise FileExistsError(f"{path} exists; --force replaces it")
 
 
 def check_folder(path: Path, force: bool) -> None:
     """Raises FileExistsError, in one line, if `atomic_folder` would not write there."""
-    old = _old(path)
-    if not _is_there(path) and old.is_dir():
-        old.rename(path)  # a process was killed between the two steps of _move_folder
+    sweep(path.parent)  # puts the folder back if a process was killed while it replaced it
     if not _is_there(path):
         return
     if path.is_symlink() or not path.is_dir():
-        raise FileExistsError(f"{path} is there and is no folder; give another name")
+        raise FileExistsError(f"{path} exists and is not a folder; give another name")
     if not force and any(path.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty; give a new folder")
 
@@ -262,24 +272,28 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
 def _move_folder(source: Path, path: Path) -> None:
     """Renames source to path, which is free or a folder that may go."""
     if not path.exists():
         source.rename(path)
         return
-    old = _old(path)
-    _remove(old)
-    path.rename(old)
+    aside = temporary_name(path.parent).with_suffix(".old")
+    aside.mkdir()
     try:
+        path.rename(aside / path.name)
         source.rename(path)
     except BaseException:
-        old.rename(path)
+        _put_back(aside)
         raise
-    _remove(old)
+    _remove(aside)
+
+
+def _put_back(aside: Path) -> None:
+    """Moves a folder that was set aside to its place, unless a new one is there, and removes the rest."""
+    for folder in aside.iterdir():
+        if not _is_there(aside.with_name(folder.name)):
+            folder.rename(aside.with_name(folder.name))
+    _remove(aside)
 
 
 def _link(source: Path, path: Path) -> None:
@@ -294,7 +308,7 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all in it, if it is there; a signal does not stop it half way."""
+    """Removes a file, a link or a folder with its contents, if it exists. Ctrl-C is raised after it is done."""
     try:
         _remove_once(path)
     except KeyboardInterrupt:

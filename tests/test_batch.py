@@ -4,6 +4,7 @@ The processes that are killed are real and are killed with SIGKILL; they are for
 loaded, so that hundreds of them take minutes.
 """
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -14,22 +15,29 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from sdlite import batch, images
-from sdlite.batch import disk, draw as draw_module, local, store
-from sdlite.batch.draw import Engine, Result, chunks
+from sdlite.batch import disk, drawer, local, manifest
+from sdlite.batch.drawer import Drawer, Result
+from sdlite.batch.parts import groups
 from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, carried, spread
+from sdlite.config import ScheduleConfig
+from sdlite.contracts import Conditioning, TextFeatures
+from sdlite.diffusion.schedule import Schedule
 from sdlite.files import HOST
-from sdlite.pipeline import Pipeline
+from sdlite.pipeline import About, Finished, Job, Pipeline, Step
+from sdlite.request import Request
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals")
 
@@ -100,8 +108,8 @@ def test_what_is_missing_is_drawn_and_nothing_else(tmp_path: Path, reference: Co
     complete(tmp_path, reference)
 
 
-def test_shards_are_the_whole(tmp_path: Path, reference: Content):
-    done = [run(tmp_path, shard=f"{i}/3").done for i in (2, 3, 1)]
+def test_parts_are_the_whole(tmp_path: Path, reference: Content):
+    done = [run(tmp_path, part=f"{i}/3").done for i in (2, 3, 1)]
     assert sum(done) == 20 and all(done)
     complete(tmp_path, reference)
 
@@ -180,12 +188,12 @@ def test_pictures_start_from_pictures(tmp_path: Path):
     assert "was changed while the batch ran" in prepared.run().failed[0]
 
 
-def test_chunks_hold_what_may_share_a_batch():
+def test_groups_hold_what_may_share_a_batch():
     items = batch.prepare([{"prompt": "a", "steps": 2 + i % 3} for i in range(600)], "unused", pipe=tiny()).items
-    made = list(chunks(tiny(), items, 4))
-    assert sorted(item.index for chunk in made for item in chunk) == list(range(600))
-    assert all(len({item.request.steps for item in chunk}) == 1 for chunk in made)
-    assert sum(len(chunk) < 4 for chunk in made) <= 3
+    made = list(groups(items, 4))
+    assert sorted(item.index for group in made for item in group) == list(range(600))
+    assert all(len({item.request.steps for item in group}) == 1 for group in made)
+    assert sum(len(group) < 4 for group in made) <= 3
 
 
 def test_loads_as_an_image_folder(tmp_path: Path):
@@ -199,22 +207,91 @@ def test_loads_as_an_image_folder(tmp_path: Path):
     assert batch_of[0]["image"].size == (64, 64)
 
 
+class PlainText:
+    """Features are the length of the prompt."""
+
+    def num_chunks(self, prompt: str) -> int:
+        return 1
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        return [(prompt, [0])]
+
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> TextFeatures:
+        return TextFeatures(torch.tensor([[[float(len(prompt))]] for prompt in prompts]))
+
+
+class PlainDenoiser:
+    """Predicts that x_0 is the features / 100 everywhere."""
+
+    prediction = "sample"
+    in_channels = 4
+    patch_size = 1
+
+    def prepare(self, conditioning: Conditioning) -> Tensor:
+        return conditioning.context
+
+    def __call__(self, x: Tensor, t: Tensor, memory: Tensor) -> Tensor:
+        return memory[:, :, :, None].expand(-1, *x.shape[1:]) / 100
+
+
+class PlainCodec:
+    """A latent cell is eight pixels of the colour of its first three channels."""
+
+    factor = 8
+    latent_channels = 4
+    deterministic = True
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.pad(images[:, :, ::8, ::8], (0, 0, 0, 0, 0, 1))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def decode_bytes(self, width: int, height: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset"])
+def test_three_plain_objects_run_a_batch(tmp_path: Path, form: str):
+    """Closed form: the last step of DDIM from a predicted x_0 ends there, whatever the noise."""
+    about = About(name="plain", hash="ab" * 32, sample_size=2)
+    pipe = Pipeline(
+        PlainText(), PlainDenoiser(), PlainCodec(), Schedule(ScheduleConfig(final_abar_one=True)), about=about
+    )
+    rows = [{"prompt": "a" * length, "steps": 3, "guidance_scale": 1} for length in (10, 50, 50, 90)]
+    assert batch.run(rows, tmp_path, pipe=pipe, format=form, exact=True).done == 4
+    assert batch.run(rows, tmp_path, pipe=pipe, format=form, exact=True).skipped == 4
+    assert len(batch.verify(tmp_path).good) == 4
+    settings = json.loads((tmp_path / "run.json").read_text())
+    assert (settings["model"], settings["model_hash"], settings["device"]) == ("plain", "ab" * 32, "cpu")
+    if form == "folder":
+        for path, length in zip(sorted(tmp_path.glob("*.png")), (10, 50, 50, 90), strict=True):
+            grey = round((length / 100 / 2 + 0.5) * 255)
+            assert images.open_picture(path).getextrema() == ((grey, grey),) * 3
+    faster = pipe.with_parts(about=dataclasses.replace(about, backend="x"))
+    assert batch.run(rows[:1], tmp_path / "backend", pipe=faster).done
+    assert json.loads((tmp_path / "backend/run.json").read_text())["backend"] == "x"
+
+
 # ----------------------------------------------------------------------------------------------- failures
 
 
+def poison(patch: pytest.MonkeyPatch, pipe: Pipeline, is_bad: Callable[[Request], bool], said: str) -> None:
+    """The images of some requests come out as nan."""
+    whole = pipe.draw
+
+    def draw(jobs: Sequence[Job], *rest: Any) -> Iterator[Step | Finished]:
+        for event in whole(jobs, *rest):
+            if isinstance(event, Finished) and is_bad(jobs[event.index].request):
+                raise FloatingPointError(said)
+            yield event
+
+    patch.setattr(pipe, "draw", draw)
+
+
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pictures of seed 13 come out as nan."""
-
-    whole = tiny().decode
-
-    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
-        if any(request.seed == 13 for request in requests):
-            raise FloatingPointError("seed=13: the image is not finite")
-        return whole(latents, requests, **sources)
-
-    monkeypatch.setattr(tiny(), "decode", decode)
-    yield
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, tiny(), lambda request: request.seed == 13, "seed=13: the image is not finite")
 
 
 def test_a_poison_request_fails_alone(tmp_path: Path, poisoned: None):
@@ -233,10 +310,10 @@ def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poison
     assert report.done == 3 and list(report.failed) == [3] and not report.interrupted
 
 
-@pytest.mark.parametrize("where", ["num_evaluations", "sample_latents", "png_bytes"])
+@pytest.mark.parametrize("where", ["num_evaluations", "draw", "png_bytes"])
 def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     """Not a ValueError, and from the check of the file, from drawing, or from writing the PNG."""
-    place: Any = draw_module if where == "png_bytes" else tiny()
+    place: Any = drawer if where == "png_bytes" else tiny()
     whole = getattr(place, where)
 
     def breaks(given: Any, *rest: Any, **named: Any) -> Any:
@@ -245,8 +322,6 @@ def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch:
         return whole(given, *rest, **named)
 
     monkeypatch.setattr(place, where, breaks)
-    if where == "num_evaluations":
-        monkeypatch.setattr(place, "sample_latents", functools.partial(_breaks_too, tiny().sample_latents))
     rows = [{"prompt": "poison" if i == 1 else "a", "steps": 1 + (i == 1), "seed": i} for i in range(12)]
     report = run(tmp_path / "going", rows, keep_going=True)
     assert report.failed == {1: "IndexError: index 20 is out of bounds for dimension 0"} and report.done == 11
@@ -254,12 +329,6 @@ def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch:
     assert list(report.failed) == [1] and report.done < 12
     monkeypatch.undo()
     assert run(tmp_path / "stopping", rows).failed == {} and len(pictures(tmp_path / "stopping")) == 12
-
-
-def _breaks_too(whole: Any, requests: Any, **sources: Any) -> Any:
-    if "poison" in str(requests):
-        raise IndexError("index 20 is out of bounds\nfor dimension 0")
-    return whole(requests, **sources)
 
 
 def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch):
@@ -272,14 +341,14 @@ def test_a_failure_that_is_gone_leaves_the_list(tmp_path: Path, poisoned: None, 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_out_of_memory_halves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool):
-    whole = tiny().sample_latents
+    whole = tiny().draw
 
-    def sample(requests: Any, **sources: Any) -> Any:
-        if len(requests) > 2:
+    def draw(jobs: Sequence[Job]) -> Iterator[Step | Finished]:
+        if len(jobs) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
-        return whole(requests, **sources)
+        return whole(jobs)
 
-    monkeypatch.setattr(tiny(), "sample_latents", sample)
+    monkeypatch.setattr(tiny(), "draw", draw)
     report = run(tmp_path, [{"prompt": "a", "steps": 2}] * 4, exact=exact, keep_going=True)
     assert (report.done, len(report.failed)) == ((0, 4) if exact else (4, 0))
     if exact:
@@ -289,7 +358,7 @@ def test_out_of_memory_halves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_stop_finishes_the_batch_in_hand(tmp_path: Path, reference: Content):
     asked = iter([False, True])
     report = run(tmp_path, stop=lambda: next(asked, True))
-    first = next(chunks(tiny(), batch.prepare(ROWS, tmp_path, pipe=tiny()).items, 4))
+    first = next(groups(batch.prepare(ROWS, tmp_path, pipe=tiny()).items, 4))
     assert report.interrupted and report.done == len(pictures(tmp_path)) == len(first)
     run(tmp_path)
     complete(tmp_path, reference)
@@ -312,8 +381,8 @@ def die_at(point: str, number: int) -> Callable[[str], None]:
 def run_and_die(folder: Path, point: str, number: int) -> None:
     """Draws, and is killed at the number-th passing of a point."""
     if point == "line":
-        append, left = store.append, iter(range(number, -1, -1))
-        store.append = lambda path, line: append(path, line) if next(left) else half_a_line_then_die(path, line)
+        append, left = manifest.append, iter(range(number, -1, -1))
+        manifest.append = lambda path, line: append(path, line) if next(left) else half_a_line_then_die(path, line)
     else:
         local.Store = functools.partial(Store, reached=die_at(point, number))  # type: ignore[misc]
     run(folder)
@@ -405,7 +474,7 @@ def test_a_worker_killed_is_replaced(tmp_path: Path, reference: Content):
     complete(tmp_path, reference)
 
 
-class DiesOn(Engine):
+class DiesOn(Drawer):
     """Draws nothing; the process ends at item 2."""
 
     def __init__(self) -> None:
@@ -422,15 +491,15 @@ class DiesOn(Engine):
         return done
 
 
-def dies_on(number: int) -> Engine:
+def dies_on(number: int) -> Drawer:
     return DiesOn()
 
 
-def dies_at_start(number: int) -> Engine:
+def dies_at_start(number: int) -> Drawer:
     os._exit(3)
 
 
-def refuses(number: int) -> Engine:
+def refuses(number: int) -> Drawer:
     raise ValueError("no such model")
 
 
@@ -490,7 +559,7 @@ def test_a_disk_of_64_kib(tmp_path: Path, reference: Content):
     if not mount("size=64k"):
         pytest.skip("mounting is not permitted")
     try:
-        with pytest.raises(batch.DiskFull, match="No space left on device; what is done stays done"):
+        with pytest.raises(batch.DiskFull, match="No space left on device; finished images are kept"):
             run(tmp_path)
         there = pictures(tmp_path)
         assert 0 < len(there) < 20 and there.items() <= reference.items()
@@ -527,6 +596,6 @@ def test_notes_on_pictures_and_masks_are_said_once_a_batch(tmp_path: Path):
         mask.save(area)
         rows.append({"prompt": "a", "image": picture, "mask": area, "steps": 2})
     notes = batch.prepare(rows, tmp_path / "out", pipe=tiny()).notes
-    for said in ("320x240 pixels and is made", "the mask has 200x240 pixels and the picture 320x240", "grey parts"):
+    for said in ("320x240 pixels and is made", "the mask has 200x240 pixels and the image 320x240", "grey parts"):
         assert sum(said in note for note in notes) == 1
     assert sum("is made" in note or "the mask has" in note for note in notes) == 3

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sdlite.batch import local, sheet
 from sdlite.batch.disk import sha256
 from sdlite.config import UNTRAINED_NOTE
 from sdlite.pipeline import Pipeline
+from tests.test_batch import poison
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -27,8 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def tiny() -> Pipeline:
     pipe = Pipeline.load("tiny", device="cpu")
-    pipe.notes = ()  # that it is untrained, which is said even with -q
-    return pipe
+    return pipe.with_parts(about=replace(pipe.about, notes=()))  # the note that it is untrained is shown even with -q
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
         raise ValueError("one\ntwo")
 
     monkeypatch.setattr(batch, "prepare", prepare, raising=False)
-    flags = "-m org/m -b 7 --workers 2 --exact -s 9 --keep-going --shards 2/3 --name {index}.png --format webdataset"
+    flags = "-m org/m -b 7 --workers 2 --exact -s 9 --keep-going --part 2/3 --name {index}.png --format webdataset"
     flags += " --ray --ray-address a:1 --same-seed -n blurry --steps 7 --solver euler --guidance-scale 3"
     flags += " --num-images 2 --strength 0.5 -W 72 -H 80"
     code, out, err = run("fox.csv", "-o", "out", *flags.split(), "--device", "cpu", "--dtype", "float32")
@@ -102,7 +103,7 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
             "width": 72,
             "height": 80,
         },
-        "shard": "2/3",
+        "part": "2/3",
         "name": "{index}.png",
         "format": "webdataset",
         "ray": True,
@@ -116,6 +117,14 @@ def test_every_flag_reaches_the_batch(run: Run, monkeypatch: pytest.MonkeyPatch)
     }
 
 
+@pytest.mark.parametrize("flag", ["--shards", "--shard"])
+def test_former_names_of_part_still_work(run: Run, flag: str):
+    counts = [events(run("fox.csv", "-o", "out", flag, f"{i}/2", "--json")[1])[0]["images"] for i in (1, 2)]
+    assert sum(counts) == len(list(Path("out").glob("*.png"))) == 3
+    with pytest.raises(ValueError, match="part='3/2': the part must be 1 to 2"):
+        batch.prepare(["a"], "new", shard="3/2")
+
+
 def test_wrong_input_is_a_line_per_fault_and_no_folder(run: Run):
     Path("bad.csv").write_text("prompt,steps\na,0\nb,2\nc,x\n")
     code, out, err = run("bad.csv", "-o", "out")
@@ -125,7 +134,7 @@ def test_wrong_input_is_a_line_per_fault_and_no_folder(run: Run):
         "sdlite: error: bad.csv:4: steps",
     ]
     assert not Path("out").exists()
-    for arguments in (["none.csv", "-o", "out"], ["fox.csv"], [], ["fox.csv", "-o", "out", "--shards", "0/2"]):
+    for arguments in (["none.csv", "-o", "out"], ["fox.csv"], [], ["fox.csv", "-o", "out", "--part", "0/2"]):
         code, out, err = run(*arguments)
         assert code == 2 and err.startswith("sdlite: error: ") and len(err.splitlines()) == 1
 
@@ -143,14 +152,7 @@ def test_shards_are_printed_and_verified(run: Run):
 
 
 def test_failures_and_their_exit_codes(run: Run, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    whole = tiny.decode
-
-    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
-        if any(request.seed == 6 for request in requests):
-            raise FloatingPointError("not finite")
-        return whole(latents, requests, **sources)
-
-    monkeypatch.setattr(tiny, "decode", decode)
+    poison(monkeypatch, tiny, lambda request: request.seed == 6, "not finite")
     code, out, _ = run("fox.csv", "-o", "out", "--keep-going", "--json")
     failed = [event for event in events(out) if event["event"] == "failed"]
     assert code == 1 and [(event["index"], event["error"]) for event in failed] == [(1, "not finite")]
@@ -179,7 +181,7 @@ def test_verify_then_again(run: Run):
 
 def test_dry_run_writes_nothing(run: Run):
     code, out, _ = run("fox.csv", "-o", "out", "--dry-run", "-b", 2)
-    assert code == 0 and out.startswith("images   3, of which 0 are there\nbatches  of 2, 1 at a time")
+    assert code == 0 and out.startswith("images   3, of which 0 are done\nbatches  of 2, 1 at a time")
     assert not Path("out").exists()
     before = torch.get_num_threads()
     try:
@@ -240,7 +242,7 @@ def test_a_sheet_replaces_a_sheet_and_nothing_else(run: Run):
     assert Path("out/all.png").read_bytes() != first and Path("mine.png").read_bytes() == b"somebody's"
     assert run("--verify", "out", "-q") == (0, "", "")
     drawn = sorted(Path("out").glob("00000*.png"))[0]
-    assert "is where a picture goes" in run("fox.csv", "-o", "out", "--contact-sheet", drawn)[2]
+    assert "is the file of an image" in run("fox.csv", "-o", "out", "--contact-sheet", drawn)[2]
 
 
 def test_settings_of_rows_that_do_not_say_otherwise(run: Run):
@@ -298,7 +300,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path):
         time.sleep(0.01)
     assert process.stderr is not None
     process.send_signal(signal.SIGTERM)
-    assert any("finishing the batch in hand" in line for line in process.stderr)
+    assert any("finishing the current batch" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 130 and not list((tmp_path / "out").glob("*.tmp"))
@@ -318,7 +320,7 @@ def test_commands_on_one_folder_and_on_a_full_disk(tmp_path: Path, tiny: Pipelin
     note = f"sdlite: note: {UNTRAINED_NOTE}\n"
     told = [process.communicate()[1].removeprefix(note) for process in at_once]
     assert [process.returncode for process in at_once] == [0, 0, 3]
-    assert told[:2] == ["", ""] and told[2].startswith("sdlite: error: full: File too large; what is done stays done")
+    assert told[:2] == ["", ""] and told[2].startswith("sdlite: error: full: File too large; finished images are kept")
     batch.run(tmp_path / "a.jsonl", tmp_path / "full", pipe=tiny, exact=True)
     batch.run(tmp_path / "a.jsonl", tmp_path / "alone", pipe=tiny, exact=True)
     alone, out, full_then = (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdlite import batch
-from sdlite.batch.draw import Engine, Result
+from sdlite.batch.drawer import Drawer, Result
 from sdlite.batch.plan import Item
 from sdlite.batch.workers import spread
 from sdlite.pipeline import Pipeline
@@ -42,7 +42,7 @@ def actors(parent: int) -> list[int]:
         try:
             pid, text = int(stat.parent.name), stat.read_text()
             parents[pid] = int(text[text.rindex(")") :].split()[2])
-            if stat.with_name("cmdline").read_text().startswith("ray::Drawer"):
+            if stat.with_name("cmdline").read_text().startswith("ray::RayDrawer"):
                 found.append(pid)
         except OSError:
             pass  # it ended
@@ -83,7 +83,7 @@ def test_the_driver_is_ended_and_started_again(tmp_path: Path, reference: dict[s
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     assert 0 < len(there) < 24 and there.items() <= reference.items()
     if how == signal.SIGINT:
-        assert "sdlite: finishing the batch in hand; Ctrl-C again stops at once\n" in err and "Traceback" not in err
+        assert "sdlite: finishing the current batch; Ctrl-C again stops at once\n" in err and "Traceback" not in err
         assert len((tmp_path / "out/metadata.jsonl").read_text().splitlines()) == len(there)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert pictures(tmp_path / "out") == reference
@@ -101,7 +101,7 @@ def test_without_ray_one_line_says_what_to_install(tmp_path: Path):
     assert process.stderr == "sdlite: error: --ray needs the package ray: pip install 'sdlite[ray]'\n"
 
 
-class DiesOn(Engine):
+class DiesOn(Drawer):
     """Draws nothing; the process ends at item 2."""
 
     def __init__(self, number: int, threads: int) -> None:
@@ -118,7 +118,7 @@ class DiesOn(Engine):
         return done
 
 
-def refuses(number: int, threads: int) -> Engine:
+def refuses(number: int, threads: int) -> Drawer:
     raise ValueError("no such model")
 
 

@@ -17,8 +17,9 @@ import pytest
 from sdlite import batch
 from sdlite.batch import local, shards
 from sdlite.batch.disk import sha256
-from sdlite.batch.store import PICTURES, Store
+from sdlite.batch.store import LOOSE, Store
 from sdlite.pipeline import Pipeline
+from tests.test_batch import poison
 
 ROWS = [{"prompt": f"a fox, number {i}", "steps": 1, "author": f"me {i}"} for i in range(10)]
 
@@ -54,7 +55,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def complete(folder: Path, reference: dict[str, bytes]) -> None:
     assert files(folder) == reference
-    assert not list((folder / PICTURES).glob("*.png")) and not list(folder.rglob("*.tmp"))
+    assert not list((folder / LOOSE).glob("*.png")) and not list(folder.rglob("*.tmp"))
     check = batch.verify(folder)
     assert len(check.good) == 10 and not (check.missing or check.corrupt or check.extra)
 
@@ -71,7 +72,7 @@ def test_layout(tmp_path: Path, reference: dict[str, bytes]):
     ]
     assert {(member.mtime, member.uid, member.gid, member.mode) for member in members} == {(0, 0, 0, 0o644)}
     assert json.loads(reference["00002_stats.json"]) == {"count": 2, "sha256": sha256(reference["00002.tar"])}
-    assert shards.key_of(9) == "000020001"
+    assert shards.stem_of(9) == "000020001"
 
 
 def test_webdataset_reads_them(tmp_path: Path, reference: dict[str, bytes]):
@@ -80,7 +81,7 @@ def test_webdataset_reads_them(tmp_path: Path, reference: dict[str, bytes]):
     run(tmp_path / "shards")
     rows = [json.loads(line) for line in (tmp_path / "folder/metadata.jsonl").read_text().splitlines()]
     raw = list(webdataset.WebDataset(str(tmp_path / "shards/{00000..00002}.tar"), shardshuffle=False))
-    assert [sample["__key__"] for sample in raw] == [shards.key_of(i) for i in range(10)]
+    assert [sample["__key__"] for sample in raw] == [shards.stem_of(i) for i in range(10)]
     for sample, row in zip(raw, rows, strict=True):
         assert sample["png"] == (tmp_path / "folder" / row["file_name"]).read_bytes()
         assert sample["txt"].decode() == row["prompt"]
@@ -115,7 +116,7 @@ def test_parts_workers_and_more_rows_give_the_same_shards(tmp_path: Path, refere
     run(tmp_path / "rows")
     complete(tmp_path / "rows", reference)
     for part in (2, 1, 3):
-        run(tmp_path / "parts", shard=f"{part}/3")
+        run(tmp_path / "parts", part=f"{part}/3")
     complete(tmp_path / "parts", reference)
 
 
@@ -133,15 +134,8 @@ def test_a_shard_is_packed_as_soon_as_it_is_whole(tmp_path: Path, reference: dic
 def test_a_failed_picture_is_left_out_and_added_later(
     tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
-    whole = tiny().decode
-
-    def decode(latents: Any, requests: Any, **sources: Any) -> Any:
-        if any(request.prompt == ROWS[2]["prompt"] for request in requests):
-            raise FloatingPointError("not finite")
-        return whole(latents, requests, **sources)
-
     with monkeypatch.context() as patch:
-        patch.setattr(tiny(), "decode", decode)
+        poison(patch, tiny(), lambda request: request.prompt == ROWS[2]["prompt"], "not finite")
         assert run(tmp_path, keep_going=True).failed == {2: "not finite"}
     assert json.loads((tmp_path / "00000_stats.json").read_text())["count"] == 3
     assert run(tmp_path).done == 1
@@ -150,7 +144,7 @@ def test_a_failed_picture_is_left_out_and_added_later(
 
 def test_another_request_is_refused(tmp_path: Path):
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"picture 3, .* was drawn from another request than it is now"):
+    with pytest.raises(ValueError, match=r"image 3, .* was drawn from another request than it has now"):
         run(tmp_path, [*ROWS[:3], {"prompt": "another", "steps": 1}])
     with pytest.raises(ValueError, match="other settings: format='webdataset' there, 'folder' now"):
         run(tmp_path, format="folder")

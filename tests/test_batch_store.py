@@ -16,7 +16,8 @@ from PIL import Image
 from sdlite import images
 from sdlite.batch import DiskFull, store as store_module, verify
 from sdlite.batch.disk import append, sha256
-from sdlite.batch.plan import Item, make_plan
+from sdlite.batch.options import Options
+from sdlite.batch.plan import Item, Resolved, make_plan
 from sdlite.batch.store import Store
 from sdlite.files import HOST
 from sdlite.images import recipe
@@ -24,8 +25,8 @@ from sdlite.images import recipe
 MODEL = {"model": "m", "model_hash": "ab" * 32}
 ITEMS = make_plan(
     [{"prompt": f"a fox {i}", "author": "me"} for i in range(4)],
-    resolve=lambda request, _: request.replace(width=8, height=8),
-    engine=MODEL,
+    resolve=lambda request, *_: Resolved(request.replace(width=8, height=8)),
+    model=MODEL,
 ).items
 
 
@@ -52,7 +53,7 @@ def test_a_picture_is_saved_once(tmp_path: Path):
     before = [(tmp_path / item.file_name).stat().st_ino for item in ITEMS]
     store.save(ITEMS[0], png(ITEMS[0]), 9.0)  # the same bytes, from another process
     assert [(tmp_path / item.file_name).stat().st_ino for item in ITEMS] == before
-    with pytest.raises(ValueError, match=r"000000-.*\.png is not the picture that goes there"):
+    with pytest.raises(ValueError, match=r"000000-.*\.png is not the image that goes there"):
         store.save(ITEMS[0], png(ITEMS[1]), 0.5)
     assert (tmp_path / ITEMS[0].file_name).read_bytes() == png(ITEMS[0])
     assert names(tmp_path) == sorted([*(item.file_name for item in ITEMS), "run.json"])
@@ -64,12 +65,12 @@ def test_without_exact_the_first_picture_of_a_request_stays(tmp_path: Path):
     there = (tmp_path / ITEMS[0].file_name).read_bytes()
     last_bits = Image.new("RGB", (8, 8), (1, 0, 0))
     last_bits.info.update(recipe.metadata(ITEMS[0].request, **MODEL, prediction="v"))
-    with pytest.raises(ValueError, match="is not the picture that goes there"):
+    with pytest.raises(ValueError, match="is not the image that goes there"):
         Store(tmp_path, "1").save(ITEMS[0], images.png_bytes(last_bits), 0.5)
     entry = Store(tmp_path, "1", exact=False).save(ITEMS[0], images.png_bytes(last_bits), 0.5)
     assert entry.sha256 == sha256(there) and (tmp_path / ITEMS[0].file_name).read_bytes() == there
     other = replace(ITEMS[1], file_name=ITEMS[0].file_name)
-    with pytest.raises(ValueError, match="is not the picture that goes there"):
+    with pytest.raises(ValueError, match="is not the image that goes there"):
         Store(tmp_path, "1", exact=False).save(other, png(other), 0.5)
 
 
@@ -90,7 +91,7 @@ def test_a_picture_may_be_packed_between_two_looks(tmp_path: Path, monkeypatch: 
         return real(path)
 
     if call == "done":
-        next(ours.pictures.glob(".manifest-*")).unlink()  # so that it is read back
+        next(ours.folder.glob(".manifest-*")).unlink()  # so that it is read back
     monkeypatch.setattr(store_module, read, packed_first)
     if call == "save":
         assert ours.save(ITEMS[0], png(ITEMS[0]), 0.5) == first
@@ -99,7 +100,7 @@ def test_a_picture_may_be_packed_between_two_looks(tmp_path: Path, monkeypatch: 
     assert getattr(store_module, read) is real, "it was not read"
     assert list(ours.finish(ITEMS, failed)) == [0]
     assert ours.shards is not None and [row["sha256"] for row in ours.shards.rows().values()] == [first.sha256]
-    assert not list(ours.pictures.glob("*.png"))
+    assert not list(ours.folder.glob("*.png"))
 
 
 def test_a_torn_line_is_ignored_and_its_picture_read_back(tmp_path: Path):
@@ -108,19 +109,19 @@ def test_a_torn_line_is_ignored_and_its_picture_read_back(tmp_path: Path):
     whole = manifest.read_bytes()
     for size in range(len(whole)):
         manifest.write_bytes(whole[:size])
-        assert len(store.listed()) == whole[:size].count(b"}")
+        assert len(store.manifest.entries()) == whole[:size].count(b"}")
     manifest.write_bytes(whole[: len(whole) // 2])
     assert {i: entry.sha256 for i, entry in store.done(ITEMS).items()} == {
         item.index: sha256(png(item)) for item in ITEMS
     }
-    assert len(store.listed()) == 4  # what was read back is listed again, after the torn line
+    assert len(store.manifest.entries()) == 4  # what was read back is listed again, after the torn line
 
 
 def test_a_changed_line_is_not_believed(tmp_path: Path):
     store = filled(tmp_path, 1)
     manifest = next(tmp_path.glob(".manifest-*"))
     manifest.write_text(manifest.read_text().replace('"seconds": 0.5', '"seconds": 0.6'))
-    assert store.listed() == {}
+    assert store.manifest.entries() == {}
 
 
 def test_metadata_is_in_order_whoever_drew(tmp_path: Path):
@@ -134,7 +135,7 @@ def test_metadata_is_in_order_whoever_drew(tmp_path: Path):
     assert [row["file_name"] for row in rows] == [ITEMS[i].file_name for i in (0, 2, 3)]
     assert rows[2] | {"prompt": "a fox 3", "author": "me", "seconds": 0.25, "width": 8, "init_image": None} == rows[2]
     errors = json.loads((tmp_path / "errors.jsonl").read_text())
-    assert errors == {"index": 1, "key": ITEMS[1].key, "error": "not finite"}
+    assert errors == {"index": 1, "key": ITEMS[1].sample_key, "error": "not finite"}
     store.save(ITEMS[1], png(ITEMS[1]), 0.5)
     store.finish(ITEMS, {})
     assert not (tmp_path / "errors.jsonl").exists()
@@ -152,7 +153,8 @@ def test_other_settings_are_refused_by_name(tmp_path: Path):
 
 def test_another_request_under_the_same_name_is_refused(tmp_path: Path):
     def plan(prompt: str) -> list[Item]:
-        return make_plan([prompt], resolve=lambda r, _: r.replace(width=8, height=8), engine={}, name="a.png").items
+        resolved = lambda request, *_: Resolved(request.replace(width=8, height=8))  # noqa: E731
+        return make_plan([prompt], Options(name="a.png"), resolve=resolved, model={}).items
 
     store = Store(tmp_path)
     store.open(MODEL)
@@ -160,7 +162,7 @@ def test_another_request_under_the_same_name_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="was drawn from another request"):
         store.done(plan("owl"))
     next(tmp_path.glob(".manifest-*")).unlink()
-    with pytest.raises(ValueError, match="is not the picture that goes there"):
+    with pytest.raises(ValueError, match="is not the image that goes there"):
         store.done(plan("owl"))
     assert list(store.done(plan("fox"))) == [0]
 
@@ -205,7 +207,7 @@ def test_the_manifest_can_be_lost(tmp_path: Path):
     store = filled(tmp_path)
     next(tmp_path.glob(".manifest-*")).unlink()
     assert verify(tmp_path).good == sorted(item.file_name for item in ITEMS)
-    assert len(store.done(ITEMS)) == 4 and len(store.listed()) == 4
+    assert len(store.done(ITEMS)) == 4 and len(store.manifest.entries()) == 4
 
 
 def listed(row: object) -> str:
@@ -240,7 +242,7 @@ def test_lines_of_a_foreign_manifest_are_left_out(tmp_path: Path):
         b"{" + b" " * 200_000 + b"}\n",
     ]
     (tmp_path / ".manifest-other-0.jsonl").write_bytes(b"".join(lines) + listed(GOOD).encode())
-    assert store.listed().keys() == {ITEMS[0].file_name, "a.png"}
+    assert store.manifest.entries().keys() == {ITEMS[0].file_name, "a.png"}
     assert list(store.done(ITEMS)) == [0]
 
 
@@ -253,7 +255,7 @@ def test_lines_of_foreign_errors_are_left_out(tmp_path: Path):
         {"index": 1, "key": "", "error": None},
         5,
     ]
-    ours = {"index": 2, "key": ITEMS[2].key, "error": "not finite"}
+    ours = {"index": 2, "key": ITEMS[2].sample_key, "error": "not finite"}
     (tmp_path / "errors.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, ours]))
     store.finish(ITEMS, {})
     assert (tmp_path / "errors.jsonl").read_text() == json.dumps(ours) + "\n"
@@ -296,7 +298,7 @@ def test_links_inside_are_not_followed(tmp_path: Path):
     store.finish(ITEMS[1:], {})
     assert outside.read_bytes() == b"untouched" and not (real / "metadata.jsonl").is_symlink()
     (real / ITEMS[2].file_name).symlink_to(outside)
-    with pytest.raises(ValueError, match="is not the picture"):
+    with pytest.raises(ValueError, match="is not the image"):
         store.done(ITEMS)
 
 
@@ -309,7 +311,7 @@ def test_a_full_disk_is_said_and_leaves_no_name(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", fail)
-        with pytest.raises(DiskFull, match="what is done stays done"):
+        with pytest.raises(DiskFull, match="finished images are kept"):
             store.save(ITEMS[1], png(ITEMS[1]), 0.5)
     assert names(tmp_path) == [ITEMS[0].file_name, "run.json"]
 

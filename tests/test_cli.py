@@ -23,15 +23,16 @@ import typer
 from PIL import Image
 
 from sdlite import cli, images
-from sdlite.checkpoints.load import random_model
+from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
-from sdlite.checkpoints.save import save_folder
+from sdlite.checkpoints.untrained import random_model
 from sdlite.cli.app import app
 from sdlite.cli.threads import use_threads
 from sdlite.config import UNTRAINED_NOTE, tiny
 from sdlite.files import HOST, sweep
 from sdlite.images import files, recipe
-from sdlite.pipeline import Pipeline
+from sdlite.images.pixels import Opened
+from sdlite.pipeline import Finished, Job, Pipeline, Step
 from sdlite.request import Request
 from sdlite.segmentation.segmenter import Segmenter, SegmenterConfig, UNetPlan, build
 
@@ -48,40 +49,44 @@ class StandIn:
         self.interrupt_in: int | None = None  # batch
         self.interrupts = 1
 
-    def resolve(self, request: Request, image: Image.Image | None = None) -> Request:
-        if (request.width or 64) % 8:
-            raise ValueError(f"width={request.width} must be a multiple of 8; use 496 or 504")
-        return request.replace(width=request.width or 64, height=request.height or 64)
-
-    def remarks(self, request: Request, image: object = None, mask: object = None) -> list[str]:
-        return ["a remark on it"] if "<lora" in request.prompt else []
-
-    def num_evaluations(self, request: Request) -> int:
-        return request.steps
-
-    def sample_latents(self, requests: Sequence[Request], **sources: object) -> Iterator[torch.Tensor]:
-        self.batches.append(list(requests))
-        for step in range(requests[0].steps):
-            if step == 1 and self.interrupt_in == len(self.batches) - 1:
-                for _ in range(self.interrupts):
-                    os.kill(os.getpid(), signal.SIGINT)
-                    time.sleep(0.01)
-            yield torch.zeros(len(requests), 4, 8, 8)
-
-    def decode(self, latents: torch.Tensor, requests: Sequence[Request], **sources: object) -> list[Image.Image]:
-        pictures = []
-        for request in requests:
-            colour = hashlib.sha256(f"{request.seed}{request.prompt}{request.image}{request.steps}".encode()).digest()
-            picture = Image.new("RGB", (request.width or 0, request.height or 0), tuple(colour[:3]))
-            texts = recipe.metadata(
-                request,
-                model=self.name,
-                model_hash=self.model_hash,
-                prediction="epsilon",
+    def jobs(
+        self, requests: Sequence[Request], images: Sequence[Opened] = (), masks: Sequence[Opened] = ()
+    ) -> list[Job]:
+        jobs = []
+        for i, request in enumerate(requests):
+            if (request.width or 64) % 8:
+                raise ValueError(f"width={request.width} must be a multiple of 8; use 496 or 504")
+            size = (request.width or 64, request.height or 64)
+            image, mask = (column[i] if column else None for column in (images, masks))
+            request = request.replace(
+                width=size[0], height=size[1], image=image and image.checksum, mask=mask and mask.checksum
             )
-            picture.info.update(texts)
-            pictures.append(picture)
-        return pictures
+            remarks = ("a remark on it",) if "<lora" in request.prompt else ()
+            jobs.append(Job(request, size, image, mask, 0, request.steps, guided=True, chunks=1, remarks=remarks))
+        return jobs
+
+    def draw(self, jobs: Sequence[Job], batch_size: int) -> Iterator[Step | Finished]:
+        total = sum(job.evaluations for job in jobs[::batch_size])
+        for first in range(0, len(jobs), batch_size):
+            batch = list(range(len(jobs)))[first : first + batch_size]
+            steps, done = jobs[0].evaluations, first // batch_size * jobs[0].evaluations
+            yield Step(batch, 0, steps, done, total, None)
+            self.batches.append([jobs[i].request for i in batch])
+            for step in range(1, steps + 1):
+                if step == 2 and self.interrupt_in == len(self.batches) - 1:
+                    for _ in range(self.interrupts):
+                        os.kill(os.getpid(), signal.SIGINT)
+                        time.sleep(0.01)
+                yield Step(batch, step, steps, done + step, total, torch.zeros(len(batch), 4, 8, 8))
+            for i in batch:
+                yield Finished(i, self.decode(jobs[i].request))
+
+    def decode(self, request: Request) -> Image.Image:
+        colour = hashlib.sha256(f"{request.seed}{request.prompt}{request.image}{request.steps}".encode()).digest()
+        picture = Image.new("RGB", (request.width or 0, request.height or 0), tuple(colour[:3]))
+        model = {"model": self.name, "model_hash": self.model_hash, "prediction": "epsilon"}
+        picture.info.update(recipe.metadata(request, **model))
+        return picture
 
 
 @pytest.fixture
@@ -212,7 +217,7 @@ BAD = {
     "a version for a name": (["generate", "x", "-o", "v1.5"], "use v1.5.png, or v1.5/ for a folder"),
     "mask black": (["generate", "x", "-i", "ok.png", "--mask", "ok.png"], "ok.png has nothing white"),
     "no room in a JPEG": (["generate", "猫" * 9_000, "-o", "a.jpg"], "write .png or add --no-metadata"),
-    "attention is the picture": (["generate", "x", "-o", "a.png", "--attention", "a.png"], "is where a picture goes"),
+    "attention is the picture": (["generate", "x", "-o", "a.png", "--attention", "a.png"], "is where an image goes"),
     "contact sheet no file": (["generate", "x", "--contact-sheet", "new"], "e.g. new/sheet.png"),
     "folder is a file": (["generate", "x", "-o", "bad.png/a.png"], "cannot write into"),
     "folder read-only": (["generate", "x", "-o", "/proc/new/a.png"], "cannot write into /proc"),
@@ -494,7 +499,7 @@ def test_sigterm_and_a_closed_terminal_end_a_command_in_order(run: Run, monkeypa
         os.kill(os.getpid(), numbers[0])
         time.sleep(1)
 
-    monkeypatch.setattr("sdlite.checkpoints.save.save_file", save_file)
+    monkeypatch.setattr("sdlite.checkpoints.weights.save_file", save_file)
     while numbers:
         assert run("convert", "tiny", "new/one.safetensors", "-q")[:2] == (130, "")
         assert names() == [] and signal.getsignal(numbers.pop(0)) is signal.SIG_DFL
@@ -522,7 +527,7 @@ def test_first_interrupt_finishes_the_picture_in_hand(run: Run, model: StandIn):
     model.interrupt_in = 1
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     code, out, err = run("generate", "x", "--num-images", 5, "--steps", 3, "--json")
-    assert code == 130 and "finishing the picture in hand" in err
+    assert code == 130 and "finishing the current image" in err
     assert names() == ["000000-0.png", "000001-1.png"]
     assert events(out)[-1] == {"event": "done", "images": 2, "interrupted": True}
     assert signal.getsignal(signal.SIGINT) is before
@@ -731,12 +736,14 @@ def test_bench_passes_on_what_was_asked(run: Run, model: StandIn, monkeypatch: p
         return {"rows": [row], "setting": {}, "machine": {"publishable": True}}
 
     monkeypatch.setattr(bench, "measure", measure)
-    code, out, _ = run("bench", "--vs", "diffusers", "--runs", 3, "--steps", 2, "-W", 72, "--json", "a.json")
+    code, out, _ = run("bench", "--vs", "diffusers", "--runs", 3, "--steps", 2, "-W", 72, "-o", "a.json")
     assert code == 0 and "| one image | 1.5 s |" in out
     assert asked.pop(2).items() >= {"versus": "diffusers", "runs": 3}.items()
     assert asked == [model, Request(prompt="a red apple", steps=2, width=72)]
     assert json.loads(Path("a.json").read_text())["rows"][0]["median"] == {"sdlite": 1.5}
-    assert run("bench", "--json", "a.json")[2].startswith("sdlite: error: a.json exists") and len(asked) == 2
+    assert run("bench", "-o", "a.json")[2].startswith("sdlite: error: a.json exists") and len(asked) == 2
+    assert json.loads(run("bench", "--json")[1]) == json.loads(Path("a.json").read_text())
+    assert run("bench", "--json", "b.json")[2].endswith("to write one, use -o b.json\n") and len(asked) == 5
 
 
 @pytest.mark.slow  # 20 s; CI runs it
@@ -753,7 +760,7 @@ def test_real_interrupts(tmp_path: Path):
         process.send_signal(signal.SIGINT)
         if presses == 2:
             assert process.stderr is not None
-            while "finishing the picture" not in (said := process.stderr.readline()):
+            while "finishing the current image" not in (said := process.stderr.readline()):
                 assert said  # signals that come together count once
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -773,7 +780,7 @@ def test_bar_is_for_terminals_and_paths_for_pipes(tmp_path: Path):
     shown = read_all(terminal)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, f"{tmp_path / 'a.png'}\n")
-    assert "picture 1/1" in shown and "a.png" not in shown
+    assert "image 1/1" in shown and "a.png" not in shown
 
 
 @pytest.mark.parametrize("word", ["random", "-1"])
@@ -807,7 +814,7 @@ def test_regen_of_a_picture_that_automatic1111_drew(run: Run, model: StandIn):
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
     picture.save("theirs.jpg", exif=exif)
     code, out, err = run("regen", "theirs.jpg", "-o", "ours.png")
-    assert (code, out) == (0, "ours.png\n") and "the picture will be another" in err
+    assert (code, out) == (0, "ours.png\n") and "the image will be another" in err
     assert "it was drawn by model 'v1', which --model gives" in err
     assert model.batches[0][0] == Request(
         prompt="a fox", negative_prompt="blur", steps=9, solver="euler_a", guidance_scale=7, seed=5, width=72, height=80

@@ -1,8 +1,10 @@
 """Holds the limits of JSON from outside, and that a written file or folder appears whole or not at all."""
 
 import errno
+import multiprocessing
 import os
 import resource
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +47,7 @@ def test_json_is_read():
         (b"[" * 65 + b"]" * 65, "deeper than 64"),
         (b"[" * 100_000 + b"]" * 100_000, "deeper than 64"),
         (b"[" + b"{}," * 500_000 + b"{}]", "more than 500000 lists and objects"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b"[" + b"9" * 5000 + b"]", "limit"),
     ],
 )
@@ -110,9 +112,9 @@ def test_folders_and_devices_are_never_replaced(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
-        with pytest.raises(FileExistsError, match="is no file"):
+        with pytest.raises(FileExistsError, match="is not a file"):
             write_file(tmp_path / name, b"x", force=True)
-        with pytest.raises(FileExistsError, match="is no folder"), atomic_folder(tmp_path / "pipe", force=True):
+        with pytest.raises(FileExistsError, match="is not a folder"), atomic_folder(tmp_path / "pipe", force=True):
             pass
     assert names(tmp_path) == ["folder", "pipe"]
 
@@ -178,11 +180,33 @@ def test_a_folder_is_replaced_only_with_force(tmp_path: Path):
     assert names(tmp_path) == ["a", "a/2"]
 
 
-def test_a_folder_killed_between_the_two_renames_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / ".a.old").mkdir()
-    (tmp_path / ".a.old" / "1").touch()
-    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "a"):
-        pass
+def replace_and_die(path: Path) -> None:
+    """Replaces a folder, and is killed between the two renames."""
+    rename = Path.rename
+
+    def kills(source: Path, target: Path) -> Path:
+        if source.name.endswith(".tmp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target)
+
+    Path.rename = kills  # type: ignore[method-assign,assignment]
+    with atomic_folder(path, force=True) as temporary:
+        (temporary / "2").touch()
+
+
+@pytest.mark.parametrize("by", ["sweep", "the next writer"])
+def test_a_folder_killed_between_the_two_renames_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1").touch()
+    child = multiprocessing.get_context("fork").Process(target=replace_and_die, args=(tmp_path / "a",))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and not (tmp_path / "a").exists()
+    if by == "sweep":
+        sweep(tmp_path)
+    else:
+        with pytest.raises(FileExistsError), atomic_folder(tmp_path / "a"):
+            pass
     assert names(tmp_path) == ["a", "a/1"]
 
     rename = Path.rename
@@ -203,8 +227,11 @@ def test_sweep_takes_what_dead_processes_left(tmp_path: Path):
     for name in (f".{files.HOST}-999999999.{token}.tmp", f".{files.HOST}-9999999999.{token}.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "inside").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").touch()
+    (tmp_path / f".{files.HOST}-999999999.{token}.old").symlink_to("mine")  # by somebody else, in a shared folder
     kept = [f".{files.HOST}-{os.getpid()}.{token}.tmp", f".{files.HOST}-{'9' * 30}.{token}.tmp", ".mine.tmp"]
     for name in kept:
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted([*kept, "mine", "mine/precious"])

@@ -23,6 +23,7 @@ class First(Record):
 
 
 class Second(Record):
+    kind: Literal["b", "c"] = Field("b", description="Which.")
     rate: float = Field(0.1, gt=0, le=2, description="How fast.")
     part: Fraction = Field(0, description="How much.")
 
@@ -117,6 +118,7 @@ def test_what_was_given_for_one_of_several_records():
     assert run(given, "--rate 1 -p 0 --safe") == (0, {"rate": 1.0, "part": 0.0, "safe": True})
     lines = run(given, "--help")[1]
     assert "How fast (above 0, up to 2). [default: (first 0.5, second 0.1)]" in lines, lines
+    assert "--kind <a|b|c> Which. [default: (first a, second b)]" in lines, lines
     assert "-p, --portion P" in lines and "Second: How much (0 to 1). [default: (0)]" in lines
     assert "First: Take care. [default: (on)]" in lines
 

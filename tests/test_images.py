@@ -302,11 +302,11 @@ def test_pictures_given_in_python_have_limits_too(tmp_path: Path):
     noise_picture(64, 64).save(tmp_path / "a.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
     for image, reason in (
-        (Image.open(tmp_path / "half.png"), "the picture is damaged"),
-        (Image.new("RGB", (0, 5)), "the picture is 0x5, without a pixel"),
-        (Image.new("1", (4097, 4097)), "the picture has more than 16 megapixels"),
-        (Image.new("F", (2, 2)), "the picture has floating-point pixels"),
-        (b"", "the picture is not a PNG"),
+        (Image.open(tmp_path / "half.png"), "the image is damaged"),
+        (Image.new("RGB", (0, 5)), "the image is 0x5, without a pixel"),
+        (Image.new("1", (4097, 4097)), "the image has more than 16 megapixels"),
+        (Image.new("F", (2, 2)), "the image has floating-point pixels"),
+        (b"", "the image is not a PNG"),
     ):
         with pytest.raises(ValueError, match=reason):
             images.open_picture(image)
@@ -335,7 +335,7 @@ def test_what_is_said_of_a_mask():
     assert pixels.has_grey(Image.linear_gradient("L").resize((64, 64)))
     assert pixels.mask_notes((64, 64), False, (64, 64)) == []
     assert "cut at half" in pixels.mask_notes((64, 64), True, (64, 64))[0]
-    assert "64x64 pixels and the picture 32x16" in pixels.mask_notes((64, 64), False, (32, 16))[0]
+    assert "64x64 pixels and the image 32x16" in pixels.mask_notes((64, 64), False, (32, 16))[0]
 
 
 @pytest.mark.parametrize("blur", [0, 4])

@@ -12,12 +12,13 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import sdlite
-from sdlite.checkpoints.load import load_model, random_model
-from sdlite.checkpoints.save import convert
+from sdlite.checkpoints.load import convert, load_model
+from sdlite.checkpoints.untrained import random_model
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import About, Finished, Pipeline, Step
+from sdlite.pipeline.start import conditioning
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 
@@ -273,7 +274,7 @@ def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
 
 def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
     jobs = sd1.jobs(Request(prompt="a cat", negative_prompt="blurry", clip_skip=1))
-    negative, positive = sd1._conditioning(jobs).context
+    negative, positive = conditioning(sd1, jobs).context
     for prompt, found in (("blurry", negative), ("a cat", positive)):
         skipped, whole = (sd1.text.encode([prompt], clip_skip=skip).context[0] for skip in (1, 0))
         assert torch.equal(found, skipped) and not torch.equal(found, whole)
@@ -364,6 +365,16 @@ def test_a_denoiser_can_be_wrapped(pipe):
             calls.append(len(x))
             return self.denoiser(x, t, memory)
 
+    class Bare:
+        """Says nothing of its inputs: they are those of the denoiser that it wraps."""
+
+        def __init__(self, denoiser):
+            self.denoiser, self.prediction, self.prepare = denoiser, denoiser.prediction, denoiser.prepare
+
+        def __call__(self, x, t, memory):
+            return self.denoiser(x, t, memory)
+
+    assert difference(pipe.with_denoiser(Bare)("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     wrapped = pipe.with_denoiser(Counted)
     assert difference(wrapped("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     assert calls == [1, 1, 1]
@@ -484,7 +495,7 @@ def test_every_number_of_steps_gives_an_image_or_one_line(sd1, solver, steps):
         ({"seed": 1.5}, "seed=1.5 must be a whole number"),
         ({"num_images": "2"}, "num_images='2' must be a whole number"),
         ({"image": 3}, "image must be a PIL image, a file or its bytes, not int"),
-        ({"image": b"x"}, "the picture is not a PNG"),
+        ({"image": b"x"}, "the image is not a PNG"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
         ({"num_inference_steps": 3}, "unknown field 'num_inference_steps'; did you mean 'steps'"),
         ({"solver": "lcm", "steps": 60}, "steps=60 must be up to 50 with solver='lcm'"),
@@ -545,7 +556,7 @@ def test_large_images_are_decoded_in_one_piece(codec, size):
 
 
 def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
-    monkeypatch.setattr("sdlite.pipeline.pipeline.total_memory", lambda _: 2**20)
+    monkeypatch.setattr("sdlite.pipeline.resolve.total_memory", lambda _: 2**20)
     with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
         sd1.resolve(Request(prompt="a", width=512, height=256))
     assert sd1.resolve(Request(prompt="a")).width == 64

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdlite.checkpoints.load import random_model
+from sdlite.checkpoints.untrained import random_model
 from sdlite.config import tiny
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import About, Pipeline, progress

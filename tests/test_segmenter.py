@@ -215,8 +215,8 @@ def test_what_is_refused_before_anything_is_labelled(run):
         ("in", "-o", "out"): "out/a.png would be made of in/a.png and is also of in/a.jpg",
         ("in/a.png", "-o", "in", "--force"): "in/a.png would be made of in/a.png and is also of in/a.png",
         ("a.png", "-o", "a.png", "--force"): "a.png would be made of a.png",
-        ("a.png", "in/a.jpg"): "several pictures need a folder; give one with --output",
-        ("empty", "-o", "out"): "empty holds no picture, of 0 names",
+        ("a.png", "in/a.jpg"): "several images need a folder; give one with --output",
+        ("empty", "-o", "out"): "empty holds 0 names and no image",
         ("none.png",): "none.png does not exist",
     }.items():
         code, out, err = run(*words)

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdlite.checkpoints.load import CheckpointError, load_model, random_model
-from sdlite.checkpoints.save import save_folder
+from sdlite.checkpoints.folder import save_folder
+from sdlite.checkpoints.load import CheckpointError, load_model
+from sdlite.checkpoints.untrained import random_model
 from sdlite.cli import main
 from sdlite.cli.app import app
 from sdlite.config import AutoencoderKLConfig, tiny

@@ -1,40 +1,56 @@
-"""Many pictures from a file of requests, interrupted at will: `run` and what it takes and gives.
+r"""Draws many images from a file of requests. The same command again draws only the images that are missing.
 
-    read (files to rows) -> plan (rows to items) -> draw (items to pictures) -> store (pictures to files)
-    local runs them on this machine, in one process or, with workers, in several
+    read (file -> rows) -> plan (rows -> items) -> drawer (items -> images) -> store (images -> files)
+    local runs them on this machine, in one process or in several (workers); ray_runner runs them on a Ray cluster
+    rows: what a row may hold; keys: what is hashed; names: file names; parts: who draws what; check: --verify
 
-Each public name is fetched from its module on first use, so that planning alone loads no PyTorch.
+Every field of a request is a column, `num_images` repeats a row, and other columns go into the metadata. Options such
+as `--steps` apply to rows without that column. A row without a seed gets one from `--seed` and its place in the file;
+with `--same-seed` it gets `--seed` itself. The whole file is checked before anything is drawn; the first ten faults are
+listed by line. A .json file is a grid: every value of one list with every value of the others.
+
+    $ printf 'Prompt;Steps\na heart;5\na tree;\n' | sdlite batch - -o table --steps 10 --same-seed  # 5 and 10 steps
+    $ echo '{"prompt": ["a heart", "a tree"], "steps": [2, 5, 10, 20], "seed": 3}' > grid.json
+    $ sdlite batch grid.json -o grid --contact-sheet grid.png  # a sheet with labelled axes
+    $ sdlite batch grid.json -o shards --format webdataset  # shards/00000.tar
+
+`--workers` starts several processes, and `--exact` gives the same bytes for every number of them. Several machines that
+see one folder draw a part each:
+
+    $ sbatch --array=1-8 --wrap 'sdlite batch a.jsonl -o out -m model --exact --part $SLURM_ARRAY_TASK_ID/8'
+    $ accelerate launch --multi_gpu --no_python \
+        sh -c 'sdlite batch a.jsonl -o out -m model --part $((RANK+1))/$WORLD_SIZE --device cuda:$LOCAL_RANK'
+    $ sdlite batch a.jsonl -o out -m model --workers 8 --ray-address head:6379  # --ray: a cluster of this machine
+
+In Python: `sdlite.batch.run(requests, "out", model=...)`. Each public name is fetched from its module on first use, so
+that planning alone loads no PyTorch. tests/README.md lists what a batch promises, with the tests.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sdlite.package import fetching
 
 _HOME = {
     "Batch": "sdlite.batch.local",
     "BatchReport": "sdlite.batch.local",
-    "DiskFull": "sdlite.batch.disk",
+    "DiskFull": "sdlite.files",
     "Event": "sdlite.batch.local",
-    "Options": "sdlite.batch.local",
+    "Options": "sdlite.batch.options",
     "prepare": "sdlite.batch.local",
     "run": "sdlite.batch.local",
     "verify": "sdlite.batch.check",
 }
 __all__ = sorted(_HOME)
+__getattr__, __dir__ = fetching("sdlite.batch", _HOME)
 
 if TYPE_CHECKING:
     from sdlite.batch.check import verify as verify
-    from sdlite.batch.disk import DiskFull as DiskFull
     from sdlite.batch.local import (
         Batch as Batch,
         BatchReport as BatchReport,
         Event as Event,
-        Options as Options,
         prepare as prepare,
         run as run,
     )
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sdlite.batch' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+    from sdlite.batch.options import Options as Options
+    from sdlite.files import DiskFull as DiskFull

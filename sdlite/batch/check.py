@@ -1,4 +1,4 @@
-"""Is a batch's folder what was written? Every picture read again, the damaged ones put aside."""
+"""`sdlite batch --verify`: every image of a batch is read again, and the damaged ones are put aside."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from sdlite.images.files import read_metadata
 
 
 class Check(NamedTuple):
-    """What `verify` found, file names each. corrupt: now called NAME.corrupt. extra: pictures of no batch."""
+    """What `verify` found, as file names. corrupt: renamed to NAME.corrupt. extra: PNGs that belong to no batch."""
 
     good: list[str]
     missing: list[str]
@@ -24,20 +24,19 @@ class Check(NamedTuple):
 
 
 def verify(root: Path) -> Check:
-    """Reads every picture of a batch again and holds it against the manifest.
+    """Reads every image of a batch again and compares it with the manifest.
 
-    A picture that is not what was written is renamed to NAME.corrupt, so that the same batch command makes exactly
-    those again. Of a damaged shard the good pictures are taken out first. Raises ValueError if the folder holds no
-    batch.
+    An image that differs is renamed to NAME.corrupt, so that the same batch command draws exactly those again. The good
+    images of a damaged shard are taken out first. Raises ValueError if the folder holds no batch.
     """
     settings = read_settings(root)
     store, check = Store(root, packs=settings.get("format") == "webdataset"), Check([], [], [], [])
     for shard in store.shards.paths() if store.shards else ():
         _verify_shard(shard, store, check)
-    listed, folder = store.listed(), store.pictures
-    pictures = {name for name in store.names() if name.endswith(".png") and name != SHEET}
-    for name in sorted((pictures | listed.keys()) - {*check.good, *check.corrupt}):
-        if name not in pictures:
+    listed, folder = store.manifest.entries(), store.folder
+    on_disk = {name for name in store.names() if name.endswith(".png") and name != SHEET}
+    for name in (on_disk | listed.keys()) - {*check.good, *check.corrupt}:
+        if name not in on_disk:
             check.missing.append(name)
         elif name in listed and _hash(folder / name) == listed[name].sha256:
             check.good.append(name)
@@ -54,26 +53,27 @@ def verify(root: Path) -> Check:
 
 
 def _verify_shard(path: Path, store: Store, check: Check) -> None:
-    """Holds the pictures of a shard against their hashes, and the shard against its own; unpacks a damaged one."""
-    names = {name: data is not None for name, data in _pictures(path)}
-    if all(names.values()):
-        check.good.extend(names)
+    """Compares the images of a shard, and the shard itself, with their hashes; unpacks a damaged one."""
+    whole = {name: data is not None for name, data in _images(path)}
+    if all(whole.values()):
+        check.good.extend(whole)
         return
-    for name, data in _pictures(path):
-        if data is not None and not (store.pictures / name).exists():
-            write_file(store.pictures / name, data)
-    check.corrupt.extend(name for name, whole in names.items() if not whole)
+    for name, data in _images(path):
+        if data is not None and not (store.folder / name).exists():
+            write_file(store.folder / name, data)
+    check.corrupt.extend(name for name in whole if not whole[name])
     path.replace(path.with_name(f"{path.name}.corrupt"))
 
 
-def _pictures(path: Path) -> Iterator[tuple[str, bytes | None]]:
-    """File name and bytes of each picture in a shard, None for a damaged one and for the shard itself if that is."""
+def _images(path: Path) -> Iterator[tuple[str, bytes | None]]:
+    """File name and bytes of each image in a shard; None for a damaged image, and for the shard itself if it is."""
     row: dict[str, str] = {}
     try:
-        for name, data in members(path):
+        for name, read in members(path):
             if name.endswith(".json"):
-                row = json.loads(data)
+                row = json.loads(read())
             elif name.endswith(".png"):
+                data = read()
                 yield checked(row["file_name"]), data if sha256(data) == row["sha256"] else None
         with path.open("rb") as file:
             if hash_of(file) != json.loads(read_file(stats_of(path)))["sha256"]:
@@ -83,7 +83,7 @@ def _pictures(path: Path) -> Iterator[tuple[str, bytes | None]]:
 
 
 def _hash(path: Path) -> str:
-    """SHA-256 of a file; of one that cannot be read, or is a link, empty."""
+    """SHA-256 of a file; empty for a link and for a file that cannot be read."""
     try:
         return sha256(read_file(path))
     except OSError:
@@ -91,7 +91,7 @@ def _hash(path: Path) -> str:
 
 
 def _is_drawn_by(path: Path, model_hash: object) -> bool:
-    """Whether a picture that no manifest lists holds together and is of the batch's model."""
+    """Whether an image that no manifest lists is whole and was drawn by the batch's model."""
     try:
         return not path.is_symlink() and read_metadata(path).model_hash == model_hash
     except (ValueError, OSError):

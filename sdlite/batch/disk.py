@@ -1,6 +1,4 @@
-"""What a batch does to a disk beside writing whole files: reads and appends without following links, and one
-error for a full disk.
-"""
+"""Files of a batch's folder: read and appended to without following links, and one error for a full disk."""
 
 import errno
 import hashlib
@@ -11,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from sdlite.files import FULL, DiskFull as DiskFull
+from sdlite.files import FULL, DiskFull
 
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # a named pipe in a file's place would wait for its other end
-MAX_FILE_BYTES = 128 * 1024 * 1024  # of a picture: the largest that can be drawn, uncompressed, has less
-MAX_LIST_BYTES = 1024**3  # of a manifest: a million pictures take 250 MB
+MAX_FILE_BYTES = 128 * 1024 * 1024  # of an image: the largest that can be drawn has less, uncompressed
+MAX_LIST_BYTES = 1024**3  # of a manifest: a million images take 250 MB
 MAX_LINE_BYTES = 64 * 1024
 
 
@@ -31,13 +29,13 @@ def append(path: Path, line: bytes) -> None:
 
 
 def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a file that is no link. Raises OSError, also for a larger file and for what is no file."""
+    """The bytes of a file that is no link. Raises OSError, also if it is larger or not a file."""
     with _opened(path, limit) as file:
         return file.read()
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that is no link, but those too long to be ours. Raises OSError."""
+    """The lines of a file that is no link, except those too long to be ours. Raises OSError."""
     with _opened(path, MAX_LIST_BYTES) as file:
         inside = False  # of a long line
         while line := file.readline(MAX_LINE_BYTES):
@@ -68,5 +66,5 @@ def guarded(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        why = f"{root}: {os.strerror(error.errno)}; what is done stays done: make space and give the same command again"
+        why = f"{root}: {os.strerror(error.errno)}; finished images are kept: make space and run the same command again"
         raise DiskFull(error.errno, why) from None

@@ -1,78 +1,44 @@
-"""A batch on this machine: requests checked, the missing ones drawn, the folder's index written.
+"""A batch on this machine: requests checked, missing images drawn, the folder's index written.
 
-    prepare: options -> model -> plan          Batch.run: what is there -> chunks -> engine or processes -> index
+    prepare: options -> model -> plan     Batch.run: missing items -> groups -> Drawer here, or in workers -> index
 
-The same call again draws only what is missing, however the last one ended.
+The same call again draws only the missing images, whatever ended the last one.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 
-from sdlite.batch.draw import EXACT_BATCH, Engine, Result, chunks, draw
+from sdlite.batch.drawer import EXACT_BATCH, Drawer, Result, draw
+from sdlite.batch.keys import SCHEMA, model_facts
 from sdlite.batch.names import DEFAULT
-from sdlite.batch.plan import SCHEMA, Item, Plan, in_shard, make_plan, parse_shard, without_sizes
-from sdlite.batch.read import SHOWN_FAULTS, Source
+from sdlite.batch.options import Options
+from sdlite.batch.parts import groups, in_part, parse_part
+from sdlite.batch.plan import Item, Plan, Resolved, make_plan
+from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, spread
-from sdlite.config import Prediction, Record
 from sdlite.images.files import png_bytes
+from sdlite.images.pixels import Opened
 from sdlite.images.recipe import versions
 from sdlite.pipeline import Pipeline
 from sdlite.request import Request
 
-SHORT_PROMPT = 300  # bytes: a shorter text never has more chunks than the text encoder takes
-
-
-class Options(Record):
-    """How to run a batch.
-
-    model to allow_links: as for Pipeline.load. batch_size: computed together. workers: processes. exact:
-    the same bytes whatever batch_size, workers and cores, by a fixed batch on one thread each. seed: base of the seeds
-    of rows without one; same_seed: their seed itself. defaults: fields of a request, or num_images, of rows that do not
-    have them. keep_going: past failures. shard: "I/N", part I of N. name: template of file names. format:
-    a folder of PNGs, or WebDataset shards. ray: workers are actors of a Ray cluster, one of this machine unless
-    ray_address names another, where all machines must see the folder, the model and the pictures to start from.
-    """
-
-    model: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    prediction: Prediction | None = None
-    vae: str | None = None
-    variant: str | None = None
-    allow_links: tuple[str, ...] = ()
-    batch_size: int = Field(4, ge=1, le=256)
-    workers: int = Field(1, ge=1, le=256)
-    exact: bool = False
-    seed: int = Field(0, ge=0, lt=2**64)
-    same_seed: bool = False
-    defaults: dict[str, Any] = Field(default_factory=dict)
-    keep_going: bool = False
-    shard: str | None = None
-    name: str | None = None
-    format: Literal["folder", "webdataset"] = "folder"
-    ray: bool = False
-    ray_address: str | None = None
-
-    @property
-    def on_ray(self) -> bool:
-        return self.ray or self.ray_address is not None
+FORMER = {"shard": "part"}  # former names of options
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One picture saved, or failed where `error` says why. done of total: pictures of this run."""
+    """One image was saved, or failed if `error` gives a reason. done of total: images of this run."""
 
     index: int
     file_name: str
@@ -85,7 +51,7 @@ class Event:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """done: drawn now. skipped: there already, or drawn by another process. failed: index -> why. seconds: in all."""
+    """done: drawn now. skipped: done before, or by another process. failed: index -> reason. seconds: of the run."""
 
     done: int
     skipped: int
@@ -95,7 +61,7 @@ class BatchReport:
 
 
 class Estimate(NamedTuple):
-    """Of what is missing: pictures, seconds and bytes, from one batch drawn and thrown away."""
+    """Images, seconds and bytes that are missing, estimated from one batch that was drawn and thrown away."""
 
     images: int
     seconds: float
@@ -111,46 +77,33 @@ def run(
     pipe: Pipeline | None = None,
     **options: Any,
 ) -> BatchReport:
-    """Draws all requests into a folder, or what is missing there; see `Options` for the rest.
+    """Draws all requests, or those whose images are missing, into a folder.
 
     requests: a file (.txt, .jsonl, .csv, .tsv, .parquet, a grid in .json), "-", or Requests, dicts and prompts.
-    progress: called for each picture. stop: called between batches; True ends the run in order. pipe: a loaded model
-    instead of `model`, for one worker. Raises ValueError with a line per fault before anything is drawn, DiskFull when
-    the disk is full.
+    progress: called for each image. stop: called between batches; True ends the run in order. pipe: a loaded model
+    instead of `model`, for one worker. options: fields of `Options`. Raises ValueError with one line per fault before
+    anything is drawn, and DiskFull when the disk is full.
     """
     return prepare(requests, output, pipe=pipe, **options).run(progress, stop)
 
 
 def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = None, **options: Any) -> "Batch":
-    """Loads the model and checks everything; nothing is written. See `run`."""
-    if isinstance(options.get("model"), Path):
-        options["model"] = str(options["model"])
-    chosen = Options(**options)
-    shard = None if chosen.shard is None else parse_shard(chosen.shard)
+    """Loads the model and checks everything; writes nothing. See `run`."""
+    chosen = Options(**{FORMER.get(name, name): value for name, value in options.items()})
+    part = None if chosen.part is None else parse_part(chosen.part)
     if pipe is not None and (chosen.workers > 1 or chosen.on_ray):
         raise ValueError("workers and actors load the model by its name; give model instead of pipe")
     if chosen.on_ray:
         import_module("sdlite.batch.ray_runner")  # raises if Ray is missing
     if pipe is None:
-        pipe = _load(chosen, chosen.device)
-    engine = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact}
-    remarks: dict[str, str] = {}  # of each kind the first
-    plan = make_plan(
-        requests,
-        resolve=_checks(pipe, remarks),
-        engine=engine,
-        seed=chosen.seed,
-        same_seed=chosen.same_seed,
-        defaults=chosen.defaults,
-        name=chosen.name,
-    )
-    plan = plan._replace(notes=[*plan.notes, *list(remarks.values())[:SHOWN_FAULTS]])
-    mine = [item for item in plan.items if shard is None or in_shard(item, shard)]
+        pipe = Pipeline.load(chosen.model, **chosen.keywords())
+    plan = make_plan(requests, chosen, resolve=partial(_resolve, pipe), model=model_facts(pipe, chosen.exact))
+    mine = [item for item in plan.items if part is None or in_part(item, part)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
 
 class Batch:
-    """A checked batch that is ready to run. items: those of this shard; plan: all."""
+    """A checked batch that is ready to run. items: those of this part; plan: all."""
 
     def __init__(self, pipe: Pipeline, plan: Plan, items: Sequence[Item], store: Store, options: Options) -> None:
         self.pipe, self.plan, self.items, self.store, self.options = pipe, plan, items, store, options
@@ -159,16 +112,16 @@ class Batch:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know before it runs, each once: of the model, of the file, of prompts (ten of these)."""
+        """What a user should know before the run: notes on the model, the file and the prompts, each once."""
         return [*self.pipe.notes, *self.plan.notes]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What run.json holds: all that decides a picture besides its request, and how files are called.
+        """The content of run.json: everything that decides an image besides its request, and the names of files.
 
-        Not the number of threads or the batch size, on which the last bits depend: another machine, or another number
-        of workers, may go on with a folder. Without `exact` a picture is therefore promised to one grey level; with it,
-        to the byte.
+        The number of threads and the batch size are not in it, though the last bits depend on them: another machine, or
+        another number of workers, may continue a folder. So without `exact` an image is promised to one grey level;
+        with it, to the byte.
         """
         return {
             "schema": SCHEMA,
@@ -177,6 +130,7 @@ class Batch:
             "prediction": self.pipe.denoiser.prediction,
             "device": self.pipe.device.type,
             "dtype": self.pipe.about.dtype,
+            **self.pipe.about.bits,
             "exact": self.options.exact,
             **({"compute_batch": self.size} if self.options.exact else {}),
             "seed": self.options.seed,
@@ -186,20 +140,19 @@ class Batch:
         }
 
     def missing(self) -> list[Item]:
-        """Items of this shard that are not in the folder."""
-        there = self.store.done(self.items)
-        return [item for item in self.items if item.index not in there]
+        """Items of this part whose images are not in the folder."""
+        done = self.store.done(self.items)
+        return [item for item in self.items if item.index not in done]
 
     def run(
         self, progress: Callable[[Event], None] | None = None, stop: Callable[[], bool] | None = None
     ) -> BatchReport:
         """Draws what is missing; see `run` of this module."""
-        start = perf_counter()
+        start, drawn = perf_counter(), 0
         self.store.open(self.settings)
         todo = {item.index: item for item in self.missing()}
-        failed: dict[int, str] = {}
         left = Counter(shard_of(index) for index in todo)
-        drawn = count = 0
+        failed: dict[int, str] = {}
         asked = False
 
         def halted() -> bool:
@@ -208,131 +161,108 @@ class Batch:
             return asked or (bool(failed) and not self.options.keep_going)
 
         try:
-            for result in self._results(list(todo.values()), halted):
-                count += 1
+            for number, result in enumerate(self._results(list(todo.values()), halted), 1):
                 drawn += result.entry is not None
                 if result.error is not None:
                     failed[result.index] = result.error
                 if progress is not None:
-                    sha256, seconds = (result.entry.sha256, result.entry.seconds) if result.entry else (None, None)
-                    name = todo[result.index].file_name
-                    progress(Event(result.index, name, sha256, seconds, result.error, count, len(todo)))
+                    progress(_event(result, todo[result.index].file_name, number, len(todo)))
                 shard = shard_of(result.index)
                 left[shard] -= 1
                 if not left[shard]:
                     self.store.pack([item for item in self.plan.items if shard_of(item.index) == shard], failed)
         finally:
             found = self.store.finish(self.plan.items, failed)
-        there = sum(item.index in found for item in self.items)
-        return BatchReport(
-            drawn, there - drawn, failed, perf_counter() - start, asked and there + len(failed) < len(self.items)
-        )
+        done = sum(item.index in found for item in self.items)
+        stopped = asked and done + len(failed) < len(self.items)
+        return BatchReport(drawn, done - drawn, failed, perf_counter() - start, stopped)
 
     def estimate(self) -> Estimate:
-        """Time and disk of what is missing, measured on its first batch and scaled by steps and pixels."""
+        """Time and disk space for what is missing, measured on its first batch and scaled by steps and pixels."""
         missing = self.missing()
-        first = next(chunks(self.pipe, missing, self.size), None)
+        first = next(groups(missing, self.size), None)
         if first is None:
             return Estimate(0, 0.0, 0)
         with _threads(self.threads):
             start = perf_counter()
             sizes = [len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size)]
             seconds = perf_counter() - start
-        work, pixels = _work_of(first[0].request) * len(first), _pixels(first[0].request) * len(first)
-        per_work, per_pixel = seconds / work / self.options.workers, sum(sizes) / pixels
+        per_work = seconds / sum(map(_work, first)) / self.options.workers
+        per_pixel = sum(sizes) / sum(map(_pixels, first))
         return Estimate(
-            len(missing),
-            per_work * sum(_work_of(item.request) for item in missing),
-            round(per_pixel * sum(_pixels(item.request) for item in missing)),
+            len(missing), per_work * sum(map(_work, missing)), round(per_pixel * sum(map(_pixels, missing)))
         )
 
     def _results(self, items: Sequence[Item], halted: Callable[[], bool]) -> Iterator[Result]:
-        handed = chunks(self.pipe, items, self.size)
+        handed = groups(items, self.size)
+        if not items or (not self.options.on_ray and (self.options.workers == 1 or len(items) <= self.size)):
+            drawer = Drawer(self.pipe, self.store, self.size, self.options.exact)
+            yield from _here(drawer, handed, halted, self.threads)
+            return
         count = min(self.options.workers, len(items))
-        make = partial(_engine, self._settled(), self.store.root.absolute(), self.size)
-        if self.options.on_ray and items:
-            from sdlite.batch.ray_runner import cluster
-
-            address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"
-            threads = None if address and not self.options.exact else self.threads
-            with cluster(make, address=address, count=count, threads=threads, on_gpu=on_gpu) as actors:
-                for results in spread(actors, handed, count, halted):
-                    yield from results
-        elif self.options.workers == 1 or len(items) <= self.size:
-            yield from _here(Engine(self.pipe, self.store, self.size, self.options.exact), handed, halted, self.threads)
-        else:
-            for results in spread(Processes(partial(make, threads=self.threads)), handed, count, halted):
+        with self._team(count) as team:
+            for results in spread(team, handed, count, halted):
                 yield from results
 
-    def _settled(self) -> Options:
-        """Options that mean the same in another folder."""
+    def _team(self, count: int) -> AbstractContextManager[Any]:
+        """Where workers come from: processes of this machine, or actors of a Ray cluster."""
+        make = partial(_drawer, self._absolute(), self.store.root.absolute(), self.size)
+        if not self.options.on_ray:
+            return nullcontext(Processes(partial(make, threads=self.threads)))
+        from sdlite.batch.ray_runner import cluster
+
+        address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"
+        threads = None if address and not self.options.exact else self.threads
+        return cluster(make, address=address, count=count, threads=threads, on_gpu=on_gpu)
+
+    def _absolute(self) -> Options:
+        """Options that mean the same in another working folder."""
         model = self.options.model
         return self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
 
 
+def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opened | None) -> Resolved:
+    """Resolves a row. An error that nobody foresaw is left to drawing, where it fails this row only."""
+    try:
+        job = pipe.jobs(request, [image], [mask])[0]
+        return Resolved(job.request, job.batch_key, job.remarks)
+    except (ValueError, OSError):
+        raise
+    except Exception:
+        alone = pipe.resolve(request, image)
+        return Resolved(alone, batch_key=alone)
+
+
+def _event(result: Result, file_name: str, done: int, total: int) -> Event:
+    sha256, seconds = (result.entry.sha256, result.entry.seconds) if result.entry else (None, None)
+    return Event(result.index, file_name, sha256, seconds, result.error, done, total)
+
+
 def _here(
-    engine: Engine, handed: Iterator[Sequence[Item]], halted: Callable[[], bool], threads: int
+    drawer: Drawer, handed: Iterator[Sequence[Item]], halted: Callable[[], bool], threads: int
 ) -> Iterator[Result]:
     """Draws in this process."""
     try:
-        while not halted() and (chunk := next(handed, None)):
+        while not halted() and (group := next(handed, None)):
             with _threads(threads):
-                engine.submit(chunk)
-            yield from engine.results()
-        yield from engine.results(wait=True)
+                drawer.submit(group)
+            yield from drawer.results()
+        yield from drawer.results(wait=True)
     finally:
-        engine.close()
+        drawer.close()
 
 
-def _engine(options: Options, root: Path, size: int, number: int, threads: int) -> Engine:
-    """What a worker process draws with. With several GPUs each process has its own, in turn."""
+def _drawer(options: Options, root: Path, size: int, number: int, threads: int) -> Drawer:
+    """Called in a worker process. With several GPUs each process has its own, in turn."""
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 0
-    pipe = _load(options, f"cuda:{number % gpus}" if gpus else options.device)
-    return Engine(pipe, _store(options, root, str(number)), size, options.exact)
+    keywords = options.keywords() | ({"device": f"cuda:{number % gpus}"} if gpus else {})
+    pipe = Pipeline.load(options.model, **keywords)
+    return Drawer(pipe, _store(options, root, str(number)), size, options.exact)
 
 
 def _store(options: Options, root: Path, worker: str = "0") -> Store:
     return Store(root, worker, options.exact, packs=options.format == "webdataset")
-
-
-def _load(options: Options, device: str) -> Pipeline:
-    chosen = options.model_dump(include={"dtype", "prediction", "vae", "variant", "allow_links"})
-    return Pipeline.load(options.model, device=device, **chosen)
-
-
-def _checks(pipe: Pipeline, remarks: dict[str, str]) -> Callable[[Request, Any], Request]:
-    """`Pipeline.resolve` and all else that a model wants of a request; settings that many rows share are tried once.
-
-    remarks: takes what `Pipeline.remarks` says of them, by what it says but for sizes.
-    """
-    tried: set[tuple[object, ...]] = set()
-
-    def resolve(request: Request, picture: Any) -> Request:
-        for text in (request.prompt, request.negative_prompt):
-            if len(text.encode()) > SHORT_PROMPT:
-                pipe.text.num_chunks(text)
-        settings = (
-            request.solver,
-            request.steps,
-            request.eta,
-            request.strength,
-            request.image is None,
-            request.clip_skip,
-        )
-        if settings not in tried:
-            try:
-                pipe.num_evaluations(request)
-            except (ValueError, OSError):
-                raise
-            except Exception:  # nobody foresaw it: drawing meets it again, and there it fails one row
-                pass
-            tried.add(settings)
-        for remark in pipe.remarks(request, picture):
-            remarks.setdefault(without_sizes(remark), remark)
-        return pipe.resolve(request, picture)
-
-    return resolve
 
 
 @contextmanager
@@ -346,9 +276,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _pixels(request: Request) -> int:
-    return (request.width or 0) * (request.height or 0)
+def _pixels(item: Item) -> int:
+    return (item.request.width or 0) * (item.request.height or 0)
 
 
-def _work_of(request: Request) -> int:
-    return request.steps * _pixels(request)
+def _work(item: Item) -> int:
+    return item.request.steps * _pixels(item)

@@ -1,6 +1,6 @@
 """File names of a batch: a template of fixed fields, and what a name may be on every system.
 
-A template is read with string.Formatter().parse and never handed to str.format, so that it can name fields and nothing
+A template is read with string.Formatter().parse and never handed to str.format, so it can name fields and nothing
 behind them. Numbers take a width (`{seed:010}`), texts a length (`{key:8}` is the first eight letters).
 """
 
@@ -11,7 +11,6 @@ from string import Formatter
 
 from sdlite.request import Request
 
-KEY_CHARS = 16  # of a key in a name: 64 bits, no two alike among a billion
 DEFAULT = "{index:06}-{key:16}.png"
 MAX_NAME_BYTES = 200  # file systems take 255; the rest is for what temporary names add
 MAX_SLUG_BYTES = 120
@@ -20,32 +19,32 @@ TEXTS = ("key", "guidance_scale", "solver", "prompt", "prompt_hash")
 FORBIDDEN = set('/\\:*?"<>|')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 
-Parts = list[tuple[str, str | None, int]]  # literal text, then a field, its width or length (0: none)
+Template = list[tuple[str, str | None, int]]  # literal text, then a field, its width or length (0: none)
 
 
-def parse_template(template: str) -> Parts:
-    """Raises ValueError, in one line, for a template of other than the fixed fields or of unsafe text between them."""
-    fault = f"name={template!r:.80}"
-    parts: Parts = []
+def parse_template(text: str) -> Template:
+    """Reads a template. Raises ValueError, in one line, for a field that is not fixed and for unsafe text."""
+    fault = f"name={text!r:.80}"
+    template: Template = []
     try:
-        for literal, field, spec, conversion in Formatter().parse(template):
+        for literal, field, spec, conversion in Formatter().parse(text):
             if field is not None and (field not in NUMBERS + TEXTS or conversion):
                 raise ValueError(f"{{{field}}} must be one of {', '.join(NUMBERS + TEXTS)}, and nothing behind it")
             if not re.fullmatch(r"\d{0,3}d?", spec or "", re.ASCII) or (field in TEXTS and "d" in (spec or "")):
                 raise ValueError(f"{{{field}:{spec}}} must have digits after the colon, e.g. {{index:06}} or {{key:8}}")
-            parts.append((literal, field, int((spec or "").rstrip("d") or 0)))
-        checked("".join(literal + ("0" if field else "") for literal, field, _ in parts))  # once, not for every row
+            template.append((literal, field, int((spec or "").rstrip("d") or 0)))
+        checked("".join(literal + ("0" if field else "") for literal, field, _ in template))  # once, not for every row
     except ValueError as error:
         raise ValueError(f"{fault}: {error}") from None
-    if not template.endswith(".png"):
+    if not text.endswith(".png"):
         raise ValueError(f"{fault} must end in .png")
-    return parts
+    return template
 
 
-def fill(parts: Parts, request: Request, **given: int | str) -> str:
+def fill(template: Template, request: Request, **given: int | str) -> str:
     """The file name of an item, checked. request: with its size filled in. Raises ValueError for an unsafe name."""
     pieces = []
-    for literal, field, size in parts:
+    for literal, field, size in template:
         pieces.append(literal)
         if field is not None:
             value = str(given[field] if field in given else _value(request, field))

@@ -1,11 +1,11 @@
-"""WebDataset shards: the finished pictures of a batch in tar files, laid out as img2dataset does.
+"""WebDataset shards: the finished images of a batch in tar files, laid out as img2dataset does.
 
-    00000.tar: 000000000.json, .png, .txt, 000000001.json, ...    00000_stats.json: how many, and the tar's SHA-256
+    00000.tar: 000000000.json, .png, .txt, 000000001.json, ...    00000_stats.json: count, and the tar's SHA-256
 
-A picture's key is five digits of its shard and four of its place there, both from its index; the text is the prompt,
-the JSON holds the request, the row's other columns and the PNG's SHA-256. The bytes of a shard follow from its pictures
-alone. It is replaced as a whole and on disk before its pictures lose their own files, so that a crash leaves each of
-them in at least one place; those in both are packed again.
+The stem of an image's three files is five digits for its shard and four for its place there, both from its index
+(WebDataset calls it the key). The text is the prompt; the JSON holds the request, the row's other columns and the PNG's
+SHA-256. The bytes of a shard follow from its images alone. A shard is replaced as a whole, and is on disk before its
+images lose their own files: after a crash each image is in at least one place, and those in both are packed again.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,24 +24,16 @@ from typing import Any, BinaryIO, NamedTuple
 from sdlite.batch.disk import MAX_FILE_BYTES, NO_LINKS
 from sdlite.files import atomic_file, write_file
 
-SHARD = 10_000  # pictures; four digits of a key
+SHARD = 10_000  # images; four digits of a stem
 MEMBERS = 3 * SHARD  # of a tar file
-DAMAGED = (
-    tarfile.TarError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # from odd JSON or headers
+DAMAGED = (tarfile.TarError, EOFError, *ODD)
 LOCK = ".lock"
 Row = dict[str, Any]
 
 
 class Sample(NamedTuple):
-    """One picture of a shard. row: its JSON. png: reads the bytes of its file when they are wanted."""
+    """One image of a shard. row: its JSON. png: reads the bytes of its file when they are wanted."""
 
     row: Row
     png: Callable[[], bytes]
@@ -50,12 +43,12 @@ def shard_of(index: int) -> int:
     return index // SHARD
 
 
-def key_of(index: int) -> str:
+def stem_of(index: int) -> str:
     return f"{shard_of(index):05}{index % SHARD:04}"
 
 
 class Shards:
-    """The tar files of a folder, read once as long as they do not change."""
+    """The tar files of a folder. Each is read once as long as it does not change."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -68,7 +61,7 @@ class Shards:
         return self.root / f"{number:05}.tar"
 
     def rows(self) -> dict[str, Row]:
-        """The JSON of every packed picture, by its key. Raises ValueError for a damaged shard."""
+        """The JSON of every packed image, by its stem. Raises ValueError for a damaged shard."""
         for path in self.paths():
             facts = path.stat()
             stamp = facts.st_mtime_ns, facts.st_size
@@ -77,23 +70,29 @@ class Shards:
         return {row["key"]: row for path in self.paths() for row in self._read[path][1]}
 
     def write(self, number: int, samples: Mapping[str, Sample]) -> None:
-        """Packs samples, by key, with what the shard holds already, which stays as it is."""
+        """Packs samples, by stem, together with those that the shard holds already; these stay as they are."""
         path = self.path_of(number)
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
-        keys = sorted(held.keys() | samples.keys())
+        stems = sorted(held.keys() | samples.keys())
         with atomic_file(path, force=True) as making, making.open("w+b") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar, _pictures(path) as old:
-                for key in keys:
-                    row = held[key] if key in held else samples[key].row
-                    _add(tar, f"{key}.json", (json.dumps(row) + "\n").encode())
-                    _add(tar, f"{key}.png", old(key) if key in held else samples[key].png())
-                    _add(tar, f"{key}.txt", row["prompt"].encode())
-            stats = {"count": len(keys), "sha256": hash_of(file)}
+            with (
+                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+                closing(members(path)) as old,
+            ):
+                for stem in stems:
+                    row = held[stem] if stem in held else samples[stem].row
+                    _add(tar, f"{stem}.json", (json.dumps(row) + "\n").encode())
+                    _add(tar, f"{stem}.png", _png(path, old, stem) if stem in held else samples[stem].png())
+                    _add(tar, f"{stem}.txt", row["prompt"].encode())
+            stats = {"count": len(stems), "sha256": hash_of(file)}
         write_file(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)
 
     @contextmanager
     def lock(self, folder: Path) -> Iterator[None]:
-        """One process packs at a time; a lock of a process that dies is free. Windows has no such lock: pack in one."""
+        """Only one process packs at a time; the lock of a process that dies is free.
+
+        Windows has no such lock: pack in one process there.
+        """
         if sys.platform == "win32":
             yield
             return
@@ -117,15 +116,15 @@ def hash_of(file: BinaryIO) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed wants more of a file
 
 
-def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file in a shard, in order. Raises one of DAMAGED where it is damaged."""
+def members(path: Path) -> Generator[tuple[str, Callable[[], bytes]], None, None]:
+    """Name of each file in a shard, in order, and what reads it. Raises one of DAMAGED if the shard is damaged."""
     with tarfile.open(path, "r:") as tar:
         for member in _files(tar):
-            yield member.name, _bytes(tar, member)
+            yield member.name, partial(_bytes, tar, member)
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """What a shard may hold, checked before any of it is read. Raises tarfile.ReadError."""
+    """The files of a shard, each checked before it is read. Raises tarfile.ReadError."""
     for number, member in enumerate(tar):
         if number >= MEMBERS:
             raise tarfile.ReadError(f"more than {MEMBERS:,} files")
@@ -142,9 +141,9 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        with tarfile.open(path, "r:") as tar:
-            rows = [json.loads(_bytes(tar, member)) for member in _files(tar) if member.name.endswith(".json")]
-        if not all(isinstance(row[name], str) for row in rows for name in ("key", "file_name", "sha256", "prompt")):
+        rows = [json.loads(read()) for name, read in members(path) if name.endswith(".json")]
+        texts = [row[name] for row in rows for name in ("key", "file_name", "sha256", "prompt")]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError
         if not all(re.fullmatch(r"\d{9}", row["key"], re.ASCII) for row in rows):
             raise ValueError
@@ -157,23 +156,16 @@ def _damaged(path: Path) -> ValueError:
     return ValueError(f"{path} is damaged; `sdlite batch --verify {path.parent}` puts it aside")
 
 
-@contextmanager
-def _pictures(path: Path) -> Iterator[Callable[[str], bytes]]:
-    """Reads the PNG of a key out of a shard, which need not exist while nobody asks."""
-    with ExitStack() as stack:
-        tar = stack.enter_context(tarfile.open(path, "r:")) if path.exists() else None
-        there = {} if tar is None else {member.name: member for member in _files(tar)}
-
-        def read(key: str) -> bytes:
-            if tar is None or f"{key}.png" not in there:
-                raise _damaged(path)
-            return _bytes(tar, there[f"{key}.png"])
-
-        yield read
+def _png(path: Path, old: Iterator[tuple[str, Callable[[], bytes]]], stem: str) -> bytes:
+    """The PNG of a stem, read from what is left of a shard's members, which are sorted."""
+    data = next((read() for name, read in old if name == f"{stem}.png"), None)
+    if data is None:
+        raise _damaged(path)
+    return data
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A file of no owner and no time, so that the same pictures give the same shard."""
+    """Adds a file without owner and time, so that the same images give the same shard."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, BytesIO(data))

@@ -1,4 +1,7 @@
-"""The contact sheet of a batch: a grid file's pictures under labelled axes, any other's with their prompts."""
+"""The contact sheet of a batch: images of a grid file under labelled axes, all others with their prompts.
+
+`sdlite.images.sheet` lays the images out.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ from sdlite.files import write_file
 from sdlite.images.files import MAX_PIXELS, decoded, open_picture
 from sdlite.images.sheet import contact_sheet
 
-LEAST_SIDE = 16  # pixels of a picture on a sheet of very many
+LEAST_SIDE = 16  # pixels of an image on a sheet of very many
 MARK = "sdlite contact sheet"  # in a sheet's text "Software": a later run replaces it, and nothing else
 
 
@@ -25,7 +28,7 @@ def check_place(place: Path, plan: Plan, folder: Path) -> None:
     if place.suffix.lower() != ".png" or place.is_dir():
         raise ValueError(f"--contact-sheet={place} must be a .png file, e.g. {folder / SHEET}")
     if place.absolute() in {(folder / item.file_name).absolute() for item in plan.items}:
-        raise ValueError(f"--contact-sheet={place} is where a picture goes; give it another name")
+        raise ValueError(f"--contact-sheet={place} is the file of an image; give it another name")
     if place.exists() and place != folder / SHEET and not is_sheet(place):
         raise FileExistsError(f"--contact-sheet={place} exists and is no contact sheet; give it another name")
 
@@ -39,16 +42,16 @@ def is_sheet(path: Path) -> bool:
 
 
 def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
-    """Draws all pictures of a batch that are there into one PNG, smaller if they are many. An older sheet is replaced.
+    """Draws all images of a batch that are done into one PNG; if they are many, smaller. Replaces an older sheet.
 
-    Raises FileExistsError for another file in its place.
+    Raises as `check_place` does.
     """
     check_place(place, plan, folder)
     pixels = sum((item.request.width or 0) * (item.request.height or 0) for item in plan.items)
     scale = min(1.0, sqrt(MAX_PIXELS / pixels))
     pictures = [_small(folder / item.file_name, scale) for item in plan.items]
     if not any(pictures):
-        raise ValueError(f"{folder} holds no picture of this batch to put on a contact sheet")
+        raise ValueError(f"{folder} holds no image of this batch to put on a contact sheet")
     axes = None if plan.axes is None else _labels(plan.axes, plan.items)
     sheet = contact_sheet(pictures, None if axes else [item.request.prompt for item in plan.items], axes=axes)
     text, data = PngInfo(), BytesIO()
@@ -66,21 +69,20 @@ def _small(path: Path, scale: float) -> Image | None:
 
 
 def _labels(axes: Mapping[str, Sequence[Any]], items: Sequence[Item]) -> tuple[str, list[str], list[str]] | None:
-    """Corner, row and column labels: the last axis lies across, all combinations of the others go down.
+    """Corner, row and column labels: the last axis goes across, all combinations of the others go down.
 
-    Row labels leave out axes of one value. Several pictures of a cell lie side by side. None if the cells do not hold
-    equally many.
+    Row labels leave out axes of one value. If a cell has several images, they are side by side. None if the cells do
+    not hold equally many.
     """
     if not axes or "num_images" in axes:
         return None
     *others, (name, values) = axes.items()
-    differing = [(other, column) for other, column in others if len(column) > 1] or others
-    prompts_last = sorted(differing, key=lambda axis: axis[0] == "prompt")  # a long one would push out the rest
-    rows = []
-    for chosen in itertools.product(*(column for _, column in others)):
-        value = dict(zip((other for other, _ in others), chosen, strict=True))
-        rows.append(
-            ", ".join(f"{value[axis]}" if axis == "prompt" else f"{axis} {value[axis]}" for axis, _ in prompts_last)
-        )
+    rows = [
+        dict(zip((other for other, _ in others), chosen, strict=True))
+        for chosen in itertools.product(*(column for _, column in others))
+    ]
+    differing = [other for other, column in others if len(column) > 1] or [other for other, _ in others]
+    differing.sort(key=lambda other: other == "prompt")  # last: a long one would push out the rest
+    down = [", ".join(f"{row[n]}" if n == "prompt" else f"{n} {row[n]}" for n in differing) for row in rows]
     each = len(items) // (len(rows) * len(values))
-    return f"{name}:", rows, [f"{value} #{k + 1}" if each > 1 else f"{value}" for value in values for k in range(each)]
+    return f"{name}:", down, [f"{value} #{k + 1}" if each > 1 else f"{value}" for value in values for k in range(each)]

@@ -1,8 +1,8 @@
 """A batch over several workers, each with the model loaded once: processes of this machine, or of a cluster.
 
-Chunks are handed out as workers ask for them. One that dies (killed, out of memory) is replaced, and what it had not
-reported is given out again, an item at a time so that only the one that kills fails; results come over a pipe each,
-for a process that dies while it holds the lock of a shared queue would stop all others.
+Groups of items are handed out as workers ask for them. A worker that dies (killed, out of memory) is replaced. Items
+that it had not reported are handed out again one at a time, so that only the item that kills its worker fails. Each
+worker has a pipe of its own: a process that dies while it holds the lock of a shared queue would stop all others.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
-from sdlite.batch.draw import Engine, Result
+from sdlite.batch.drawer import Drawer, Result
 from sdlite.batch.plan import Item
 from sdlite.request import reason
 
@@ -23,7 +23,7 @@ MAX_STARTS_LOST = 3  # processes that died before they had an item
 
 
 class Gone(Exception):
-    """A worker is no more. ended: because it was given no more chunks."""
+    """A worker has ended or died. ended: in order, because there were no more groups."""
 
     def __init__(self, ended: bool, why: str = "") -> None:
         super().__init__(why)
@@ -31,16 +31,16 @@ class Gone(Exception):
 
 
 class Worker(Protocol):
-    """Draws in another process. Once started it gives an empty list of results, then a list for every chunk."""
+    """Draws in another process. It first gives an empty list of results, then a list for every group."""
 
-    def send(self, chunk: Sequence[Item] | None) -> None:
-        """Hands out a chunk; None: there are no more. Raises Gone."""
+    def send(self, group: Sequence[Item] | None) -> None:
+        """Hands out a group; None: there are no more. Raises Gone."""
 
     def receive(self) -> list[Result]:
         """Results of items handed out. Raises Gone, or what was raised while drawing."""
 
     def stop(self) -> None:
-        """Ends it at once, if it runs."""
+        """Ends the worker at once, if it runs."""
 
 
 W = TypeVar("W", bound=Worker)
@@ -51,12 +51,12 @@ class Team(Protocol[W]):
 
     def start(self, number: int) -> W: ...
     def wait(self, workers: Sequence[W]) -> Sequence[W]:
-        """Those that can be received from, one at least."""
+        """Those that have something to receive, at least one."""
 
 
 @dataclass
 class _Hand(Generic[W]):
-    """One worker, and what it was given and has not reported."""
+    """One worker, and the items that it was given and has not reported."""
 
     worker: W
     number: int
@@ -64,13 +64,13 @@ class _Hand(Generic[W]):
 
 
 def spread(
-    team: Team[W], chunks: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
+    team: Team[W], groups: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
 ) -> Iterator[list[Result]]:
-    """Results of all chunks, drawn by `count` workers; no more are handed out once `halted`.
+    """Results of all groups, drawn by `count` workers; no more are handed out once `halted`.
 
-    Raises what a worker raised, and RuntimeError if they die before they draw.
+    Raises what a worker raised, and RuntimeError if workers die before they draw.
     """
-    rest, again = iter(chunks), deque[Sequence[Item]]()
+    rest, again = iter(groups), deque[Sequence[Item]]()
     deaths: Counter[int] = Counter()
     lost_starts = 0
     hands = [_Hand(team.start(number), number) for number in range(count)]
@@ -83,9 +83,9 @@ def spread(
                     for result in results:
                         del hand.items[result.index]
                     yield results
-                    chunk = None if halted() else (again.popleft() if again else next(rest, None))
-                    hand.items |= {item.index: item for item in chunk or ()}
-                    hand.worker.send(chunk)
+                    group = None if halted() else (again.popleft() if again else next(rest, None))
+                    hand.items |= {item.index: item for item in group or ()}
+                    hand.worker.send(group)
                 except Gone as gone:
                     hands.remove(hand)
                     hand.worker.stop()
@@ -108,15 +108,15 @@ def spread(
 
 
 class Processes:
-    """Workers on this machine. make_engine: called with the number of each, in it, so it must be picklable."""
+    """Workers on this machine. make_drawer: called in each process, with its number; it must be picklable."""
 
-    def __init__(self, make_engine: Callable[[int], Engine]) -> None:
-        self.make_engine = make_engine
+    def __init__(self, make_drawer: Callable[[int], Drawer]) -> None:
+        self.make_drawer = make_drawer
 
     def start(self, number: int) -> "Process":
         spawn = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self.make_engine, number, theirs), daemon=True)
+        process = spawn.Process(target=_work, args=(self.make_drawer, number, theirs), daemon=True)
         process.start()
         theirs.close()
         return Process(process, ours)
@@ -130,9 +130,9 @@ class Process:
     def __init__(self, process: BaseProcess, pipe: "Connection[Any, Any]") -> None:
         self.process, self.pipe = process, pipe
 
-    def send(self, chunk: Sequence[Item] | None) -> None:
+    def send(self, group: Sequence[Item] | None) -> None:
         try:
-            self.pipe.send(chunk)
+            self.pipe.send(group)
         except ConnectionError:
             raise self._gone() from None
 
@@ -153,30 +153,30 @@ class Process:
         return Gone(self.process.exitcode == 0, f"exit code {self.process.exitcode}")
 
 
-def _work(make_engine: Callable[[int], Engine], number: int, pipe: "Connection[Any, Any]") -> None:
-    """What a process does: asks for a chunk by sending results, until it is given none."""
+def _work(make_drawer: Callable[[int], Drawer], number: int, pipe: "Connection[Any, Any]") -> None:
+    """The main function of a process: asks for a group by sending results, until there are no more."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # a terminal sends them to all; the first process decides
     try:
-        engine = make_engine(number)
+        drawer = make_drawer(number)
         results: list[Result] = []
         while True:
             pipe.send(results)
-            chunk = pipe.recv()
-            if chunk is None:
+            group = pipe.recv()
+            if group is None:
                 break
-            engine.submit(chunk)
-            results = engine.results()
-        results = engine.results(wait=True)
+            drawer.submit(group)
+            results = drawer.results()
+        results = drawer.results(wait=True)
         if results:
             pipe.send(results)
             pipe.recv()
     except (EOFError, ConnectionError):
-        pass  # the first process is gone; what is saved is saved
+        pass  # the first process is gone; saved images stay saved
     except Exception as error:
         pipe.send(carried(error))
 
 
 def carried(error: Exception) -> Exception:
-    """An error that another process can read: classes of libraries often cannot be unpickled."""
+    """An error that another process can unpickle; classes of libraries often cannot be."""
     return error if isinstance(error, ValueError | OSError) else RuntimeError(reason(error))

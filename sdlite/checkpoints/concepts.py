@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from sdlite.files import read_text
+
 FILE = "concepts.txt"
 MAX_BYTES = 2**20
 AS_START, AS_PART, MIN_PART = 0.97, 0.95, 4  # likeness of a word inside another, and its least length
@@ -12,13 +14,10 @@ NOT_NAMES = {"and", "face", "for", "from", "in", "of", "on", "style", "the", "wi
 
 
 def read_names(folder: Path) -> list[str]:
-    """The names of a model's folder, none where it has no list. Raises ValueError for a file that is no list."""
+    """The names in a model's folder; none if it has no list. Raises ValueError for a file that is too large."""
     file = folder / FILE
-    if not file.is_file():
-        return []
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file}: has more than {MAX_BYTES} bytes")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = read_text(file, MAX_BYTES) if file.is_file() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def nearest(text: str, names: Sequence[str], count: int) -> list[str]:

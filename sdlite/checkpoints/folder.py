@@ -1,38 +1,137 @@
-"""Checks a model folder in diffusers' layout and finds the weights of each part."""
+"""A model folder in diffusers' layout: one folder for each part, with its config and weights.
+
+    model_index.json | unet (or transformer), vae, text_encoder, tokenizer, scheduler | sha256sums.txt, if it has one
+
+Links and checksums are checked before anything is read. A folder is written whole or not at all.
+"""
 
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from sdlite.checkpoints.configs import check_model_index
+import torch
+from torch import nn
+
+from sdlite.checkpoints import configs
 from sdlite.checkpoints.hub import PARTS, cache_folder
-from sdlite.checkpoints.weights import WAY_OUT, CheckpointError, Weights, open_safetensors, open_sharded, read_json
+from sdlite.checkpoints.parts import UNTRAINED, ModelParts, empty_parts, fill, finished
+from sdlite.checkpoints.pickles import open_pickles
+from sdlite.checkpoints.places import CheckpointError
+from sdlite.checkpoints.sd_names import modern_names
+from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from sdlite.checkpoints.weights import (
+    WAY_OUT,
+    Weights,
+    from_files,
+    open_safetensors,
+    open_sharded,
+    read_json,
+    write_json,
+    write_shards,
+)
+from sdlite.config import UNTRAINED_NOTE, CodecConfig, LoadOptions, ModelConfig
+from sdlite.files import atomic_folder
+from sdlite.models.codec import LatentCodec
+from sdlite.models.text import saved_text_state_dict, text_state_dict
 
 WEIGHT_STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
 PART_STEMS = tuple(sorted(set(WEIGHT_STEMS.values())))  # how a part's own file begins
 MAX_SUMS_BYTES = 2**20
 
 
-def check_folder(folder: Path, allow_links: Sequence[Path] = ()) -> None:
+def read_folder(
+    folder: Path, name: str, options: LoadOptions, *, codec: LatentCodec | None = None, trust_pickle: bool = False
+) -> ModelParts:
+    """The model of a folder. codec: used instead of its VAE. Raises CheckpointError."""
+    check_folder(folder, options.allow_links)
+    config, tokenizer, notes = _read_config(folder, options, codec.config if codec else None)
+    parts = from_files(folder, empty_parts, config, tokenizer, name, codec)
+    modules: dict[str, tuple[nn.Module, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+        configs.denoiser_part(config.denoiser): (parts.denoiser, dict),
+        "text_encoder": (parts.text.model, text_state_dict),
+    } | ({} if codec else {"vae": (parts.codec.model, modern_names)})
+    if not trust_pickle:
+        check_variant(folder, modules, options.variant)
+    opened = {part: open_part(folder / part, options.variant, trust_pickle=trust_pickle) for part in modules}
+    for part, (module, renamed) in modules.items():
+        notes += fill(module, opened[part], f"{folder.name}/{part}", renamed)
+    return finished(parts, notes)
+
+
+def _read_config(folder: Path, options: LoadOptions, codec: CodecConfig | None) -> tuple[ModelConfig, Any, list[str]]:
+    """The config of a folder, its tokenizer, and notes on what was guessed. codec: used instead of the VAE's config."""
+    index = read_json(folder / "model_index.json")
+    part = "transformer" if "transformer" in index else "unet"
+    path = folder / "scheduler" / "scheduler_config.json"
+    schedule, stated, unknown = configs.schedule_config(read_json(path), str(path))
+    notes = [f"{path.name}: ignored {', '.join(unknown):.200}"] if unknown else []
+    if options.prediction is None and stated is None:
+        notes.append("prediction epsilon is a guess: the scheduler's config does not say it")
+    if index.get("_name_or_path") == UNTRAINED:
+        notes.append(UNTRAINED_NOTE)
+    tokenizer = from_files(folder / "tokenizer", load_tokenizer, folder / "tokenizer")
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    path = folder / part / "config.json"
+    prediction = options.prediction or stated or "epsilon"
+    denoiser, size = configs.denoiser_config(part, read_json(path), prediction, str(path))
+    path = folder / "text_encoder" / "config.json"
+    text = configs.text_config(read_json(path), ids, str(path))
+    vae = codec or read_codec_config(folder / "vae")
+    config = ModelConfig(denoiser=denoiser, schedule=schedule, text=text, codec=vae, sample_size=size)
+    return config, tokenizer, notes
+
+
+def read_codec_config(folder: Path) -> CodecConfig:
+    return configs.codec_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def save_folder(
+    parts: ModelParts, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: int | None = None
+) -> None:
+    """Writes a folder that `load_model` and diffusers' StableDiffusionPipeline.from_pretrained load.
+
+    diffusers has no pipeline for a DiT with CLIP; it loads the parts of such a folder one by one.
+    dtype: None keeps that of each part. max_shard_size: a weight file with more bytes is split.
+    Raises CheckpointError for what diffusers' layout cannot hold, FileExistsError for a folder that is not empty,
+    DiskFull.
+    """
+    files = configs.to_diffusers(parts.config)
+    if parts.is_untrained:
+        files["model_index.json"]["_name_or_path"] = UNTRAINED
+    weights = {
+        configs.denoiser_part(parts.config.denoiser): parts.denoiser.state_dict(),
+        "vae": parts.codec.model.state_dict(),
+        "text_encoder": saved_text_state_dict(parts.text.model.state_dict()),
+    }
+    with atomic_folder(Path(folder)) as temporary:
+        for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            write_json(temporary / name, content)
+        save_tokenizer(parts.text.tokenizer, temporary / "tokenizer")
+        for part, tensors in weights.items():
+            write_shards(temporary / part, WEIGHT_STEMS[part], tensors, dtype, max_shard_size)
+
+
+def check_folder(folder: Path, allow_links: Sequence[str] = ()) -> None:
     """Raises CheckpointError unless a folder holds one model, its links are allowed and its checksums are right.
 
     allow_links: links in the folder may lead into these folders.
     """
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: model_index.json is missing{_advice(folder)}")
+        raise CheckpointError(f"{folder} is not a model folder: model_index.json is missing{_advice(folder)}")
     parts = [folder / part for part in PARTS]
     inside = [file for part in PARTS for file in folder.glob(f"{part}/*")]
     check_links(folder, [folder / "model_index.json", folder / "sha256sums.txt", *parts, *inside], allow_links)
     if (folder / "sha256sums.txt").is_file():
         _check_sums(folder, folder / "sha256sums.txt")
-    check_model_index(read_json(folder / "model_index.json"), str(folder / "model_index.json"))
+    configs.check_model_index(read_json(folder / "model_index.json"), str(folder / "model_index.json"))
 
 
 def _advice(folder: Path) -> str:
-    """What to give instead of a folder that is no model folder, where that can be seen."""
+    """What the user may have meant, if that can be seen from the folder and its neighbours."""
     if (folder.parent / "model_index.json").is_file() and folder.name in PARTS:
         return f"; it is a part of {folder.parent}, give that"
     snapshots = sorted(folder.glob("snapshots/*/model_index.json"), key=lambda path: path.stat().st_mtime)
@@ -42,13 +141,13 @@ def _advice(folder: Path) -> str:
     return f"; did you mean {inside[0]}?" if inside else ""
 
 
-def check_links(folder: Path, paths: Iterable[Path], allowed: Sequence[Path]) -> None:
+def check_links(folder: Path, paths: Iterable[Path], allowed: Sequence[str]) -> None:
     """Raises CheckpointError for a path that leads out of the folder, the hub's cache and the folders that are allowed.
 
     Snapshots in the hub's cache are links to ../../blobs.
     """
     try:
-        roots = [folder.resolve(), *(root.resolve() for root in allowed)]
+        roots = [folder.resolve(), *(Path(root).resolve() for root in allowed)]
         if roots[0].parent.name == "snapshots" and roots[0].parent.parent.name.startswith("models--"):
             roots.append(roots[0].parent.parent)
         for path in paths:
@@ -78,12 +177,13 @@ def _check_sums(folder: Path, sums: Path) -> None:
                 raise CheckpointError(f"{file} is not the file that {sums.name} lists; download it again")
 
 
-def open_part(folder: Path, stem: str, variant: str | None = None) -> Weights:
+def open_part(folder: Path, variant: str | None = None, *, stem: str = "", trust_pickle: bool = False) -> Weights:
     """Weights of one part, whole or in shards: the variant, or the plain ones, or those in half precision.
 
-    A part that has no such variant gives its plain weights, as in diffusers: often the UNet alone has one. Raises
-    CheckpointError.
+    A part that has no such variant gives its plain weights, as in diffusers: often the UNet alone has one. stem: how
+    its files are named, if the folder's name does not say it. Raises CheckpointError.
     """
+    stem = stem or WEIGHT_STEMS[folder.name]
     found = variants(folder, stem)
     wanted = [variant, "", "fp16"] if variant is not None else ["", "fp16"]
     chosen = next((found[name] for name in wanted if name in found), None)
@@ -91,21 +191,13 @@ def open_part(folder: Path, stem: str, variant: str | None = None) -> Weights:
         return open_sharded(chosen) if chosen.suffix == ".json" else open_safetensors(chosen)
     if found:
         raise CheckpointError(f"{folder} has its weights only as {', '.join(sorted(found))}; --variant picks one")
+    if trust_pickle and (trusted := open_pickles(folder, stem, variant)) is not None:
+        return trusted
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} has its weights as a pickle ({pickles[0]}), which could run code when it is read; {WAY_OUT}"
         )
     raise CheckpointError(f"{folder}: {stem}.safetensors is missing")
-
-
-class Reader(NamedTuple):
-    """Functions that read weights: `file` from a single file, `part` from a part of a folder (see `open_part`)."""
-
-    file: Callable[[Path], Weights]
-    part: Callable[[Path, str, str | None], Weights]
-
-
-SAFE = Reader(open_safetensors, open_part)
 
 
 def variants(folder: Path, stem: str) -> dict[str, Path]:

@@ -28,14 +28,14 @@ def shipped_folder() -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no file can be one of the hub's: org/name, where org is no folder here."""
+    """Whether a name can be one of the hub's: org/name, where org is not a folder here."""
     if HUB_ID.fullmatch(name) is None or name.lower().endswith(FILES):
         return False
     return Path(name).parts[0] not in (".", "..") and not Path(Path(name).parts[0]).exists()
 
 
 def check_model(name: str) -> None:
-    """Raises CheckpointError for a name that is no model's; whether the hub has one of that name is not asked."""
+    """Raises CheckpointError for a name that no model can have. It does not ask the hub."""
     if name == "":
         raise CheckpointError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
     place = Path(name)
@@ -44,7 +44,7 @@ def check_model(name: str) -> None:
 
 
 def check_vae(name: str) -> None:
-    """Raises CheckpointError for a name that is no VAE's; see `check_model`."""
+    """Raises CheckpointError for a name that no VAE can have; see `check_model`."""
     place = Path(name)
     if not (place.is_file() or place.is_dir() or name == "tiny" or is_hub_id(name)):
         raise CheckpointError(

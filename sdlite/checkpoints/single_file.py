@@ -1,8 +1,8 @@
-"""Finds the config of an original single file from its shapes, and epsilon or v from other marks.
+"""One file with all parts in the original layout (CompVis, Stability AI), read and written.
 
-Shapes distinguish Stable Diffusion 1 from 2, and inpainting models from others. They do not show epsilon or v, the
-number of heads or the activations. So any other size needs a config: the one that sdlite wrote into the file, or the
-argument `config`.
+A file of others has no config. The shapes of its weights distinguish Stable Diffusion 1 from 2, and inpainting models
+from others. They do not show epsilon or v, the number of heads or the activations. So epsilon or v is found by other
+marks, and any other size needs a config: the one that sdlite wrote into the file, or the argument `config`.
 """
 
 import re
@@ -10,11 +10,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from sdlite.checkpoints.compvis import UNET
-from sdlite.checkpoints.weights import CheckpointError, Weights, read_json
-from sdlite.config import ModelConfig, Prediction, sd15, sd21
-from sdlite.files import parse_json
+from sdlite.checkpoints import sd_names
+from sdlite.checkpoints.parts import UNTRAINED, ModelParts, check_same, empty_parts, finished, shapes_of
+from sdlite.checkpoints.pickles import open_pickle
+from sdlite.checkpoints.places import CheckpointError
+from sdlite.checkpoints.sd_names import CODEC, OPEN_CLIP, UNET, Part
+from sdlite.checkpoints.tokenizer import load_tokenizer
+from sdlite.checkpoints.weights import Weights, from_files, open_safetensors, read_json, write_safetensors
+from sdlite.config import (
+    UNTRAINED_NOTE,
+    AutoencoderTinyConfig,
+    CodecConfig,
+    DenoiserConfig,
+    DiTConfig,
+    LoadOptions,
+    ModelConfig,
+    Prediction,
+    sd15,
+    sd21,
+)
+from sdlite.files import atomic_file, parse_json
+from sdlite.models.codec import LatentCodec
 
 CONFIG_KEY = "sdlite.config"  # in the metadata of the files that sdlite writes
 TITLE_KEY = "modelspec.title"
@@ -53,6 +71,129 @@ ALONE = (
     (r"(encoder|decoder)\.(conv_in|mid|mid_block|layers)\..*", "is a VAE alone; give a whole model, and this as vae"),
     (r"first_stage_model\..*", "is a VAE alone; give a whole model, and this as vae"),
 )
+
+
+def read_single_file(
+    path: Path,
+    options: LoadOptions,
+    *,
+    config: ModelConfig | None = None,
+    ema: bool = False,
+    codec: LatentCodec | None = None,
+    trust_pickle: bool = False,
+) -> ModelParts:
+    """The model of a file. config: for sizes that are not Stable Diffusion's. codec: used instead of its VAE.
+
+    ema: use the moving average of the UNet from a file that has both. Raises CheckpointError.
+    """
+    weights = open_pickle(path) if trust_pickle and path.suffix != ".safetensors" else open_safetensors(path)
+    keys = {sd_names.canonical(key): key for key in weights.shapes}
+    if len(keys) < len(weights.shapes):
+        raise CheckpointError(f"{path} has some weights twice, under two spellings of their names")
+    keys |= {marker: marker for marker in sd_names.MARKERS if marker in weights.unread}
+    found, is_stated, notes = find_config(path, weights, keys, config)
+    if codec is None and not any(key.startswith(CODEC) for key in keys):
+        raise CheckpointError(f"{path} has no VAE; give one with --vae: a file, a folder, or tiny")
+    guess, reasons = find_prediction(path, weights, keys, found, is_stated)
+    prediction = options.prediction or guess
+    if not is_stated and found.denoiser.context_dim == sd21().denoiser.context_dim:
+        found = found.replace(sample_size=sd21(prediction=prediction).sample_size)
+    found = found.replace(
+        denoiser=found.denoiser.replace(prediction=prediction),
+        schedule=found.schedule.replace(zero_terminal_snr=found.schedule.zero_terminal_snr or "ztsnr" in keys),
+        codec=codec.config if codec else found.codec,
+    )
+    parts = from_files(path, empty_parts, found, from_files(path, load_tokenizer), path.stem, codec)
+    modules = {part: module for part, module in parts.modules.items() if part != "codec" or codec is None}
+    _check_layout(found.denoiser, None if codec else found.codec, f"{path}: ", "use")
+    unused = fill_original(path, weights, keys, modules, found, ema)
+    if weights.metadata.get(TITLE_KEY) == UNTRAINED:
+        notes.append(UNTRAINED_NOTE)
+    return finished(parts, notes + unused + ([] if options.prediction else reasons))
+
+
+def save_single_file(
+    parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
+) -> None:
+    """Writes a .safetensors file in the original layout, with the config in its metadata for sdlite.
+
+    Raises CheckpointError for what the layout has no place for, FileExistsError if the file is there and not `force`,
+    DiskFull.
+    """
+    _check_layout(parts.config.denoiser, parts.config.codec, "", "save")
+    if parts.text.tokenizer.get_vocab() != load_tokenizer().get_vocab():
+        raise CheckpointError("the original layout has no place for a tokenizer that is not CLIP's; save a folder")
+    states = {part: module.state_dict() for part, module in parts.modules.items()}
+    ours = {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
+    open_clip = parts.config.text.hidden_act == "gelu"  # which of the two the original code's text encoders have
+    names = sd_names.original_names(states, parts.config.denoiser, open_clip)
+    tensors = {key: sd_names.join(key, [ours[name] for name in sources]) for key, sources in names.items()}
+    metadata = {CONFIG_KEY: parts.config.model_dump_json(), PREDICTION_KEY: parts.config.denoiser.prediction}
+    if parts.is_untrained:
+        metadata[TITLE_KEY] = UNTRAINED
+    with atomic_file(Path(path), force=force) as temporary:
+        write_safetensors(temporary, tensors, dtype, **metadata)
+
+
+def _check_layout(denoiser: DenoiserConfig, codec: CodecConfig | None, where: str, verb: str) -> None:
+    """Raises CheckpointError for parts that the layout has no place for. codec: None if it is not of the file."""
+    tiny = "an AutoencoderTiny" if isinstance(codec, AutoencoderTinyConfig) else None
+    if wrong := tiny or ("a DiT" if isinstance(denoiser, DiTConfig) else None):
+        raise CheckpointError(f"{where}the original layout has no place for {wrong}; {verb} a folder")
+
+
+def fill_original(
+    path: Path,
+    weights: Weights,
+    keys: Mapping[str, str],
+    modules: Mapping[Part, nn.Module],
+    config: ModelConfig | None = None,
+    ema: bool = False,
+) -> list[str]:
+    """Gives modules the weights of a file in the original layout. Returns a note on weights that are not used.
+
+    keys: canonical key -> key in the file. modules: the parts to fill. config, ema: of a whole model; without config
+    only the codec is filled.
+    """
+    ours = {f"{part}.{name}": shape for part, module in modules.items() for name, shape in shapes_of(module).items()}
+    open_clip = f"{OPEN_CLIP}ln_final.weight" in keys
+    names = sd_names.original_names(
+        {part: list(module.state_dict()) for part, module in modules.items()},
+        config.denoiser if config else None,
+        open_clip,
+    )
+    expected = {key: sd_names.original_shape(key, [ours[name] for name in sources]) for key, sources in names.items()}
+    layers = None if config is None else config.text.num_hidden_layers
+    source = {
+        key: raw
+        for key, raw in keys.items()
+        if not sd_names.is_unused(key, layers) and ("codec" in modules if key.startswith(CODEC) else config is not None)
+    }
+    if ema:
+        source = _averaged(path, keys, source, names)
+    found = {key: sd_names.with_kernel(key, weights.shapes[raw]) for key, raw in source.items()}
+    unread = {sd_names.canonical(key): dtype for key, dtype in weights.unread.items()}
+    notes = check_same(expected, found, str(path), unread)
+    read = weights.read(source[key] for key in names)
+    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
+    for key, sources in names.items():
+        for name, tensor in zip(sources, sd_names.split(read[source[key]], [ours[n] for n in sources]), strict=True):
+            part, _, rest = name.partition(".")
+            tensors[part][rest] = tensor
+    for part, module in modules.items():
+        module.load_state_dict(tensors[part], assign=True)
+    return notes
+
+
+def _averaged(
+    path: Path, keys: Mapping[str, str], source: Mapping[str, str], names: Mapping[str, object]
+) -> dict[str, str]:
+    """The source of each weight, with the moving average in place of the UNet. names: the keys of the model."""
+    if sum(key.startswith(sd_names.EMA) for key in keys) < sd_names.MIN_EMA_KEYS:
+        raise CheckpointError(f"{path} has no moving average of its weights (model_ema.*); load it without ema")
+    average = {key: keys.get(sd_names.ema_key(key)) for key in names if key.startswith(UNET)}
+    others = {key: raw for key, raw in source.items() if not key.startswith(UNET)}
+    return others | {key: raw for key, raw in average.items() if raw is not None}
 
 
 def find_config(
@@ -108,7 +249,7 @@ def _schedule_notes(path: Path, weights: Weights, keys: Mapping[str, str]) -> li
     expected = (1 - torch.linspace(*ends, schedule.num_train_steps, dtype=torch.float64) ** 2).cumprod(0)
     if found.shape == expected.shape and torch.allclose(found.double(), expected, atol=SCHEDULE_TOLERANCE, rtol=0):
         return []
-    return [f"{path.name}: its alphas_cumprod is not Stable Diffusion's noise schedule, which is used all the same"]
+    return [f"{path.name}: its alphas_cumprod is not Stable Diffusion's noise schedule; sdlite uses Stable Diffusion's"]
 
 
 def find_prediction(

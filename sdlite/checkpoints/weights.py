@@ -1,4 +1,4 @@
-"""Reads weights as data: safetensors files, alone or in shards, checked before and while they are read.
+"""Safetensors files, alone or in shards: weights are read as data, checked before and while they are read, and written.
 
     8 bytes: length N | N bytes: JSON {name: {dtype, shape, data_offsets}} | tensors, end to end
 
@@ -6,21 +6,21 @@ Nothing in a file is trusted: not its suffix, sizes, names or numbers. Any fault
 Pickles, which can run code when they are read, are recognised by content and refused.
 """
 
-import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sdlite import files
-from sdlite.checkpoints.places import CheckpointError as CheckpointError
+from sdlite.checkpoints.places import CheckpointError
 
 T = TypeVar("T")
 MAX_HEADER_BYTES = 16 * 2**20  # 20,000 tensors need about 4 MB
@@ -28,7 +28,6 @@ MAX_CONFIG_BYTES = 2**20  # Stable Diffusion's have 2 kB
 MAX_INDEX_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000  # an SDXL file with EMA has 7,000
 MAX_DIMENSIONS = 8
-SHOWN_DIFFERENCES = 5
 MAX_ELEMENTS = 2**48  # of a tensor, empty dimensions apart: beyond it PyTorch's own sizes overflow
 # Bits of an element. Weights are FLOATS; all else may be there, unread: position_ids, counters, parts in 8 bits.
 FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
@@ -50,7 +49,7 @@ OTHERS = {
 WAY_OUT = "convert it once, if you trust who made it: sdlite convert --trust-pickle OLD NEW"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
     """The tensors of a model by name, read on demand. read: returns the named ones as finite float32 on the CPU.
 
@@ -63,18 +62,18 @@ class Weights:
     unread: Mapping[str, str] = field(default_factory=dict)
 
 
+def from_files(where: Path | str, make: Callable[..., T], *arguments: Any) -> T:
+    """make(*arguments); a ValueError or a missing file becomes a CheckpointError of one line that names the place."""
+    try:
+        return make(*arguments)
+    except (ValueError, FileNotFoundError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(text if str(where) in text else f"{where}: {text}") from None
+
+
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError if it is missing, too large or not an object."""
-    try:
-        return files.read_json(path, max_bytes)
-    except (ValueError, FileNotFoundError) as error:
-        raise CheckpointError(str(error)) from None
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All floating-point tensors of a file, as finite float32 on the CPU. Raises CheckpointError."""
-    weights = open_safetensors(path)
-    return weights.read(weights.shapes)
+    return from_files(path, files.read_json, path, max_bytes)
 
 
 def open_safetensors(path: Path) -> Weights:
@@ -126,7 +125,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _foreign(path: Path, start: bytes) -> str:
-    """What a file is that is no safetensors file."""
+    """What else a file is: a pickle, a web page, ..."""
     pickled = start.startswith(PICKLES) or start[TAR_MAGIC] == b"ustar"
     if pickled or path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
         return f"is a pickle, which could run code when it is read; {WAY_OUT}"
@@ -192,102 +191,58 @@ def open_sharded(index: Path) -> Weights:
         if not NAME.fullmatch(place) or not place.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard {place!r:.80} must be a .safetensors file next to it")
     shards = {place: open_safetensors(index.parent / place) for place in sorted(set(places.values()))}
-    for place, shard in shards.items():
-        named = {name for name in places if places[name] == place}
-        if lost := sorted(named - shard.shapes.keys() - shard.unread.keys()):
-            raise CheckpointError(f"{index}: {lost[0]!r:.80} is not in {place}, where it is listed")
+    for name, place in sorted(places.items()):
+        if name not in shards[place].shapes and name not in shards[place].unread:
+            raise CheckpointError(f"{index}: {name!r:.80} is not in {place}, where it is listed")
+    return joined({name: shards[place] for name, place in places.items()})
+
+
+def joined(places: Mapping[str, Weights]) -> Weights:
+    """The weights of several files as one. places: which file each tensor is read from; their others are left out."""
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         wanted = list(names)
-        parts = [shard.read([n for n in wanted if places[n] == place]) for place, shard in shards.items()]
-        return {name: tensor for part in parts for name, tensor in part.items()}
+        tensors: dict[str, Tensor] = {}
+        for file in dict.fromkeys(places.values()):
+            tensors |= file.read([name for name in wanted if places[name] is file])
+        return tensors
 
-    listed = [(name, shards[place]) for name, place in places.items()]  # a shard's other tensors belong to no model
-    shapes = {name: shard.shapes[name] for name, shard in listed if name in shard.shapes}
-    return Weights(shapes, {}, read, {name: shard.unread[name] for name, shard in listed if name in shard.unread})
-
-
-def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = {name: file.shapes[name] for name, file in places.items() if name in file.shapes}
+    return Weights(shapes, {}, read, {name: file.unread[name] for name, file in places.items() if name in file.unread})
 
 
-def check_same(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    what: str,
-    unread: Mapping[str, str] | None = None,
-) -> list[str]:
-    """A note, in a list, on tensors that are found and not expected; they are not used.
-
-    unread: names and dtypes of tensors that are no weights. Raises CheckpointError with the first differences and their
-    likely cause if one that is expected is missing or has another shape.
-    """
-    unread = unread or {}
-    missing = [
-        f"{name} is in {unread[name]}, not one of {', '.join(FLOATS)}" if name in unread else f"{name} is missing"
-        for name in expected
-        if name not in found
-    ]
-    reshaped = [
-        f"{name} is {found[name]}, not {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    extra = [name for name in found if name not in expected]
-    if not missing and not reshaped:
-        return [f"{what}: not used: {_first(extra)}"] if extra else []
-    differences = [*missing, *(f"{name} is not expected" for name in extra), *reshaped]
-    if 2 * len(differences) > len(expected):
-        cause = "these are another model's weights, or another model's config"
-    elif not missing and not extra:
-        cause = "the config is another model's"
-    else:
-        cause = "the file is incomplete" if not extra else "the file was edited or is another model's"
-    raise CheckpointError(f"{what}: {_first(differences)}. Likely {cause}.")
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, **metadata: str
+) -> None:
+    """Writes dense copies that share no memory, in `dtype`, or each in its own with None."""
+    copies = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, path, {"format": "pt", **metadata})
 
 
-def _first(entries: list[str]) -> str:
-    """The first few, and how many more there are."""
-    more = len(entries) - SHOWN_DIFFERENCES
-    return "; ".join(entries[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+def write_shards(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, max_size: int | None
+) -> None:
+    """One file, or several of up to max_size bytes with an index, as diffusers and transformers name them."""
+    sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if max_size is not None and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_size:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", tensors, dtype)
+        return
+    places: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, dtype)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def fill(
-    module: nn.Module,
-    weights: Weights,
-    what: str,
-    renamed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
-) -> list[str]:
-    """Gives a module its weights; notes on what is not used. renamed: maps the file's names to the module's, or drops
-    them. Raises CheckpointError if one is missing, has another shape or is not finite.
-    """
-    keys = from_files(what, renamed, {name: name for name in weights.shapes})
-    expected = shapes_of(module)
-    found = {name: weights.shapes[key] for name, key in keys.items()}
-    notes = check_same(expected, found, what, from_files(what, renamed, weights.unread))
-    tensors = weights.read(keys[name] for name in expected)
-    module.load_state_dict({name: tensors[keys[name]] for name in expected}, assign=True)
-    return notes
-
-
-def from_files(where: Path | str, make: Callable[..., T], *arguments: Any) -> T:
-    """make(*arguments), with the errors of files that do not fit as CheckpointErrors."""
-    try:
-        return make(*arguments)
-    except (ValueError, FileNotFoundError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(text if str(where) in text else f"{where}: {text}") from None
-
-
-def weights_hash(parts: Mapping[str, nn.Module]) -> str:
-    """sha256 over names, shapes and float32 values of all weights: the same for every file layout of a model."""
-
-    def digest(name: str, tensor: Tensor) -> bytes:
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        start = f"{name} {tuple(values.shape)} ".encode()
-        return hashlib.sha256(start + hashlib.sha256(values.view(-1).numpy().data).digest()).digest()
-
-    named = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(digest, sorted(named), [named[name] for name in sorted(named)])
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

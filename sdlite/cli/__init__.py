@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from sdlite.cli import draw  # noqa: F401  each adds its commands to the app, in the order of --help
+from sdlite.cli import draw, regen  # noqa: F401  each adds its commands to the app, in the order of --help
 
 # isort: split
-from sdlite.cli import batch, learn, models, segment  # noqa: F401
+from sdlite.cli import batch, bench, learn, models, segment  # noqa: F401
 from sdlite.cli.app import run
 from sdlite.cli.threads import spin_briefly
 

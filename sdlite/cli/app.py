@@ -1,12 +1,9 @@
-"""The shared part of the commands: the app, their common flags, and how a run ends.
+"""The shared part of the commands: the app, common flags, loading a model, and how a run ends.
 
-Wrong input gives one line on stderr and exit code 2. A full disk exits with 3, a fault of the program with 70, and a
-run that was stopped with 130. SDLITE_DEBUG=1 in the environment also shows the traceback.
+SDLITE_DEBUG=1 in the environment shows the traceback of an error.
 """
 
 import os
-import re
-import shlex
 import signal
 import sys
 import threading
@@ -20,19 +17,20 @@ import typer
 
 from sdlite import __version__
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.cli.hints import usage
+from sdlite.cli.errors import (
+    DISK_FULL as DISK_FULL,
+    INTERRUPTED as INTERRUPTED,
+    SOME_FAILED as SOME_FAILED,
+    WRONG_INPUT as WRONG_INPUT,
+    explained,
+)
 from sdlite.cli.output import Report, shown
 from sdlite.cli.threads import use_threads
 from sdlite.cli.words import WORDS, check_there as check_there, checked as checked
 from sdlite.config import LoadOptions, Prediction
-from sdlite.files import FULL
 
 if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline
-
-# Exit codes: sysexits.h calls 70 an internal software error, and a shell's 128 + SIGINT is 130.
-WRONG_INPUT, DISK_FULL, UNFORESEEN, INTERRUPTED = 2, 3, 70, 130
-MAX_SHOWN_COMMAND = 200
 
 app = typer.Typer(
     name="sdlite",
@@ -43,10 +41,6 @@ app = typer.Typer(
 )
 
 
-Output = Annotated[
-    str | None,
-    typer.Option("--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"),
-]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -62,19 +56,13 @@ Threads = Annotated[
 Model = Annotated[str | None, WORDS["model"]]
 Device = Annotated[str, WORDS["device"]]
 DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], WORDS["dtype"]]
-DTypeName = Literal["float32", "float16", "bfloat16"]
 Override = Annotated[Prediction | None, WORDS["prediction"]]
 Vae = Annotated[str | None, WORDS["vae"]]
 Variant = Annotated[str | None, WORDS["variant"]]
 AllowLinks = Annotated[list[Path] | None, WORDS["allow_links"]]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
-NoMetadata = Annotated[
-    bool, typer.Option("--no-metadata", help="Do not write prompt and settings into the image file.")
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress bar and no notes, except that a model is untrained.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, WORDS["quiet"]]
+AsJson = Annotated[bool, WORDS["as_json"]]
 
 
 def examples(*commands: str) -> str:
@@ -116,7 +104,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("SDLITE_DEBUG"):
             traceback.print_exc()
-        code, message = _explained(error, given)
+        code, message = explained(error, given)
         print(f"sdlite: error: {shown(' '.join(message.split()))}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
@@ -134,19 +122,3 @@ def _stopped_in_order() -> Iterator[None]:
     finally:
         for number in default:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _explained(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
-    """Exit code and message for an error."""
-    if hasattr(error, "format_message"):  # a wrong flag: typer brings its own click or takes the installed one
-        return WRONG_INPUT, usage(error)
-    if isinstance(error, OSError) and error.strerror is not None:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return DISK_FULL if error.errno in FULL else WRONG_INPUT, message
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-        return WRONG_INPUT, "out of memory; try a smaller --width and --height, or --batch-size 1"
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return WRONG_INPUT, str(error)
-    command = shlex.join(["sdlite", *arguments])[:MAX_SHOWN_COMMAND]
-    cause = f"{type(error).__name__}: {error}"[:MAX_SHOWN_COMMAND]
-    return UNFORESEEN, f"{command}: {cause}; this is a fault of sdlite, and SDLITE_DEBUG=1 shows where it happened"

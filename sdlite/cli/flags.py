@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import reduce, wraps
 from operator import or_
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -27,6 +27,7 @@ from sdlite.cli.words import WORDS
 from sdlite.config import Record
 
 T = TypeVar("T")
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,16 @@ def options(command: Callable[..., T]) -> Callable[..., T]:
     groups = {name: group for name, each in signature.parameters.items() if (group := _group(each)) is not None}
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        parameters += groups[name].parameters() if name in groups else [_keyword(parameter)]
+        parameters += groups[name].parameters() if name in groups else [parameter.replace(kind=KEYWORD)]
 
     @wraps(command)
     def run(**values: Any) -> T:
-        given = {name: [(field, values.pop(field)) for field in group.fields] for name, group in groups.items()}
-        return command(**values, **{name: groups[name].build(pairs) for name, pairs in given.items()})
+        given = {name: {field: values.pop(field) for field in group.fields} for name, group in groups.items()}
+        return command(**values, **{name: groups[name].build(fields) for name, fields in given.items()})
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def _keyword(parameter: inspect.Parameter) -> inspect.Parameter:
-    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 def _group(parameter: inspect.Parameter) -> "_Group | None":
@@ -87,18 +84,17 @@ class _Group:
     def __init__(self, rule: Flags, kind: type[Record] | None, start: Record | None) -> None:
         self.words = {**WORDS, **(rule.words or {})}
         self.kind, self.start = kind, start
-        records = {"": kind} if kind is not None else dict(rule.records or {})
-        self.owners = list(records)
-        names = rule.only or dict.fromkeys(name for record in records.values() for name in record.model_fields)
-        self.fields = {
-            name: {owner: fields[name] for owner, record in records.items() if name in (fields := record.model_fields)}
-            for name in names
-            if name not in rule.without
-        }
+        self.records = {"": kind} if kind is not None else dict(rule.records or {})
+        names = rule.only or dict.fromkeys(name for record in self.records.values() for name in record.model_fields)
+        self.fields = {name: self._owners(name) for name in names if name not in rule.without}
 
-    def build(self, pairs: Sequence[tuple[str, Any]]) -> Any:
+    def _owners(self, name: str) -> dict[str, FieldInfo]:
+        fields = {owner: record.model_fields for owner, record in self.records.items()}
+        return {owner: fields[owner][name] for owner in fields if name in fields[owner]}
+
+    def build(self, values: Mapping[str, Any]) -> Any:
         """The record, or what the user gave as a dict."""
-        given = {name: value for name, value in pairs if value is not None and value != []}
+        given = {name: value for name, value in values.items() if value is not None and value != []}
         if self.kind is None:
             return given
         return self.kind(**given) if self.start is None else self.start.replace(**given)
@@ -107,19 +103,19 @@ class _Group:
         return [self._parameter(name, fields) for name, fields in self.fields.items()]
 
     def _parameter(self, name: str, fields: Mapping[str, FieldInfo]) -> inspect.Parameter:
+        """fields: of that name, by record."""
         first = next(iter(fields.values()))
-        default = self._default(name, first)
         info = copy(self.words.get(name) or typer.Option())
         info.help = self._help(fields, info.help)
-        kind = _type(first.annotation)
-        names = _switch(name, {field.default for field in fields.values()}) if kind is bool else f"--{_dashed(name)}"
-        if isinstance(info, OptionInfo) and info.default is ...:  # in Annotated it is the first name
-            info.default = names
+        default, kind = self._default(name, first), _joined([_type(field.annotation) for field in fields.values()])
+        if isinstance(info, OptionInfo) and info.default is ...:  # the place of the first name, in Annotated
+            flag = name.replace("_", "-")
+            is_switch = kind is bool and {field.default for field in fields.values()} != {False}
+            info.default = f"--{flag}/--no-{flag}" if is_switch else f"--{flag}"
         if self.kind is None and info.show_default is True:
             info.show_default = _defaults(fields) or True
         hint = kind if default is not None else kind | None
-        annotation = Annotated[hint, info]  # type: ignore[valid-type]
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[hint, info])
 
     def _default(self, name: str, field: FieldInfo) -> Any:
         if self.kind is None:
@@ -133,10 +129,11 @@ class _Group:
         """The help of the table or else of the fields, with the names of the records where they do not agree."""
         texts: dict[str, list[str]] = {}
         for owner, field in fields.items():
-            texts.setdefault((words or field.description or "").removesuffix(".") + _limits(field), []).append(owner)
-        if len(texts) == 1 and len(fields) == len(self.owners):
-            return f"{next(iter(texts))}."
-        return " ".join(f"{' and '.join(owners).capitalize()}: {text}." for text, owners in texts.items())
+            text = (words or field.description or "").removesuffix(".") + f"{_limits(field)}."
+            texts.setdefault(text, []).append(owner)
+        if len(texts) == 1 and len(fields) == len(self.records):
+            return next(iter(texts))
+        return " ".join(f"{' and '.join(owners).capitalize()}: {text}" for text, owners in texts.items())
 
 
 def _defaults(fields: Mapping[str, FieldInfo]) -> str:
@@ -150,16 +147,15 @@ def _defaults(fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _shown(default: Any) -> str:
-    return "" if default is None else ("off", "on")[default] if isinstance(default, bool) else str(default)
+    if isinstance(default, bool):
+        return ("off", "on")[default]
+    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _switch(name: str, defaults: set[Any]) -> str:
-    """A switch that is off at first needs one name only."""
-    return f"--{_dashed(name)}" if defaults == {False} else f"--{_dashed(name)}/--no-{_dashed(name)}"
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _joined(kinds: Sequence[Any]) -> Any:
+    """One type for the same field of several records: all their choices, or the type of the first."""
+    choices = dict.fromkeys(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+    return Literal[tuple(choices)] if choices else kinds[0]
 
 
 def _is_annotated(annotation: Any) -> bool:
@@ -173,9 +169,7 @@ def _type(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         kinds = [_type(each) for each in get_args(annotation) if each is not NoneType]
         return str if str in kinds else reduce(or_, kinds)
-    if get_origin(annotation) is tuple:
-        return list[_type(get_args(annotation)[0])]  # type: ignore[misc]
-    return annotation
+    return list[_type(get_args(annotation)[0])] if get_origin(annotation) is tuple else annotation  # type: ignore[misc]
 
 
 def _limits(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""`sdlite info`, `sdlite convert` and `sdlite bench`: facts on an image or model, other file layouts, speed."""
+"""`sdlite info` and `sdlite convert`: facts about an image or model, and other file layouts."""
 
 import json
 from pathlib import Path
@@ -8,27 +8,16 @@ import typer
 
 from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
-from sdlite.cli.app import (
-    AsJson,
-    DTypeName,
-    Force,
-    Quiet,
-    Threads,
-    app,
-    examples,
-    load,
-)
+from sdlite.cli.app import app, examples, load
 from sdlite.cli.flags import Flags, options
-from sdlite.cli.output import Report, check_free, check_writable, shown
+from sdlite.cli.output import SUFFIXES, Report, check_writable, shown
 from sdlite.cli.words import check_there, checked
 from sdlite.config import LoadOptions
-from sdlite.files import exported, sweep, write_file
-from sdlite.request import Request
+from sdlite.files import exported, sweep
 
-DEFAULT, ON_CPU = LoadOptions(), LoadOptions(device="cpu", dtype="float32")
+ON_CPU = LoadOptions(device="cpu", dtype="float32")
 FILES = ("vae", "variant", "allow_links")
-MEASURED = Request(prompt="a red apple", steps=10)
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+Facts = dict[str, dict[str, Any]]
 SHOWN_NAMES = 10  # of a search
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 
@@ -40,11 +29,12 @@ def info(
         str, typer.Argument(metavar="IMAGE|MODEL", help="An image, or a model: folder, .safetensors file or hub id.")
     ],
     load_options: Annotated[LoadOptions, Flags(only=FILES)] = ON_CPU,
+    *,
     search: Annotated[
         str | None,
         typer.Option("--search", metavar="WORD", help="Only list the names whose spelling is nearest to WORD."),
     ] = None,
-    as_json: AsJson = False,
+    report: Annotated[Report, Flags(only=("as_json",))],
 ) -> None:
     """Show how an image was drawn, or what a model consists of.
 
@@ -52,22 +42,15 @@ def info(
     """
     if search is not None:
         found = nearest(search, _names(subject), SHOWN_NAMES)
-        print(json.dumps({"names": found}) if as_json else shown("\n".join(found)))
+        print(json.dumps({"names": found}) if report.as_json else shown("\n".join(found)))
         return
-    if Path(subject).suffix.lower() in PICTURES:
-        check_there(Path(subject))
-        facts = _picture_facts(subject)
+    if Path(subject).suffix.lower() in SUFFIXES:
+        check_there(subject)
+        facts = _image_facts(subject)
     else:
         check_model(subject)
         facts = _model_facts(load_options.replace(model=subject))
-    if as_json:
-        print(json.dumps(facts))
-        return
-    rows = {key: value for group in facts.values() for key, value in group.items() if value not in (None, "")}
-    margin = max(map(len, rows), default=0) + 2
-    for key, value in rows.items():
-        text = ", ".join(value) if isinstance(value, list) else str(value)
-        print(f"{shown(key):{margin}}" + shown(text).replace("\n", "\n" + " " * margin))
+    print(json.dumps(facts) if report.as_json else _two_columns(facts))
 
 
 @app.command(
@@ -86,6 +69,7 @@ def convert(
     target: Annotated[
         Path, typer.Argument(metavar="DST", help="NAME.safetensors writes one file, any other name a folder.")
     ],
+    *,
     trust_pickle: Annotated[
         bool,
         typer.Option(
@@ -98,9 +82,10 @@ def convert(
         bool, typer.Option("--ema", help="Take the averaged weights of the UNet from a single file that has both.")
     ] = False,
     dtype: Annotated[
-        DTypeName | None, typer.Option(help="Number type of the weights in DST.", show_default="as in SRC")
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Number type of the weights in DST.", show_default="as in SRC"),
     ] = None,
-    quiet: Quiet = False,
+    report: Annotated[Report, Flags(only=("quiet",))],
 ) -> None:
     """Write a model as a diffusers folder or as one file in the original layout.
 
@@ -109,12 +94,11 @@ def convert(
     check_writable(target.absolute().parent)
     if target.suffix.lower() in NOT_WRITTEN:
         raise ValueError(f"{target}: only .safetensors files are written; use {target.with_suffix('.safetensors')}")
-    report = Report(quiet, False)
     sweep(target.parent)
     with report.busy(f"converting {source}"):
         import torch
 
-        from sdlite.checkpoints.save import convert
+        from sdlite.checkpoints.load import convert
 
         kind = None if dtype is None else getattr(torch, dtype)
         files = load_options.file_keywords()
@@ -124,58 +108,16 @@ def convert(
     print(target)
 
 
-@app.command(
-    epilog=examples("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny --json timings.json")
-)
-@options
-def bench(
-    request: Annotated[Request, Flags(only=("prompt", "steps", "width", "height"))] = MEASURED,
-    load_options: Annotated[LoadOptions, Flags(without=("prediction",))] = DEFAULT,
-    vs: Annotated[
-        Literal["diffusers"] | None, typer.Option(help="Also measure diffusers, on the same weights.")
-    ] = None,
-    runs: Annotated[
-        int, typer.Option(min=1, max=1000, help="Number of timings of each side; the sides take turns.")
-    ] = 5,
-    threads: Threads = None,
-    batch: Annotated[
-        bool, typer.Option("--batch", help="Measure the overhead of `sdlite batch` and the cost of --exact instead.")
-    ] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="With --batch: folder to write into.")] = Path(),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every timing to this file.")] = None,
-    force: Force = False,
-) -> None:
-    """Measure one UNet evaluation, one image, peak memory and cold start.
-
-    With --batch it measures instead the time that `sdlite batch` adds to an image, and how much slower --exact is.
-    Prints a Markdown table, with ratios for --vs. The table says if the machine was too busy for reliable figures.
-    """
-    if json_file is not None:
-        if json_file.is_dir():
-            raise ValueError(f"--json={json_file} must be a file, e.g. {json_file / 'bench.json'}")
-        check_free([json_file], force)
-    if batch and (vs or not folder.is_dir()):
-        raise ValueError(f"--batch goes without --vs and with a folder that is there, not --dir={folder}")
-    report = Report(False, False)
-    with report.busy("measuring how busy the machine is"):
-        from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
-
-        busy = machine_load()
-    pipe = load(load_options, report, threads)
-    report.note("measuring; this takes from some seconds to some minutes")
-    if batch:
-        machinery = measure_batch(pipe, request, folder, load=busy, runs=runs)
-        exact = measure_exact(pipe, request, load=busy, runs=runs)
-        print(table(machinery), table(exact), sep="\n\n")
-        result = {"machinery": machinery, "exact": exact}
-    else:
-        result = measure(pipe, request, load=busy, versus=vs, runs=runs)
-        print(table(result))
-    if json_file is not None:
-        write_file(json_file, (json.dumps(result, indent=1) + "\n").encode(), force=force)
+def _two_columns(facts: Facts) -> str:
+    """A line for each fact, without the names of their groups."""
+    rows = {key: value for group in facts.values() for key, value in group.items() if value not in (None, "")}
+    margin = max(map(len, rows), default=0) + 2
+    texts = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in rows.items()}
+    lines = (f"{shown(key):{margin}}" + shown(text).replace("\n", "\n" + " " * margin) for key, text in texts.items())
+    return "\n".join(lines)
 
 
-def _picture_facts(path: str) -> dict[str, dict[str, Any]]:
+def _image_facts(path: str) -> Facts:
     from sdlite.images.files import read_metadata, read_texts
 
     texts = read_texts(path)
@@ -199,18 +141,18 @@ def _names(model: str) -> list[str]:
     return names
 
 
-def _model_facts(options: LoadOptions) -> dict[str, dict[str, Any]]:
-    pipe = load(options, Report(False, False))
-    parts: dict[str, Any] = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
-    counts = {f"parameters of {part}": sum(p.numel() for p in parts[part].parameters()) for part in parts}
+def _model_facts(options: LoadOptions) -> Facts:
+    pipe = load(options, Report())
+    from sdlite.models.device import num_weights
+
+    parts = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
+    counts = {f"parameters of {name}": num_weights(part) for name, part in parts.items()}
     width, height = pipe.default_size
     kind = type(pipe.denoiser).__name__
-    trained = (
-        {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())} if options.model == SHIPPED else {}
-    )
+    known = {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())}
     return {
         "model": {"model": pipe.name, "model_hash": pipe.model_hash, "draws": f"{width}x{height}", "denoiser": kind},
         "parts": {"prediction": pipe.denoiser.prediction} | counts,
         "schedule": pipe.schedule.config.model_dump(),
-        "trained on": trained,
+        "trained on": known if options.model == SHIPPED else {},
     }

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
-from sdlite.config import UNTRAINED_NOTE
+from sdlite.config import UNTRAINED_NOTE, Record
 from sdlite.files import check_file, sweep
+from sdlite.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures that are written
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of images that are written
+LOSSY = (".jpg", ".jpeg")  # these change pixels and have little room for metadata
 # What would drive the terminal that shows a foreign file's text, or turn the order of its letters.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -47,48 +49,73 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"cannot write into {nearest}: {error.strerror}") from None
 
 
+class SaveOptions(Record):
+    """Where images go. output: a file or a folder."""
+
+    output: str | None = None
+    force: bool = False
+    metadata: bool = True
+
+
 class Names:
     """The files of a run. They are checked before anything is drawn; nothing is created before the first save."""
 
-    def __init__(self, output: str | None, count: int, force: bool) -> None:
+    def __init__(self, options: SaveOptions, count: int) -> None:
+        output = options.output
         if output == "":
             raise ValueError("--output is empty; give FILE.png or a folder, or leave it out")
         path = Path("." if output is None else output)
         is_folder = path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep))
         self.folder = path if is_folder else path.parent
-        self.force = force
+        self.options = options
         self.paths: list[Path] = []
         if not is_folder:
             if path.suffix.lower() not in SUFFIXES:
                 raise ValueError(
-                    f"--output={output}: pictures are written as {', '.join(SUFFIXES)}; use {output}.png, or {output}/ "
+                    f"--output={output}: images are written as {', '.join(SUFFIXES)}; use {output}.png, or {output}/ "
                     "for a folder"
                 )
             many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
             self.paths = [path] if count == 1 else many
-        check_free(self.paths or [self.folder / "*"], force)
+        check_free(self.paths or [self.folder / "*"], options.force)
 
-    def save(self, picture: "Image", index: int, seed: int, with_metadata: bool) -> Path:
+    def check_room(self, request: Request) -> None:
+        """Raises ValueError if a JPEG has no room for the prompts."""
+        from sdlite.images.recipe import fits_jpeg
+
+        lossy = self.options.metadata and self.paths and self.paths[0].suffix.lower() in LOSSY
+        if lossy and not fits_jpeg((request.prompt, request.negative_prompt)):
+            raise ValueError(
+                f"{self.paths[0]}: a JPEG has no room for prompts of that length; write .png or add --no-metadata"
+            )
+
+    def save(self, picture: "Image", index: int, seed: int) -> Path:
         """Writes image number `index` of the run and returns its path."""
         from sdlite.images.files import save_numbered, save_picture
 
         if index == 0:
             sweep(self.folder)
         if not self.paths:
-            return save_numbered(picture, self.folder, seed, with_metadata=with_metadata)
-        save_picture(picture, self.paths[index], force=self.force, with_metadata=with_metadata)
-        return self.paths[index]
+            return save_numbered(picture, self.folder, seed, with_metadata=self.options.metadata)
+        path, options = self.paths[index], self.options
+        save_picture(picture, path, force=options.force, with_metadata=options.metadata)
+        return path
 
 
-class Report:
+class Report(Record):
     """The messages of a run: paths or events on stdout, notes and a bar on stderr."""
 
-    def __init__(self, quiet: bool, as_json: bool) -> None:
-        self.quiet, self.as_json = quiet, as_json
+    quiet: bool = False
+    as_json: bool = False
 
     def note(self, text: str) -> None:
         if not self.quiet or text == UNTRAINED_NOTE:  # or a typing error in --model would pass unseen
             typer.echo(f"sdlite: note: {shown(text)}", err=True)
+
+    def failed(self, error: str, **fields: Any) -> None:
+        """One of several things has failed; the run goes on."""
+        self.event("failed", **fields, error=error)
+        typer.echo(f"sdlite: error: {shown(error)}", err=True)
 
     def event(self, event: str, **fields: Any) -> None:
         if self.as_json:
@@ -124,8 +151,8 @@ class Interrupts:
 
     asked = False
 
-    def __init__(self, in_hand: str = "picture") -> None:
-        self._message = f"\nsdlite: finishing the {in_hand} in hand; Ctrl-C again stops at once\n".encode()
+    def __init__(self, what: str = "image") -> None:
+        self._message = f"\nsdlite: finishing the current {what}; Ctrl-C again stops at once\n".encode()
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,20 +1,22 @@
-"""`sdlite segment`: labels every pixel of an image; writes a mask, an overlay or a cutout."""
+"""`sdlite segment`: labels every pixel of images; writes masks, overlays or cutouts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdlite.cli.app import INTERRUPTED, Force, Quiet, Threads, app, check_there, checked, examples
+from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, app, examples
+from sdlite.cli.flags import options
 from sdlite.cli.output import Interrupts, Report, check_free, shown
 from sdlite.cli.threads import use_threads
+from sdlite.cli.words import check_there, checked
 from sdlite.files import DiskFull, sweep, write_file
+from sdlite.request import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SOME_FAILED = 1  # exit code
 Task = Callable[["Image", Callable[[float], None]], "Image"]
 
 
@@ -24,6 +26,7 @@ Task = Callable[["Image", Callable[[float], None]], "Image"]
         "sdlite segment photos/ -m run/export --cutout -o cut-out/",
     )
 )
+@options
 def segment(
     images: Annotated[
         list[Path],
@@ -39,6 +42,7 @@ def segment(
             "--model", "-m", callback=checked(check_there), help="Folder OUTPUT/export of `sdlite train segmentation`."
         ),
     ],
+    *,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +56,7 @@ def segment(
     cutout: Annotated[bool, typer.Option("--cutout", help="Write the image without its background instead.")] = False,
     threads: Threads = None,
     force: Force = False,
-    quiet: Quiet = False,
+    report: Report,
 ) -> None:
     """Label every pixel of images with a network that was trained on masks.
 
@@ -61,24 +65,24 @@ def segment(
     finishes the current image. Exit codes: 0 all done, 1 some failed, 2 wrong input, 3 disk full, 130 interrupted.
     """
     if overlay and cutout:
-        raise ValueError("--overlay and --cutout are two different pictures; give one of them")
-    report = Report(quiet, as_json=False)
+        raise ValueError("--overlay and --cutout make two different images; give one of them")
     with report.busy("loading"):
-        pictures = list(_pictures(images))
-    many = len(pictures) > 1 or images[0].is_dir()
-    places = _places(pictures, output, many)
+        sources = list(_sources(images))
+    many = len(sources) > 1 or images[0].is_dir()
+    places = _places(sources, output, many)
     check_free([place for _, place in places], force or many)
     sweep(places[0][1].parent)
-    todo = [(picture, place) for picture, place in places if force or not (many and place.exists())]
+    todo = [(source, place) for source, place in places if force or not (many and place.exists())]
     if len(todo) < len(places):
         report.note(f"{len(places) - len(todo)} of {len(places)} are there already; --force makes them again")
     with report.busy(f"loading {model}"):
-        task = _task(model, overlay, cutout, threads)
+        use_threads(threads)
+        task = _task(model, overlay, cutout)
     raise typer.Exit(_label(todo, task, force, report, many))
 
 
-def _pictures(given: Sequence[Path]) -> Iterator[Path]:
-    """The given pictures and those in given folders, found by suffix. Raises ValueError for a folder without any."""
+def _sources(given: Sequence[Path]) -> Iterator[Path]:
+    """The given images and those in given folders, found by suffix. Raises ValueError for a folder without any."""
     from PIL import Image
 
     from sdlite.segmentation.pixels import FORMATS
@@ -92,63 +96,57 @@ def _pictures(given: Sequence[Path]) -> Iterator[Path]:
         names = sorted(path.iterdir())
         found = [name for name in names if name.suffix.lower() in suffixes and not name.name.startswith(".")]
         if not found:
-            raise ValueError(f"{path} holds no picture, of {len(names)} names; pictures end in .png, .jpg, .tif, ...")
+            raise ValueError(f"{path} holds {len(names)} names and no image; images end in .png, .jpg, .tif, ...")
         yield from found
 
 
-def _places(pictures: Sequence[Path], output: Path | None, many: bool) -> list[tuple[Path, Path]]:
-    """Pairs each picture with its output file. Raises ValueError for two equal outputs or one that is an input."""
+def _places(sources: Sequence[Path], output: Path | None, many: bool) -> list[tuple[Path, Path]]:
+    """Pairs each image with its output file. Raises ValueError for two equal outputs or one that is an input."""
     if many and output is None:
-        raise ValueError("several pictures need a folder; give one with --output")
+        raise ValueError("several images need a folder; give one with --output")
     path = Path("mask.png") if output is None else output
-    if not many and path.suffix and not path.is_dir():
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"{path} must end in .png: other formats change a mask's values")
-        places = [(pictures[0], path)]
+    if many or not path.suffix or path.is_dir():
+        places = [(source, path / f"{source.stem}.png") for source in sources]
+    elif path.suffix.lower() == ".png":
+        places = [(sources[0], path)]
     else:
-        places = [(picture, path / f"{picture.stem}.png") for picture in pictures]
-    taken: dict[Path, Path] = {picture.absolute(): picture for picture in pictures}
-    for picture, place in places:
-        if (
-            other := taken.setdefault(place.absolute(), picture)
-        ) is not picture or place.absolute() == picture.absolute():
-            raise ValueError(f"{place} would be made of {picture} and is also of {other}; give another folder or name")
+        raise ValueError(f"{path} must end in .png: other formats change a mask's values")
+    taken = {source.absolute(): source for source in sources}
+    for source, place in places:
+        other = taken.setdefault(place.absolute(), source)
+        if other is not source or place.absolute() == source.absolute():
+            raise ValueError(f"{place} would be made of {source} and is also of {other}; give another folder or name")
     return places
 
 
-def _task(model: Path, overlay: bool, cutout: bool, threads: int | None) -> Task:
+def _task(model: Path, overlay: bool, cutout: bool) -> Task:
+    """What turns an image into the image to write; it reports its progress from 0 to 1."""
     from sdlite.segmentation.pixels import cutout as cut, overlay as laid_over
     from sdlite.segmentation.segmenter import Segmenter
 
-    use_threads(threads)
     segmenter = Segmenter.load(model)
 
-    def made(picture: "Image", progress: Callable[[float], None]) -> "Image":
-        mask = segmenter(picture, progress)
-        return cut(picture, mask) if cutout else laid_over(picture, mask) if overlay else mask
+    def made(image: "Image", progress: Callable[[float], None]) -> "Image":
+        mask = segmenter(image, progress)
+        return cut(image, mask) if cutout else laid_over(image, mask) if overlay else mask
 
     return made
 
 
 def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
     """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
-    from sdlite.request import reason
-
     failed = 0
     with Interrupts() as interrupts:
-        for number, (picture, place) in enumerate(todo, 1):
-            bar = report.bar()
-            progress = _progress(bar, f"{number}/{len(todo)} {shown(picture.name)}")
+        for number, (source, place) in enumerate(todo, 1):
             try:
-                with bar:  # gone while a path is printed
-                    _make(picture, place, task, force, report, progress)
+                _make(source, place, task, force, report, f"{number}/{len(todo)} {shown(source.name)}")
                 report.path(place)
             except Exception as error:
                 if not many or isinstance(error, DiskFull):
                     raise
                 failed += 1
                 why = reason(error)
-                typer.echo(f"sdlite: error: {shown(why if str(picture) in why else f'{picture}: {why}')}", err=True)
+                report.failed(why if str(source) in why else f"{source}: {why}", path=str(source))
             if interrupts.asked:
                 return INTERRUPTED
     if failed:
@@ -156,19 +154,15 @@ def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: R
     return SOME_FAILED if failed else 0
 
 
-def _progress(bar: Any, name: str) -> Callable[[float], None]:
-    line = bar.add_task(name, total=1.0)
-    return lambda done: bar.update(line, completed=done)
-
-
-def _make(
-    picture: Path, place: Path, task: Task, force: bool, report: Report, progress: Callable[[float], None]
-) -> None:
+def _make(source: Path, place: Path, task: Task, force: bool, report: Report, title: str) -> None:
     from sdlite.images.files import decoded, png_bytes
     from sdlite.segmentation.pixels import FORMATS, MAX_PIXELS
 
-    image = decoded(picture, FORMATS, MAX_PIXELS)
-    if "pages" in image.info:
-        report.note(f"{picture} has several pages; the first is labelled")
-    result = task(image, progress)
-    write_file(place, png_bytes(result, with_metadata=False), force=force)
+    bar = report.bar()
+    line = bar.add_task(title, total=1.0)
+    with bar:  # gone while a path is printed
+        image = decoded(source, FORMATS, MAX_PIXELS)
+        if "pages" in image.info:
+            report.note(f"{source} has several pages; the first is labelled")
+        result = task(image, lambda done: bar.update(line, completed=done))
+        write_file(place, png_bytes(result, with_metadata=False), force=force)

@@ -79,4 +79,12 @@ WORDS: Mapping[str, ParameterInfo] = {
         help="Which weights of a folder to use: fp16, non_ema, ...", show_default="plain, else fp16"
     ),
     "allow_links": typer.Option(metavar="ROOT", help="Allow links in a model's folder to lead into ROOT."),
+    # SaveOptions and Report
+    "output": typer.Option(
+        "--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"
+    ),
+    "force": typer.Option(help="Replace existing files."),
+    "metadata": typer.Option(help="Write prompt and settings into the image file."),
+    "quiet": typer.Option("--quiet", "-q", help="Show no progress bar and no notes, except that a model is untrained."),
+    "as_json": typer.Option("--json", help="Print JSON on stdout instead of text: one object per line."),
 }

@@ -1,10 +1,10 @@
-"""Pictures at the border: tensors to PIL and back, files with their recipe inside.
+"""Image files, with the recipe of the image inside.
 
     pixels in [-1, 1]  <--from_pil, to_pil-->  PIL  <--open_picture, save_picture-->  file
 
-`open_picture` is the one reading of pictures, wherever they come from: the command line, a batch, Python. A picture
-that sdlite writes holds the two texts of `sdlite.images.recipe`: in a PNG as texts, in a JPEG or WebP in EXIF, where
-Automatic1111 looks for them too. What is read from a file is validated as hostile.
+`open_picture` reads every image, wherever it comes from: the command line, a batch, Python. `picture_bytes` makes every
+image file, with the two texts of `sdlite.images.recipe`: in a PNG as texts, in a JPEG or WebP in EXIF, where
+Automatic1111 looks for them too. What a file says is checked, as it may come from anyone.
 """
 
 import base64
@@ -22,45 +22,42 @@ from sdlite.files import write_file
 from sdlite.images.recipe import (
     Foreign,
     Recipe,
-    metadata as metadata,
     parse_a1111,
     parse_recipe,
     read_comment,
-    versions as versions,
     write_comment,
 )
-from sdlite.images.sheet import contact_sheet as contact_sheet
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 16 * 1024 * 1024  # of a picture that is read: the largest that can be drawn, MAX_SIDE squared
+MAX_PIXELS = 16 * 1024 * 1024  # of an image that is read: the largest that can be drawn, MAX_SIDE squared
 MAX_PIXEL_BYTES = 8  # of a file, for each of its pixels at most: 16-bit RGBA, uncompressed
 READABLE = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}  # Pillow's name of a format -> as people write it
-TEXTS = ("parameters", "sdlite")  # names of the texts in a picture's info and in a PNG
+TEXTS = ("parameters", "sdlite")  # names of the texts in an image's info and in a PNG
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of files that are written
 QUALITY: dict[str, dict[str, Any]] = {
     "PNG": {},
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},  # smaller than PNG, and `regen` finds the same pixels
 }
-MAX_SHOWN = 64  # pictures that a notebook shows of a list
+MAX_SHOWN = 64  # images that a notebook shows of a list
 
 
 class Drawn(Image.Image):
-    """A picture with its texts in `.info`, which `save` writes into the file."""
+    """A PIL image with its recipe in `.info`, which `save` writes into the file. `to_pil` makes it."""
 
     def save(self, fp: Any, format: str | None = None, **options: Any) -> None:
-        """As PIL's, with the texts for PNG, JPEG and WebP; pass pnginfo=None or exif=b"" to leave them out."""
+        """PIL's own, with the texts for PNG, JPEG and WebP; pass pnginfo=None or exif=b"" to leave them out."""
         kind = format or SUFFIXES.get(Path(fp).suffix.lower() if isinstance(fp, str | Path) else "", "")
         super().save(fp, format, **(_text_options(self, kind.upper()) | options))
 
 
 def open_picture(source: str | Path | bytes | Image.Image, *, for_mask: bool = False) -> Image.Image:
-    """An RGB picture out of a file, its bytes, or a PIL image: upright, 16 bits cut to 8, at most 16 megapixels.
+    """An RGB image of a file, its bytes, or a PIL image: upright, 16 bits cut to 8, at most 16 megapixels.
 
-    What is transparent becomes white, and in a mask black, which is kept. Raises FileNotFoundError, or ValueError for
-    anything else that is wrong with it and for a mask that repaints nothing, all in one line.
+    Transparent pixels become white, and in a mask black, so that they are kept. Raises FileNotFoundError, or ValueError
+    for anything else that is wrong with it and for a mask that repaints nothing, all in one line.
     """
-    named = "mask" if for_mask else "picture"
+    named = "mask" if for_mask else "image"
     name = str(source) if isinstance(source, str | Path) else f"the {named}"
     image = _upright(source, name) if isinstance(source, Image.Image) else decoded(source, name=name)
     if image.mode == "F":
@@ -79,7 +76,7 @@ def open_picture(source: str | Path | bytes | Image.Image, *, for_mask: bool = F
 def _upright(image: Image.Image, name: str) -> Image.Image:
     """A PIL image that the caller opened, within the limits of a file."""
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{name} has more than {MAX_PIXELS >> 20} megapixels; scale the picture down")
+        raise ValueError(f"{name} has more than {MAX_PIXELS >> 20} megapixels; scale the image down")
     if 0 in image.size:
         raise ValueError(f"{name} is {image.width}x{image.height}, without a pixel")
     try:
@@ -90,7 +87,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF says it was held; one whose EXIF is damaged stays as it is, and loses that."""
+    """The image turned as its EXIF says. If the EXIF is damaged, it is removed and the image is not turned."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of each odd tag
@@ -108,20 +105,20 @@ def decoded(
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
 ) -> Image.Image:
-    """The picture in a file, its header checked before any pixel is decoded; whatever Pillow raises, in one line.
+    """The image in a file. Checks its header before it decodes a pixel; whatever Pillow raises becomes one line.
 
-    formats: those allowed, as Pillow calls them. A TIFF of several pages is its first page, with "pages" in `.info`;
-    other files of several pictures are refused. name: what errors call it, else its path.
+    formats: those allowed, as Pillow calls them. Of a TIFF with several pages it gives the first, with "pages" in
+    `.info`; other files with several images are refused. name: what errors call it, else its path.
     """
     name = str(source) if name is None else name
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"{name} is not a file" if Path(source).exists() else f"{name} does not exist")
     size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     most = max_pixels * MAX_PIXEL_BYTES
-    fault = f"is larger than {most >> 20} MiB; scale the picture down" if size > most else None
+    fault = f"is larger than {most >> 20} MiB; scale the image down" if size > most else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below refuses smaller ones
+            warnings.simplefilter("ignore")  # Pillow warns of large images; the limit below refuses smaller ones
             file = BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=() if fault else formats) as image:
                 if image.width * image.height > max_pixels:
@@ -135,10 +132,10 @@ def decoded(
                     upright.info |= {"pages": "several"} if several and image.format == "TIFF" else {}
                     return upright
     except Image.DecompressionBombError:
-        fault = f"has more than {max_pixels >> 20} megapixels; scale the picture down"
+        fault = f"has more than {max_pixels >> 20} megapixels; scale the image down"
     except UnidentifiedImageError:
         *first, last = (READABLE.get(kind, kind) for kind in formats)
-        fault = fault or f"is not a {', '.join(first)} or {last} picture"
+        fault = fault or f"is not a {', '.join(first)} or {last} image"
     except Exception as error:  # the decoders raise what the bytes lead them to: OSError, SyntaxError, struct.error...
         fault = _damage(error)
     raise ValueError(f"{name} {fault}")
@@ -152,7 +149,7 @@ def _damage(error: Exception) -> str:
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
-    """The "parameters" and "sdlite" texts of a picture as they are, whoever wrote them."""
+    """The "parameters" and "sdlite" texts of an image file, unchecked, whoever wrote them."""
     image = decoded(path)
     texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
     return texts or _exif_texts(image)
@@ -170,7 +167,7 @@ def read_metadata(path: str | Path) -> Recipe:
 
 
 def read_any_metadata(path: str | Path) -> Foreign:
-    """The recipe of a picture that sdlite or Automatic1111 drew. Raises ValueError as `read_metadata`."""
+    """The recipe of an image that sdlite or Automatic1111 drew. Raises ValueError as `read_metadata`."""
     texts = read_texts(path)
     if "sdlite" in texts or "parameters" not in texts:
         return Foreign(read_metadata(path), [])
@@ -223,7 +220,7 @@ def save_picture(image: Image.Image, path: str | Path, *, force: bool = False, w
 def save_numbered(
     image: Image.Image, folder: str | Path, seed: int, *, suffix: str = ".png", with_metadata: bool = True
 ) -> Path:
-    """Saves under the next free number of a folder, whoever else is saving there, and says where."""
+    """Saves under the next free number of a folder and returns the path. Several programs may save there at a time."""
     while True:
         path = next_free_name(folder, seed, suffix)
         try:
@@ -234,12 +231,12 @@ def save_numbered(
 
 
 def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:
-    """The PNG file of a picture, with the texts in image.info."""
+    """The PNG file of an image, with the texts in image.info."""
     return picture_bytes(image, "PNG", with_metadata)
 
 
 def picture_bytes(image: Image.Image, kind: str, with_metadata: bool = True) -> bytes:
-    """The file of a picture. kind: "PNG", "JPEG" or "WEBP"."""
+    """The file of an image, with the texts in image.info. kind: "PNG", "JPEG" or "WEBP"."""
     data = BytesIO()
     texts = _text_options(image, kind) if with_metadata else {}
     Image.Image.save(image, data, kind, **QUALITY[kind], **texts)  # Drawn's own would add the texts anyway
@@ -247,10 +244,10 @@ def picture_bytes(image: Image.Image, kind: str, with_metadata: bool = True) -> 
 
 
 class Images(list[Image.Image]):
-    """Pictures in a list, which a notebook shows with what each was drawn from."""
+    """A list of images, which a notebook shows with what each was drawn from."""
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes each as 000000-SEED.png, counting up, with its metadata, into a folder that is made; says where."""
+        """Writes each as 000000-SEED.png, counting up, with its metadata; makes the folder and returns the paths."""
         return [save_numbered(image, folder, _seed(image)) for image in self]
 
     def _repr_html_(self) -> str:

@@ -31,7 +31,7 @@ class Opened(NamedTuple):
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to RGB pictures, rounded as diffusers does."""
+    """(B, 3, H, W) in [-1, 1] to RGB images, rounded as diffusers does."""
     pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in pixels]
     for picture in pictures:
@@ -45,12 +45,12 @@ def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
-    """(1, 1, H, W) of 0 (keep) and 1 (repaint, white in the picture), resized and cut at half as diffusers does."""
+    """(1, 1, H, W) of 0 (keep) and 1 (repaint, white in the image), resized and cut at half as diffusers does."""
     return (_unit_interval(mask.resize(size, Image.Resampling.LANCZOS).convert("L")) >= 0.5).float()
 
 
 def pasted(drawn: Image.Image, picture: Image.Image, mask: Image.Image, blur: float) -> Image.Image:
-    """The drawn picture where the mask is white, the other elsewhere; all of them as they were drawn from.
+    """The drawn image where the mask is white, and the image that it was drawn from elsewhere.
 
     blur: radius in pixels of the soft edge between them, as of Automatic1111's mask blur; 0 is a hard edge.
     """
@@ -88,11 +88,13 @@ def has_grey(mask: Image.Image) -> bool:
 
 
 def mask_notes(size: tuple[int, int], grey: bool, picture: tuple[int, int]) -> list[str]:
-    """What a user should know of how a mask is read. size, picture: those of both in pixels. grey: see `has_grey`."""
+    """What a user should know about how a mask is read. size, picture: (width, height) of mask and image. grey: see
+    `has_grey`.
+    """
     notes = []
     if size != picture:
         sizes = ["{}x{}".format(*side) for side in (size, picture)]
-        notes.append("the mask has {} pixels and the picture {}; it is stretched over it".format(*sizes))
+        notes.append("the mask has {} pixels and the image {}; it is stretched over it".format(*sizes))
     if grey:
-        notes.append("the mask has grey parts; it is cut at half: what is lighter is redrawn, the rest is kept")
+        notes.append("the mask has grey parts; it is cut at half: lighter parts are redrawn, the rest is kept")
     return notes

@@ -1,9 +1,9 @@
-"""What a picture records about itself: two texts, as data, and back.
+"""What an image records about itself: two texts, as data, and back.
 
     Request + model --metadata--> "parameters" (Automatic1111's text), "sdlite" (one JSON object, `Recipe`)
 
-Neither text holds a path: a source picture is recorded as the digest of its pixels. What is read is data from outside,
-and is checked as such. `sdlite.images` puts the texts into files and takes them out again.
+Neither text holds a path: of an image to start from they hold the checksum of its pixels. What is read comes from
+outside, and is checked. files.py puts the texts into files and takes them out again.
 """
 
 import json
@@ -29,7 +29,7 @@ A1111_FEWEST = 3  # settings in a line, or it belongs to the prompt; also its ru
 
 
 class Recipe(Record):
-    """All that a picture records about itself; sizes in the request are resolved, sources are digests.
+    """All that an image records about itself. The request has its size filled in, and checksums for image and mask.
 
     prediction: None where another program drew it, which does not say. backend: what computed the image, if that is not
     PyTorch.
@@ -44,7 +44,7 @@ class Recipe(Record):
 
 
 class Foreign(NamedTuple):
-    """The recipe of a picture that Automatic1111 drew, and what sdlite draws otherwise."""
+    """The recipe of an image that Automatic1111 drew, and what sdlite does differently."""
 
     recipe: Recipe
     notes: list[str]
@@ -70,7 +70,7 @@ def metadata(
 
 
 def versions() -> dict[Any, str]:
-    """Of sdlite and of the libraries that decide a picture's bytes."""
+    """Versions of sdlite and of the libraries that decide an image's bytes."""
     from sdlite import __version__
 
     return {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": __version__}
@@ -85,7 +85,7 @@ def parse_recipe(text: str) -> Recipe:
         raise ValueError("not an object with a request")
     request = fields["request"]
     if request.get("mask") is not None:
-        request = {"paste": False} | request  # a picture from before anything was pasted
+        request = {"paste": False} | request  # an image from before anything was pasted
     return Recipe(**fields | {"request": Request(**request)})
 
 
@@ -125,12 +125,12 @@ def parse_a1111(text: str) -> Foreign:
     model = settings.get("Model", "")[:MAX_NAME]
     return Foreign(
         Recipe(request=request, model=model, model_hash=model_hash, prediction=None, versions={}),
-        [*notes, "Automatic1111 draws its noise and weighs words in its own way, so the picture will be another"],
+        [*notes, "Automatic1111 draws its noise and weighs words in its own way, so the image will be another"],
     )
 
 
 def _start(settings: dict[str, str]) -> dict[str, Any]:
-    """Fields of a picture started from another. A hires fix has a denoising strength too, that of its second pass."""
+    """Fields of an image that was started from another. A hires fix has a strength too, that of its second pass."""
     if "Denoising strength" not in settings or any(name.startswith("Hires") for name in settings):
         return {}
     blur = settings.get("Mask blur")

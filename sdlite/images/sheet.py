@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures in one, with their labels."""
+"""Contact sheets: many images in one, with their labels."""
 
 from collections.abc import Sequence
 from math import ceil, sqrt
@@ -16,7 +16,7 @@ def contact_sheet(
     columns: int | None = None,
     axes: tuple[str, Sequence[str], Sequence[str]] | None = None,
 ) -> Image.Image:
-    """All pictures in one, on a near-square grid unless columns is given, each with its label below.
+    """All images in one, on a near-square grid unless columns is given, each with its label below.
 
     None leaves a cell empty. Labels wrap. axes: (corner, row labels, column labels) of a grid, written at its left and
     above it.

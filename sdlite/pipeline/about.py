@@ -1,6 +1,11 @@
 """What a pipeline knows of its model besides the parts themselves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+
+from sdlite.models.device import num_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,19 @@ class About:
     def bits(self) -> dict[str, str]:
         """What decides an image's bits besides request, model and prediction. Defaults are left out of keys."""
         return {"backend": self.backend} if self.backend else {}
+
+    def summary(self, parts: Mapping[str, object], draws: str, device: torch.device) -> dict[str, str]:
+        """The model in words. draws: size and prediction. Parts without weights are left out."""
+        sizes = {name: num_weights(part) for name, part in parts.items()}
+        kinds = {name: type(part).__name__ for name, part in parts.items() if sizes[name]}
+        return {
+            "model": self.name or "unnamed",
+            **{name: f"{kind}, {sizes[name] / 1e6:.1f} million weights" for name, kind in kinds.items()},
+            "draws": draws,
+            "device": str(device),
+            "sha256": self.hash[:10] or "none",
+            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
+        }
 
 
 UNKNOWN = About()

@@ -3,18 +3,19 @@
 Request + images --Pipeline.jobs--> Job --batches--> groups of jobs that run together --Pipeline.draw--> images
 """
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from PIL.Image import Image
+from torch import Tensor
 
-from sdlite.config import MAX_SIDE
+from sdlite.contracts import Codec, Denoiser, TextModel
+from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import open_picture
-from sdlite.images.pixels import Opened, mask_notes
-from sdlite.models.prompt import foreign_marks
+from sdlite.images.pixels import Opened
 from sdlite.request import Request
 
 Source = Image | str | Path | bytes  # what `open_picture` reads
@@ -47,6 +48,47 @@ class Job:
         """Equal for jobs that may share a batch: all but the fields in PER_IMAGE, and how many chunks there are."""
         shared = (getattr(self.request, name) for name in Request.model_fields if name not in PER_IMAGE)
         return *shared, self.guided, self.image is None, self.mask is None, self.chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch has run `step` of its `of` steps; step 0 comes before the first one. batch: indices of its jobs.
+
+    done, total: steps of all batches. latents: (B, C, H/f, W/f) after the step, for previews; None at step 0.
+    """
+
+    batch: list[int]
+    step: int
+    of: int
+    done: int
+    total: int
+    latents: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The image of jobs[index], with its metadata in `.info`."""
+
+    index: int
+    picture: Image
+
+
+class Model(Protocol):
+    """The parts of a Pipeline, which resolve and run jobs."""
+
+    text: TextModel
+    denoiser: Denoiser
+    codec: Codec
+    schedule: Schedule
+    inpainting: bool  # the denoiser also takes mask and masked image
+    size_unit: int  # sides of images are multiples of it, in pixels
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def default_size(self) -> tuple[int, int]: ...
 
 
 def batches(jobs: Sequence[Job], size: int | None = None) -> list[list[int]]:
@@ -117,68 +159,3 @@ def _whole(name: str, value: Any) -> int:
         return value.__index__()
     except (AttributeError, TypeError):
         raise ValueError(f"{name}={value!r:.40} must be a whole number") from None
-
-
-def first_step(request: Request) -> int:
-    """Index of the first step: 0 from noise, later from an image, rounded as diffusers does.
-
-    Raises ValueError if strength leaves no step to run.
-    """
-    if request.image is None:
-        return 0
-    run = min(int(request.steps * request.strength), request.steps)
-    if run == 0:
-        least = math.ceil(100 / request.steps) / 100
-        raise ValueError(
-            f"strength={request.strength:g} of {request.steps} steps runs none; use strength {least:g} or more steps"
-        )
-    return request.steps - run
-
-
-def fitted_size(request: Request, given: tuple[int, int] | None, own: tuple[int, int], unit: int) -> tuple[int, int]:
-    """(width, height) of the request; sides that it leaves open have the given image's shape, or are the model's own.
-
-    given: size of the image to start from. If it is larger than the model's area, it is fitted into that area; else it
-    is cut. own: the model's. unit: sides are multiples of it.
-    """
-    asked = (request.width, request.height)
-    if given is None or None not in asked:
-        width, height = (default if side is None else side for side, default in zip(asked, own, strict=True))
-        return width, height
-    scales = [side / length for side, length in zip(asked, given, strict=True) if side is not None]
-    scale = scales[0] if scales else min(1, math.sqrt(math.prod(own) / math.prod(given)))
-    cells = [side * scale / unit for side in given]
-    sides = (min(max(int(n) if scale == 1 else round(n), 1) * unit, MAX_SIDE // unit * unit) for n in cells)
-    width, height = (fitted if side is None else side for side, fitted in zip(asked, sides, strict=True))
-    return width, height
-
-
-def check_size(width: int, height: int, unit: int, factor: int) -> None:
-    """Raises ValueError unless both sides are multiples of unit. factor: pixels along a latent cell."""
-    for name, side in (("width", width), ("height", height)):
-        if side % unit:
-            lower, patch = side // unit * unit, unit // factor
-            cells = f" and the DiT's patches have {patch} cells a side" if patch > 1 else ""
-            raise ValueError(
-                f"{name}={side} must be a multiple of {unit}, as the codec shrinks images by {factor}{cells}; "
-                f"use {f'{lower} or ' if lower else ''}{lower + unit}"
-            )
-
-
-def remarks_on(
-    request: Request, image: Opened | None, mask: Opened | None, size: tuple[int, int], own: tuple[int, int]
-) -> tuple[str, ...]:
-    """What the user should know: parts of the prompts that mean nothing here, and how image and mask are read.
-
-    size: (width, height) that will be drawn. own: the model's.
-    """
-    remarks = [*foreign_marks(request.prompt), *foreign_marks(request.negative_prompt)]
-    open_size = request.width is None and request.height is None
-    if image is not None and open_size and math.prod(image.size) > math.prod(own):
-        remarks.append(
-            "the image to start from has {} pixels and is made {}, the area that this model draws; "
-            "width or height sets another size".format(*("{}x{}".format(*sides) for sides in (image.size, size)))
-        )
-    if image is not None and mask is not None:
-        remarks += mask_notes(mask.size, mask.grey, image.size)
-    return tuple(remarks)

@@ -9,8 +9,6 @@ import copy
 import html
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,60 +16,31 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.load import load_model
+from sdlite.checkpoints.parts import gathered
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.checkpoints.save import gathered, save_folder
 from sdlite.config import Prediction
-from sdlite.contracts import Codec, Conditioning, Denoiser, TextModel
-from sdlite.diffusion.guidance import Guided
-from sdlite.diffusion.noise import ImageNoise
-from sdlite.diffusion.sampling import denoise
+from sdlite.contracts import Codec, Denoiser, TextModel
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solvers import solver_for
 from sdlite.images.files import Images
 from sdlite.images.pixels import Opened, pasted, to_pil
 from sdlite.images.recipe import metadata
-from sdlite.models.device import device_of, find_device, find_dtype, num_weights, total_memory
+from sdlite.models.device import device_of, find_device, find_dtype
 from sdlite.pipeline.about import UNKNOWN, About
-from sdlite.pipeline.job import (
-    Job,
-    Source,
-    Sources,
-    batches,
-    check_size,
+from sdlite.pipeline.job import Finished, Job, Source, Sources, Step, batches, opened, opened_columns, spread
+from sdlite.pipeline.progress import Progress, watched
+from sdlite.pipeline.resolve import (
     first_step,
     fitted_size,
-    opened,
-    opened_columns,
+    make_job,
+    num_chunks,
+    num_evaluations,
     remarks_on,
-    spread,
+    size_of,
 )
-from sdlite.pipeline.progress import Progress, watched
-from sdlite.pipeline.start import begin, check_mask, picture_of
-from sdlite.request import Request, SolverName
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A batch has run `step` of its `of` steps; step 0 comes before the first one. batch: indices of its jobs.
-
-    done, total: steps of all batches. latents: (B, C, H/f, W/f) after the step, for previews; None at step 0.
-    """
-
-    batch: list[int]
-    step: int
-    of: int
-    done: int
-    total: int
-    latents: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The image of jobs[index], with its metadata in `.info`."""
-
-    index: int
-    picture: Image
+from sdlite.pipeline.start import picture_of, sample
+from sdlite.request import Request
 
 
 class Pipeline:
@@ -88,6 +57,12 @@ class Pipeline:
         self.codec = codec
         self.schedule = schedule
         self.about = about
+        self._measure()
+
+    def _measure(self) -> None:
+        """What the parts ask of images. Further channels of the denoiser are for mask and masked image."""
+        self.inpainting = self.denoiser.in_channels > self.codec.latent_channels
+        self.size_unit = self.codec.factor * self.denoiser.patch_size  # in pixels; sides are multiples of it
 
     @classmethod
     def load(
@@ -149,11 +124,14 @@ class Pipeline:
         for name, part in (("text", text), ("denoiser", denoiser), ("codec", codec), ("about", about)):
             if part is not None:
                 setattr(other, name, part)
+        other._measure()
         return other
 
     def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> Self:
-        """A pipeline with the same parts, except the denoiser, which is replaced by wrap(denoiser)."""
-        return self.with_parts(denoiser=wrap(self.denoiser))
+        """A pipeline with the same parts, except the denoiser: it is wrap(denoiser), for images of the same sizes."""
+        other = copy.copy(self)
+        other.denoiser = wrap(self.denoiser)
+        return other
 
     @property
     def name(self) -> str:
@@ -182,23 +160,11 @@ class Pipeline:
         height, width = (size, size) if isinstance(size, int) else size
         return width * self.codec.factor, height * self.codec.factor
 
-    @property
-    def size_unit(self) -> int:
-        """Sides of images are multiples of it, in pixels."""
-        return self.codec.factor * self.denoiser.patch_size
-
     def summary(self) -> dict[str, str]:
         """The parts of the pipeline in words; repr and notebooks show it."""
         parts = {"text": self.text, "denoiser": self.denoiser, "codec": self.codec}
-        weights = {name: f"{num_weights(part) / 1e6:.1f} million weights" for name, part in parts.items()}
-        return {
-            "model": self.name or "unnamed",
-            **{name: f"{type(part).__name__}, {weights[name]}" for name, part in parts.items() if num_weights(part)},
-            "draws": "{} x {} pixels, {}".format(*self.default_size, f"prediction {self.denoiser.prediction}"),
-            "device": str(self.device),
-            "sha256": self.model_hash[:10] or "none",
-            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
-        }
+        draws = "{} x {} pixels, {}".format(*self.default_size, f"prediction {self.denoiser.prediction}")
+        return self.about.summary(parts, draws, self.device)
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(f'{name}: {value}' for name, value in self.summary().items())})"
@@ -268,53 +234,14 @@ class Pipeline:
         if not requests:
             raise ValueError("there are no requests; give at least one")
         rows = zip(requests, *opened_columns(images, masks, len(requests)), strict=True)
-        return [self._job(*row) for row in rows]
-
-    def _job(self, request: Request, image: Opened | None, mask: Opened | None) -> Job:
-        for name, given in (("image", image), ("mask", mask)):
-            if getattr(request, name) is not None and given is None:
-                raise ValueError(f"{name}={getattr(request, name)!r}: open the image and give it as well")
-        width, height = self._size(request, image, mask)
-        checksums = {"image": image and image.checksum, "mask": mask and mask.checksum}
-        resolved = request.replace(width=width, height=height, **checksums)
-        return Job(
-            resolved,
-            (width, height),
-            image,
-            mask,
-            start=first_step(resolved),
-            evaluations=self.num_evaluations(resolved),
-            guided=request.guidance_scale > 1,
-            chunks=self._chunks(request),
-            remarks=remarks_on(request, image, mask, (width, height), self.default_size),
-        )
-
-    def _chunks(self, request: Request) -> int:
-        texts = [request.negative_prompt, request.prompt] if request.guidance_scale > 1 else [request.prompt]
-        return max(map(self.text.num_chunks, texts))
-
-    def _size(self, request: Request, image: Opened | Image | None, mask: object) -> tuple[int, int]:
-        """(width, height) in pixels. Raises ValueError if this model cannot draw it."""
-        if self.denoiser.in_channels > self.codec.latent_channels and mask is None:
-            raise ValueError(f"{self.name or 'this'} is an inpainting model, which only repaints: give image and mask")
-        width, height = fitted_size(request, None if image is None else image.size, self.default_size, self.size_unit)
-        check_size(width, height, self.size_unit, self.codec.factor)
-        needed, there = self.codec.decode_bytes(width, height), total_memory(self.device)
-        if needed > there:
-            raise ValueError(
-                f"width={width}, height={height}: to decode it takes {needed / 2**30:.1f} GiB of memory or more, and "
-                f"{self.device} has {there / 2**30:.1f}; draw it smaller"
-            )
-        if isinstance(mask, Opened) and mask.picture is not None:
-            check_mask(mask.picture, width, height, self.codec.factor)
-        return width, height
+        return [make_job(self, *row) for row in rows]
 
     def resolve(self, request: Request, image: Image | Opened | None = None) -> Request:
         """The request with its size filled in: that of the image, scaled down to the model's area, or the model's size.
 
         Raises ValueError if this model cannot draw it.
         """
-        width, height = self._size(request, image, request.mask)
+        width, height = size_of(self, request, image, request.mask)
         return request.replace(width=width, height=height)
 
     @torch.no_grad()
@@ -339,7 +266,7 @@ class Pipeline:
             mine = [jobs[i] for i in group]
             count, latents = mine[0].evaluations, None
             yield Step(group, 0, count, done, total, None)
-            for step, latents in enumerate(self._sample(mine), 1):
+            for step, latents in enumerate(sample(self, mine), 1):
                 yield Step(group, step, count, done + step, total, latents)
             done += count
             assert latents is not None, "a run has at least one step"
@@ -356,29 +283,7 @@ class Pipeline:
         jobs = self.jobs(requests, images, masks)
         if len(batches(jobs)) > 1:
             raise ValueError("these requests cannot share a batch; `draw` groups them")
-        return self._sample(jobs)
-
-    @torch.no_grad()
-    def _sample(self, jobs: Sequence[Job]) -> Iterator[Tensor]:
-        """jobs: of one batch."""
-        first, codec = jobs[0], self.codec
-        width, height = (side // codec.factor for side in first.size)
-        shape = (codec.latent_channels, height, width)
-        noise = ImageNoise([job.request.seed for job in jobs], shape, self.device)
-        solver = solver_for(first.request, self.schedule, self.denoiser.prediction, noise.generators, first.start)
-        x, denoiser, constrain = begin(jobs, solver, noise, codec, self.denoiser)
-        if first.guided:
-            columns = zip(*((job.request.guidance_scale, job.request.guidance_rescale) for job in jobs), strict=True)
-            denoiser = Guided(denoiser, *(torch.tensor(c, device=self.device).view(-1, 1, 1, 1) for c in columns))
-        memory = denoiser.prepare(self._conditioning(jobs))
-        yield from denoise(denoiser, solver, x, memory, noise.draw, start=first.start, constrain=constrain)
-
-    def _conditioning(self, jobs: Sequence[Job]) -> Conditioning:
-        """B rows, or with guidance 2B with the negative prompts first."""
-        prompts = [job.request.prompt for job in jobs]
-        if jobs[0].guided:
-            prompts = [job.request.negative_prompt for job in jobs] + prompts
-        return Conditioning(*self.text.encode(prompts, clip_skip=jobs[0].request.clip_skip))
+        return sample(self, jobs)
 
     @torch.no_grad()
     def decode(
@@ -421,11 +326,7 @@ class Pipeline:
 
     def num_evaluations(self, request: Request) -> int:
         """How many steps `draw` runs for a request. Raises ValueError if solver or text model cannot do it."""
-        start = first_step(request)
-        if request.clip_skip:
-            self.text.encode([""], clip_skip=request.clip_skip)  # raises ValueError for more layers than there are
-        settings = (request.solver, request.steps, request.eta)
-        return _grid_length(*settings, self.schedule, self.denoiser.prediction, start) - start
+        return num_evaluations(self, request, first_step(request))
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Groups the indices of requests, with checksums for images, that may run together."""
@@ -433,7 +334,7 @@ class Pipeline:
         for request in map(self.resolve, requests):
             size, guided = (request.width or 0, request.height or 0), request.guidance_scale > 1
             image, mask = (None if name is None else Opened(name, size) for name in (request.image, request.mask))
-            jobs.append(Job(request, size, image, mask, 0, 0, guided, self._chunks(request)))
+            jobs.append(Job(request, size, image, mask, 0, 0, guided, num_chunks(self, request)))
         return batches(jobs)
 
     def remarks(self, request: Request, image: Any = None, mask: Any = None) -> list[str]:
@@ -442,12 +343,3 @@ class Pipeline:
         area = None if mask is None else opened(mask, for_mask=True)
         size = fitted_size(request, given and given.size, self.default_size, self.size_unit)
         return list(remarks_on(request, given, area, size, self.default_size))
-
-
-@lru_cache(maxsize=1024)
-def _grid_length(
-    solver: SolverName, steps: int, eta: float, schedule: Schedule, prediction: Prediction, start: int
-) -> int:
-    """How many timesteps a run of these settings has; the solver is built once to see whether it can do them."""
-    request = Request(prompt="", solver=solver, steps=steps, eta=eta)
-    return len(solver_for(request, schedule, prediction, (), start).timesteps)

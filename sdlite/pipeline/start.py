@@ -1,47 +1,34 @@
-"""Where a run begins: at noise, or part of the way from noise to an image (img2img, inpainting).
+"""The run of a batch, and where it begins: at noise, or part of the way from noise to an image (img2img, inpainting).
 
 Noise is drawn in diffusers' order, so that a seed gives the same image there: for the image's latents, for the run, for
 the masked image's latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdlite.contracts import Codec, Denoiser, Solver
+from sdlite.contracts import Codec, Conditioning, Denoiser, Solver
+from sdlite.diffusion.guidance import Guided
 from sdlite.diffusion.inpainting import WithChannels, keep_known
 from sdlite.diffusion.noise import ImageNoise
-from sdlite.diffusion.sampling import Constrain
+from sdlite.diffusion.sampling import Constrain, denoise
+from sdlite.diffusion.solvers import solver_for
 from sdlite.images.pixels import Opened, from_pil, mask_from_pil
-from sdlite.pipeline.job import Job
-
-
-def check_mask(mask: Image, width: int, height: int, factor: int) -> None:
-    """Raises ValueError if nothing white is left of an opened mask in latent cells, of factor pixels a side."""
-    if not _cells(mask_from_pil(mask, (width, height)), height // factor, width // factor).any():
-        raise ValueError(
-            f"the white parts of the mask are too small to be redrawn at {width}x{height}; paint them larger than "
-            f"{factor} pixels"
-        )
-
-
-def _cells(mask: Tensor, height: int, width: int) -> Tensor:
-    """(B, 1, H, W) in pixels to (B, 1, height, width) in latent cells, the nearest pixel of each, as diffusers does."""
-    return F.interpolate(mask, size=(height, width))
+from sdlite.pipeline.job import Job, Model
 
 
 def begin(
-    jobs: Sequence[Job], solver: Solver, noise: ImageNoise, codec: Codec, denoiser: Denoiser
+    jobs: Sequence[Job], solver: Solver, noise: ImageNoise, codec: Codec, denoiser: Denoiser, inpainting: bool
 ) -> tuple[Tensor, Denoiser, Constrain | None]:
     """Latents (B, C, h, w) to start from, the denoiser to use, and what holds the known part of the image.
 
-    jobs: B that share a batch. A denoiser with more input channels than the codec's latents is an inpainting model,
-    which takes mask and masked image as further channels.
+    jobs: B that share a batch. inpainting: the denoiser takes mask and masked image as further channels.
     """
-    first, inpainting = jobs[0], denoiser.in_channels > codec.latent_channels
+    first = jobs[0]
     if first.image is None:
         return noise.draw() * solver.initial_scale, denoiser, None
     size = (noise.shape[2] * codec.factor, noise.shape[1] * codec.factor)
@@ -53,7 +40,7 @@ def begin(
     if first.mask is None:
         return x, denoiser, None
     mask = torch.cat([mask_from_pil(picture_of(job.mask), size) for job in jobs]).to(noise.device)
-    cells = _cells(mask, *x.shape[-2:])  # (B, 1, h, w)
+    cells = mask_cells(mask, *x.shape[-2:])  # (B, 1, h, w)
     masked = encode(codec, pixels * (mask < 0.5), noise)
     if inpainting:
         return x, WithChannels(denoiser, torch.cat([cells, masked], dim=1)), None
@@ -70,3 +57,32 @@ def encode(codec: Codec, pixels: Tensor, noise: ImageNoise) -> Tensor:
     """Latents sampled from the posterior of (B, 3, H, W), one at a time so that none depends on its neighbours."""
     drawn = [None] * len(pixels) if codec.deterministic else noise.draw().chunk(len(pixels))
     return torch.cat([codec.encode(image, n) for image, n in zip(pixels.chunk(len(pixels)), drawn, strict=True)])
+
+
+@torch.no_grad()
+def sample(model: Model, jobs: Sequence[Job]) -> Iterator[Tensor]:
+    """Yields the latents (B, C, h, w) of B jobs that share a batch, after every step."""
+    first, codec = jobs[0], model.codec
+    width, height = (side // codec.factor for side in first.size)
+    shape = (codec.latent_channels, height, width)
+    noise = ImageNoise([job.request.seed for job in jobs], shape, model.device)
+    solver = solver_for(first.request, model.schedule, model.denoiser.prediction, noise.generators, first.start)
+    x, denoiser, constrain = begin(jobs, solver, noise, codec, model.denoiser, model.inpainting)
+    if first.guided:
+        columns = zip(*((job.request.guidance_scale, job.request.guidance_rescale) for job in jobs), strict=True)
+        denoiser = Guided(denoiser, *(torch.tensor(c, device=model.device).view(-1, 1, 1, 1) for c in columns))
+    memory = denoiser.prepare(conditioning(model, jobs))
+    yield from denoise(denoiser, solver, x, memory, noise.draw, start=first.start, constrain=constrain)
+
+
+def conditioning(model: Model, jobs: Sequence[Job]) -> Conditioning:
+    """B rows, or with guidance 2B with the negative prompts first."""
+    prompts = [job.request.prompt for job in jobs]
+    if jobs[0].guided:
+        prompts = [job.request.negative_prompt for job in jobs] + prompts
+    return Conditioning(*model.text.encode(prompts, clip_skip=jobs[0].request.clip_skip))
+
+
+def mask_cells(mask: Tensor, height: int, width: int) -> Tensor:
+    """(B, 1, H, W) in pixels to (B, 1, height, width) in latent cells, the nearest pixel of each, as diffusers does."""
+    return F.interpolate(mask, size=(height, width))

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sdlite.checkpoints.load import ModelParts, assembled
-from sdlite.checkpoints.save import save_folder
+from sdlite.checkpoints.folder import save_folder
+from sdlite.checkpoints.parts import ModelParts, finished
 from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, Record, ScheduleConfig, UNetConfig
 from sdlite.contracts import Conditioning
 from sdlite.diffusion.loss import diffusion_loss
@@ -302,7 +302,7 @@ class DenoiserTask(nn.Module):
             codec=codec.config,
             sample_size=self.sample_size,
         )
-        parts = assembled(text, self.denoiser, codec, config, folder.name, [])
+        parts = finished(ModelParts(text, self.denoiser, codec, config, folder.name, ""), [])
         save_folder(parts, folder, dtype=torch.float16, max_shard_size=SHARD_BYTES)
         write_sums(folder)
 

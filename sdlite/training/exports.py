@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sdlite.checkpoints.weights import CheckpointError, check_same, open_safetensors, shapes_of, weights_hash
+from sdlite.checkpoints.parts import check_same, shapes_of, weights_hash
+from sdlite.checkpoints.places import CheckpointError
+from sdlite.checkpoints.weights import open_safetensors
 from sdlite.config import Record
 from sdlite.files import read_json
 

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
 from sdlite.checkpoints.configs import refuse_hooks
-from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
-from sdlite.checkpoints.vocabulary import BOS, EOS, standard_vocabulary
+from sdlite.checkpoints.tokenizer import BOS, EOS, load_tokenizer, save_tokenizer, standard_vocabulary
 from sdlite.checkpoints.weights import MAX_CONFIG_BYTES, read_json
 from sdlite.config import TextConfig
 from sdlite.files import exported

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdlite.batch.check import verify
-from sdlite.batch.plan import make_plan
+from sdlite.batch.plan import Resolved, make_plan
 from sdlite.batch.store import Store, read_settings
 from tests.fuzz.rule import Choices, changed, edited, fuzz, hold
 
@@ -46,7 +46,7 @@ def test_request_files(folder: Path, examples: int):
         kind = choices.one_of(kinds)
         path = folder / f"requests{kind}"
         path.write_bytes(edited(WRITERS[kind](changed(ROW, choices)), choices))
-        hold(lambda: make_plan(path, resolve=lambda request, _: request, engine={}), folder, lines=LINES)
+        hold(lambda: make_plan(path, resolve=lambda request, *_: Resolved(request), model={}), folder, lines=LINES)
 
     fuzz(check, examples)
 
@@ -60,7 +60,7 @@ def test_parquet(folder: Path, examples: int):
 
     def check(choices: Choices) -> None:
         path.write_bytes(edited(whole.getvalue(), choices))
-        hold(lambda: make_plan(path, resolve=lambda request, _: request, engine={}), folder, lines=LINES)
+        hold(lambda: make_plan(path, resolve=lambda request, *_: Resolved(request), model={}), folder, lines=LINES)
 
     fuzz(check, examples // 10)
 

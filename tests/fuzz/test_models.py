@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdlite.checkpoints import compvis, configs, single_file
+from sdlite.checkpoints import configs, sd_names, single_file
 from sdlite.checkpoints.folder import open_part
-from sdlite.checkpoints.tokenizer import load_tokenizer
-from sdlite.checkpoints.vocabulary import standard_vocabulary
+from sdlite.checkpoints.tokenizer import load_tokenizer, standard_vocabulary
 from sdlite.checkpoints.weights import open_safetensors, read_json
 from sdlite.config import sd15, tiny, tiny_dit
 from tests.fuzz.rule import Choices, changed, edited, fuzz, hold
@@ -46,7 +45,7 @@ def test_safetensors(folder: Path, examples: int):
     def read() -> None:
         weights = open_safetensors(path)
         weights.read(weights.shapes)
-        keys = {compvis.canonical(key): key for key in weights.shapes}
+        keys = {sd_names.canonical(key): key for key in weights.shapes}
         config, stated, _ = single_file.find_config(path, weights, keys, None)
         single_file.find_prediction(path, weights, keys, config, stated)
 
@@ -105,7 +104,7 @@ def test_lists_of_shards(folder: Path, examples: int):
     content = {"metadata": {"total_size": 40}, "weight_map": dict.fromkeys(names, shard.name)}
 
     def read() -> None:
-        weights = open_part(folder, "model", "fp16")
+        weights = open_part(folder, "fp16", stem="model")
         weights.read(weights.shapes)
 
     def check(choices: Choices) -> None:

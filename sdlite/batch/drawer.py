@@ -1,14 +1,15 @@
-"""Draws items and saves their pictures, with one model in one process.
+"""Draws items and saves their images, with one model in one process.
 
-    items --chunks--> items that may share a batch --padded--> latents --decode--> pictures --thread--> Store
+    group of items --padded--> Pipeline.jobs --Pipeline.draw--> images --thread--> Store
 
-A chunk is padded to the full batch with copies of its last request, whose pictures are dropped: kernels choose their
-order of summation by the size of a batch, so only batches of equal size give equal bits wherever an item stands.
+A group is padded to the full batch with copies of its last request, and the images of the copies are dropped. Kernels
+choose their order of summation by the size of a batch, so only batches of equal size give equal bits for an item,
+whatever its place.
 """
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,15 +18,14 @@ from time import perf_counter
 
 from PIL.Image import Image
 
+from sdlite.batch.manifest import Entry
 from sdlite.batch.plan import Item
-from sdlite.batch.store import Entry, Store
-from sdlite.images.files import open_picture, png_bytes
-from sdlite.images.pixels import digest
-from sdlite.pipeline import Pipeline
+from sdlite.batch.store import Store
+from sdlite.images.files import png_bytes
+from sdlite.pipeline import Finished, Pipeline
 from sdlite.request import reason
 
-EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact picture
-WINDOW = 256  # items looked at together for what may share a batch
+EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact image
 WAITING = 2  # batches drawn and not yet saved, at most
 
 
@@ -38,43 +38,26 @@ class Result:
     error: str | None = None
 
 
-def chunks(pipe: Pipeline, items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of up to `size` that may share a batch, about in their order."""
-    rest = iter(items)
-    left: list[Item] = []
-    while window := left + list(islice(rest, WINDOW)):
-        groups = [[window[i] for i in group] for group in pipe.batches([item.request for item in window])]
-        ended = len(window) - len(left) < WINDOW
-        left = []
-        for group in groups:
-            whole = len(group) if ended else len(group) // size * size
-            yield from (group[first : first + size] for first in range(0, whole, size))
-            left += group[whole:]
-
-
 def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
-    """Pictures of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
+    """Images of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
     padded = [*items, *[items[-1]] * (size - len(items))]
-    files = {(path, side) for item in items for side, path in _files(item).items()}
-    opened = {(path, side): open_picture(path, for_mask=side == "mask") for path, side in files}
-    digests = {file: digest(image) for file, image in opened.items()}
-    for item in items:
-        for side, path in _files(item).items():
-            if digests[path, side] != getattr(item.request, side):
-                raise ValueError(f"{side}={path} was changed while the batch ran")
-    images, masks = ([opened.get((getattr(item, side), side)) for item in padded] for side in ("image", "mask"))
-    requests, count = [item.request for item in padded], len(items)
-    for x_t in pipe.sample_latents(requests, images=images, masks=masks):
-        latents = x_t  # (B, C, H/f, W/f)
-    return pipe.decode(latents[:count], requests[:count], images=images[:count], masks=masks[:count])
+    same: dict[Path | None, Path | None] = {}  # one object for equal paths, so that `jobs` opens each file once
+    images, masks = ([same.setdefault(path, path) for path in side] for side in zip(*map(_starts, padded), strict=True))
+    jobs = pipe.jobs([item.request for item in padded], images, masks)
+    for item, job in zip(items, jobs, strict=False):
+        for name, path in (("image", item.image), ("mask", item.mask)):
+            if getattr(job.request, name) != getattr(item.request, name):
+                raise ValueError(f"{name}={path} was changed while the batch ran")
+    finished = (event.picture for event in pipe.draw(jobs) if isinstance(event, Finished))
+    return list(islice(finished, len(items)))
 
 
-def _files(item: Item) -> dict[str, Path]:
-    return {side: path for side, path in (("image", item.image), ("mask", item.mask)) if path is not None}
+def _starts(item: Item) -> tuple[Path | None, Path | None]:
+    return item.image, item.mask
 
 
-class Engine:
-    """Draws chunks and saves them in a thread beside, so that the next is computed meanwhile.
+class Drawer:
+    """Draws groups of items. A thread saves them, so that the next group is computed meanwhile.
 
     size: of every batch computed. exact: never computed in another size, not even when memory runs out.
     """
@@ -86,7 +69,7 @@ class Engine:
         self._ready: list[Result] = []
 
     def submit(self, items: Sequence[Item]) -> None:
-        """Draws what is not there yet of a chunk. Raises what saving an earlier one raised (DiskFull, ValueError)."""
+        """Draws the items of a group that are not done yet. Raises what saving an earlier one raised."""
         missing = [item for item in items if not self.store.has(item)]
         self._ready += [Result(item.index) for item in items if item not in missing]
         if not missing:
@@ -102,13 +85,13 @@ class Engine:
         self._collect(WAITING * self.size)
 
     def results(self, wait: bool = False) -> list[Result]:
-        """What became of items since the last call; with wait, of all. Raises what saving raised."""
+        """Results since the last call; with wait, of all submitted items. Raises what saving raised (DiskFull)."""
         self._collect(0 if wait else len(self._saving))
         ready, self._ready = self._ready, []
         return ready
 
     def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits until everything is saved."""
         self._saver.shutdown()
 
     def _collect(self, waiting: int) -> None:
@@ -123,9 +106,9 @@ class Engine:
         return Result(item.index, self.store.save(item, data, seconds))
 
     def _drawn(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
-        """Each item with its picture or why there is none: a batch that fails is drawn again one by one.
+        """Each item with its image or the reason of its failure: a batch that fails is drawn again one by one.
 
-        Whatever a library raises fails the item that it is raised for, and no other.
+        Whatever a library raises for one item fails that item only.
         """
         try:
             return list(zip(items, draw(self.pipe, items, size), strict=True))

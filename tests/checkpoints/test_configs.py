@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig
 
-from sdlite.checkpoints import configs
+from sdlite.checkpoints import configs, known_keys
 from sdlite.checkpoints.configs import (
     codec_config,
     denoiser_config,
@@ -19,16 +19,7 @@ from sdlite.checkpoints.configs import (
     to_diffusers,
     unet_config,
 )
-from sdlite.checkpoints.known_keys import (
-    DIT_MAPPED,
-    KL_MAPPED,
-    SCHEDULE_MAPPED,
-    SCHEDULERS,
-    TEXT_MAPPED,
-    TINY_MAPPED,
-    UNET_MAPPED,
-)
-from sdlite.checkpoints.weights import CheckpointError
+from sdlite.checkpoints.places import CheckpointError
 from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, sd15, sd21, tiny, tiny_dit
 from sdlite.models.unet import UNet
 from sdlite.request import Request
@@ -165,22 +156,25 @@ def defaults(kind: str) -> dict[str, Any]:
     return {k: list(p.default) if isinstance(p.default, tuple) else p.default for k, p in parameters.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "mapped"),
-    [("UNet2DConditionModel", UNET_MAPPED), ("PixArtTransformer2DModel", DIT_MAPPED)]
-    + [("AutoencoderKL", KL_MAPPED), ("AutoencoderTiny", TINY_MAPPED)]
-    + [(name, SCHEDULE_MAPPED | changes) for name, changes in SCHEDULERS.items() if name != "DPMSolverSDEScheduler"],
-)
+CLASSES = {keys.kind: keys.defaults for keys in (known_keys.UNET, known_keys.DIT, known_keys.KL, known_keys.TINY)} | {
+    name: known_keys.SCHEDULE.defaults | changes
+    for name, changes in known_keys.SCHEDULERS.items()
+    if name != "DPMSolverSDEScheduler"
+}
+
+
+@pytest.mark.parametrize(("kind", "mapped"), CLASSES.items())
 def test_missing_keys_have_the_defaults_of_diffusers(kind: str, mapped: dict[str, Any]):
     theirs = defaults(kind)
-    for key in set(mapped) & set(theirs) - {"timestep_spacing"}:  # None: left to the solver
+    # left to the solver, and set by diffusers' pipeline
+    for key in set(mapped) & set(theirs) - {"timestep_spacing", "steps_offset", "clip_sample"}:
         ours = list(mapped[key]) if isinstance(mapped[key], tuple) else mapped[key]
         assert ours == theirs[key], key
 
 
 def test_text_defaults_are_those_of_transformers():
     theirs = CLIPTextConfig()
-    assert {key: getattr(theirs, key) for key in TEXT_MAPPED} == TEXT_MAPPED
+    assert {key: getattr(theirs, key) for key in known_keys.TEXT.defaults} == known_keys.TEXT.defaults
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,19 @@
-"""Error lines for wrong flags or arguments, which say what to type instead."""
+"""One line for every error, which says what to type instead, and the exit code of a command.
+
+0 is success, 1 some of several images failed, 2 wrong input, 3 a full disk, 70 a fault of the program, 130 interrupted.
+"""
 
 import re
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from sdlite.config import ELSEWHERE
+from sdlite.files import FULL
 
+# sysexits.h calls 70 an internal software error, and a shell's 128 + SIGINT is 130.
+SOME_FAILED, WRONG_INPUT, DISK_FULL, UNFORESEEN, INTERRUPTED = 1, 2, 3, 70, 130
+MAX_SHOWN_COMMAND = 200
 FLAGS = {  # of other programs -> here, besides the names of fields
     "batch_count": "num_images",
     "ckpt": "model",
@@ -18,7 +27,23 @@ FLAGS = {  # of other programs -> here, besides the names of fields
 }
 
 
-def usage(error: Any) -> str:
+def explained(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit code and message for an error."""
+    if hasattr(error, "format_message"):  # a wrong flag: typer brings its own click or takes the installed one
+        return WRONG_INPUT, _usage(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return DISK_FULL if error.errno in FULL else WRONG_INPUT, message
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return WRONG_INPUT, "out of memory; try a smaller --width and --height, or --batch-size 1"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return WRONG_INPUT, str(error)
+    command = shlex.join(["sdlite", *arguments])[:MAX_SHOWN_COMMAND]
+    cause = f"{type(error).__name__}: {error}"[:MAX_SHOWN_COMMAND]
+    return UNFORESEEN, f"{command}: {cause}; this is a fault of sdlite, and SDLITE_DEBUG=1 shows where it happened"
+
+
+def _usage(error: Any) -> str:
     """The line for an error of typer or click."""
     message = str(error.format_message()).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
