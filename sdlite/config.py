@@ -1,8 +1,7 @@
 """Records: what a model is made of (`ModelConfig` and its parts) and which one to load (`LoadOptions`).
 
 All are frozen and refuse unknown fields, and every error is one line that names the field, the value and the rule.
-Configs name choices of architecture, never code paths. Presets are functions: `sd15()`, `sd21()`, `tiny()`,
-`tiny_dit()`.
+Configs name choices of architecture, never code paths. The presets `sd15`, `sd21`, `tiny`, `tiny_dit` are functions.
 """
 
 from difflib import get_close_matches
@@ -13,12 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Prediction = Literal["epsilon", "v", "sample"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
-
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
-
 MAX_SHOWN = 80  # characters of a name or value in an error
-
 Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Cells = Annotated[int, Field(ge=1, le=1024)]  # of a latent, along one side
 Sides = Cells | tuple[Cells, Cells]  # of a square, or (height, width)
@@ -46,9 +42,8 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
     name = ".".join(str(part) for part in fault["loc"])[:MAX_SHOWN]
     if fault["type"] == "extra_forbidden":
         near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, fields, 1)
-        return f"unknown field {name!r:.80}; " + (
-            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        )
+        advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+        return f"unknown field {name!r:.80}; {advice}"
     if fault["type"] == "missing":
         return f"{name} is required"
     rule = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -58,8 +53,7 @@ def _one_line(error: ValidationError, fields: list[str]) -> str:
 
 def _check_number(name: str, given: Any, read: Any) -> None:
     """Raises ValueError where pydantic read a number that nobody wrote as one: true as 1, "1_0" as 10."""
-    values = given if isinstance(given, list | tuple) else [given]
-    numbers = read if isinstance(read, tuple) else [read]
+    values, numbers = (x if isinstance(x, list | tuple) else [x] for x in (given, read))
     for value, number in zip(values, numbers, strict=False):
         odd = isinstance(value, bool) or (isinstance(value, str) and "_" in value)
         if odd and isinstance(number, int | float) and not isinstance(number, bool):
@@ -67,7 +61,7 @@ def _check_number(name: str, given: Any, read: Any) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for a device of no known kind, such as "gpu"; whether it is there is PyTorch's to say."""
+    """Raises ValueError for a device of no known kind, such as "gpu". PyTorch knows whether this machine has it."""
     if name not in DEVICES and name.partition(":")[0] not in DEVICES[1:]:
         raise ValueError(f"device={name!r} must be one of {', '.join(DEVICES)}")
 
@@ -122,6 +116,7 @@ class UNetConfig(Record):
 
     Tuples have one entry per stage from the finest to the coarsest. attention_stages: which have cross-attention.
     num_heads: heads, not their width (diffusers calls this attention_head_dim). context_dim: width of text features.
+    transformer_depth: transformer blocks in each attention, or one number for all stages; the middle has the last's.
     """
 
     in_channels: Channels = 4
@@ -133,21 +128,27 @@ class UNetConfig(Record):
     context_dim: Channels
     num_groups: Channels = 32
     use_linear_projection: bool = False
+    transformer_depth: tuple[Annotated[int, Field(ge=0, le=32)], ...] = (1,)
     prediction: Prediction = "epsilon"
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        channels = self.block_out_channels
-        for name in ("attention_stages", "num_heads"):
-            if len(getattr(self, name)) != len(channels):
-                raise ValueError(f"{name} must have one entry per stage, {len(channels)}, like block_out_channels")
+        channels, stages = self.block_out_channels, len(self.block_out_channels)
+        lengths = {"attention_stages": {stages}, "num_heads": {stages}, "transformer_depth": {1, stages}}
+        for name, possible in lengths.items():
+            if len(getattr(self, name)) not in possible:
+                raise ValueError(f"{name} must have one entry per stage, {stages}, like block_out_channels")
+        if not any([self.depth(-1), *(has and self.depth(i) for i, has in enumerate(self.attention_stages))]):
+            raise ValueError(f"transformer_depth={self.transformer_depth} leaves no attention to the prompt")
         for width, heads in zip(channels, self.num_heads, strict=True):
             if width % heads or width % self.num_groups:
-                raise ValueError(
-                    f"block_out_channels={channels}: {width} must be a multiple of its num_heads={heads} "
-                    f"and of num_groups={self.num_groups}"
-                )
+                rule = f"must be a multiple of its num_heads={heads} and of num_groups={self.num_groups}"
+                raise ValueError(f"block_out_channels={channels}: {width} {rule}")
         return self
+
+    def depth(self, stage: int) -> int:
+        """Number of transformer blocks in each attention of a stage."""
+        return self.transformer_depth[stage if len(self.transformer_depth) > 1 else 0]
 
 
 class DiTConfig(Record):
@@ -171,10 +172,10 @@ class DiTConfig(Record):
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         if self.width % self.num_heads or self.width % 4:
-            raise ValueError(
-                f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4, for a sine and a "
-                "cosine of row and column"
+            rule = (
+                f"must be a multiple of num_heads={self.num_heads} and of 4, for a sine and a cosine of row and column"
             )
+            raise ValueError(f"width={self.width} {rule}")
         if self.sample_size % self.patch_size:
             raise ValueError(f"sample_size={self.sample_size} must be a multiple of patch_size={self.patch_size}")
         return self
@@ -191,7 +192,7 @@ DenoiserConfig = UNetConfig | DiTConfig
 class ScheduleConfig(Record):
     """Noise schedule and timestep grid; the defaults are Stable Diffusion's.
 
-    final_abar_one: the last step ends at abar 1, a noise-free image, instead of at abar of timestep 0.
+    final_abar_one: the last step ends at abar 1, a noise-free image, and not at abar of timestep 0.
     spacing: None leaves the grid to the solver, as diffusers does for a scheduler config without timestep_spacing.
     zero_terminal_snr: rescaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1).
     """
@@ -269,7 +270,7 @@ CodecConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 
 
 class ModelConfig(Record):
-    """A whole model. sample_size: latent cells that it draws unless told otherwise: the side, or (height, width)."""
+    """A whole model. sample_size: default size of an image in latent cells, the side or (height, width)."""
 
     denoiser: DenoiserConfig
     schedule: ScheduleConfig
@@ -322,7 +323,7 @@ def sd21(in_channels: int = 4, prediction: Prediction = "v") -> ModelConfig:
 
 
 def tiny(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
-    """Every part of SD1 at toy size, for tests and for trying the machinery: 64-pixel images in a blink."""
+    """Every part of SD1 at toy size, for tests and for trying commands: draws 64-pixel images in a blink."""
     return ModelConfig(
         denoiser=UNetConfig(
             in_channels=in_channels,
@@ -343,14 +344,6 @@ def tiny(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfi
 
 def tiny_dit(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
     """`tiny` with a Transformer in the UNet's place."""
-    base = tiny(in_channels, prediction)
-    denoiser = DiTConfig(
-        in_channels=in_channels,
-        width=48,
-        depth=2,
-        num_heads=3,
-        context_dim=base.text.hidden_size,
-        sample_size=base.sample_size,
-        prediction=prediction,
-    )
-    return base.replace(denoiser=denoiser)
+    sizes = {"width": 48, "depth": 2, "num_heads": 3, "context_dim": 32, "sample_size": 8}
+    denoiser = DiTConfig(in_channels=in_channels, prediction=prediction, **sizes)
+    return tiny(in_channels).replace(denoiser=denoiser)

@@ -37,6 +37,7 @@ HOMES = {
         "images/",
         "pipeline/",
         "inspect/",
+        "segmentation/pixels.py",
         "segmentation/segmenter.py",
         "batch/",
         "cli/",

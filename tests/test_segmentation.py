@@ -314,7 +314,7 @@ def test_boundary_f1_without_boundaries_and_with_ignored_pixels():
 
 
 def test_metrics_name_what_does_not_fit():
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match="must have one shape"):
         confusion(classes(1, 4, 4), classes(1, 4, 5), 3)
     with pytest.raises(ValueError, match="num_classes must be the network's"):
         confusion(classes(1, 9, 9), classes(1, 9, 9, num_classes=2), 2)

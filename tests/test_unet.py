@@ -25,6 +25,11 @@ VARIANTS = {
     "five stages": BASE.replace(
         block_out_channels=(8, 8, 16, 16, 32), num_heads=(1, 2, 2, 4, 4), attention_stages=(True,) * 4 + (False,)
     ),
+    "depth 0, 2, 4": BASE.replace(transformer_depth=(0, 2, 4), attention_stages=(True, True, True)),
+    "depth of SDXL": BASE.replace(
+        transformer_depth=(0, 2, 4), attention_stages=(False, True, True), use_linear_projection=True
+    ),
+    "depth of SDXL's refiner": BASE.replace(transformer_depth=(3,), attention_stages=(False, True, False)),
     "other widths": BASE.replace(num_groups=2, context_dim=24, out_channels=8, in_channels=8),
 }
 
@@ -106,6 +111,21 @@ def test_half_precision_weights_take_and_return_float32_latents():
 def test_context_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"context has shape \(2, 7, 768\).* needs \(B, T, 20\)"):
         UNet(BASE).prepare(Conditioning(torch.zeros(2, 7, 768)))
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        ((1, 2), "transformer_depth must have one entry per stage, 3"),
+        ((), "transformer_depth must have one entry per stage, 3"),
+        ((0,), r"transformer_depth=\(0,\) leaves no attention to the prompt"),
+        ((1, 0, 0), r"transformer_depth=\(1, 0, 0\) leaves no attention"),  # stage 0 has no attention
+        ((-1,), "transformer_depth.0=-1 must be greater than or equal to 0"),
+    ],
+)
+def test_depths_that_fit_no_unet_are_one_line(depth, message):
+    with pytest.raises(ValueError, match=message):
+        BASE.replace(attention_stages=(False, True, True), transformer_depth=depth)
 
 
 @pytest.mark.parametrize("config", [sd15(), sd15(in_channels=9), sd21()], ids=["sd15", "inpainting", "sd21"])

@@ -80,7 +80,10 @@ def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfi
     if up != mirrored:
         raise _unsupported(where, "up_block_types", up, (mirrored,))
     heads = found["attention_head_dim"] if found["num_attention_heads"] is None else found["num_attention_heads"]
+    depths = found["transformer_layers_per_block"]
+    depths = depths if isinstance(depths, list) else [depths]
     fields |= {
+        "transformer_depth": depths[:1] if all(depth == depths[0] for depth in depths) else depths,
         "layers_per_block": _same_everywhere(found, "layers_per_block", where),
         "context_dim": _same_everywhere(found, "cross_attention_dim", where),
         "attention_stages": attention,
@@ -200,7 +203,9 @@ def _denoiser_file(config: DenoiserConfig, size: Sides) -> dict[str, Any]:
         width = {"attention_head_dim": config.width // config.num_heads, "cross_attention_dim": config.width}
         return _written(known_keys.DIT, config, **width, use_additional_conditions=False)
     down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in config.attention_stages]
-    blocks = {"down_block_types": down, "up_block_types": _up_blocks(config.attention_stages)}
+    blocks: dict[str, Any] = {"down_block_types": down, "up_block_types": _up_blocks(config.attention_stages)}
+    if (depths := config.transformer_depth) != (1,):
+        blocks["transformer_layers_per_block"] = depths if len(depths) > 1 else depths[0]
     return _written(known_keys.UNET, config, **blocks, sample_size=size)
 
 

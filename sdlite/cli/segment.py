@@ -85,7 +85,7 @@ def _sources(given: Sequence[Path]) -> Iterator[Path]:
     """The given images and those in given folders, found by suffix. Raises ValueError for a folder without any."""
     from PIL import Image
 
-    from sdlite.segmentation.segmenter import FORMATS
+    from sdlite.segmentation.pixels import FORMATS
 
     Image.init()
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
@@ -121,7 +121,8 @@ def _places(sources: Sequence[Path], output: Path | None, many: bool) -> list[tu
 
 def _task(model: Path, overlay: bool, cutout: bool) -> Task:
     """What turns an image into the image to write; it reports its progress from 0 to 1."""
-    from sdlite.segmentation.segmenter import Segmenter, cutout as cut, overlay as laid_over
+    from sdlite.segmentation.pixels import cutout as cut, overlay as laid_over
+    from sdlite.segmentation.segmenter import Segmenter
 
     segmenter = Segmenter.load(model)
 
@@ -155,7 +156,7 @@ def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: R
 
 def _make(source: Path, place: Path, task: Task, force: bool, report: Report, title: str) -> None:
     from sdlite.images.files import decoded, png_bytes
-    from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS
+    from sdlite.segmentation.pixels import FORMATS, MAX_PIXELS
 
     bar = report.bar()
     line = bar.add_task(title, total=1.0)

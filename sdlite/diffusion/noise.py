@@ -9,7 +9,7 @@ from torch import Tensor
 class ImageNoise:
     """Standard normal noise for a batch, each image from its own seed.
 
-    Drawn on the CPU in float32, as diffusers does with a list of CPU generators: the same seed is the same picture.
+    Drawn on the CPU in float32, as diffusers does with a list of CPU generators: the same seed gives the same image.
     seeds: one per image, 0 <= seed < 2**64. shape: (C, H, W) of one image's latents.
     """
 

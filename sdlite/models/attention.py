@@ -1,4 +1,4 @@
-"""Attention: how the prompt reaches the picture.
+"""Attention: how the prompt reaches the image.
 
     image tokens z (B, L, C) --to_q--> Q (B, N, L, K)
     context        (B, T, D) --to_k--> K (B, N, T, K)     softmax(Q K^T / sqrt(K)) V --to_out--> (B, L, C)
@@ -11,12 +11,14 @@ width, N heads, K head width.
 Attribute names are those of diffusers' checkpoints; renaming one breaks every file.
 """
 
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdlite.config import UNetConfig
 from sdlite.contracts import Conditioning
 from sdlite.models.layers import repeat_rows
 
@@ -28,7 +30,7 @@ FEED_FORWARD_FACTOR = 4  # hidden width of the feed-forward part (Vaswani et al.
 
 
 def checked_context(conditioning: Conditioning, width: int, network: str) -> Tensor:
-    """The context, (R, T, width). Raises ValueError for another width."""
+    """The context, (R, T, width). network: its name in the error. Raises ValueError for another width."""
     context = conditioning.context
     if context.ndim != 3 or context.shape[-1] != width:
         raise ValueError(
@@ -91,12 +93,15 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU, then back to the channels. Index 1 of `net` is the dropout of the original, which has no weights."""
+    """To the hidden width, through a nonlinear layer(channels, hidden), and back.
 
-    def __init__(self, channels: int) -> None:
+    Index 1 of `net` is the dropout of the original, which has no weights.
+    """
+
+    def __init__(self, channels: int, layer: Callable[[int, int], nn.Module] = GEGLU) -> None:
         super().__init__()
         hidden = FEED_FORWARD_FACTOR * channels
-        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
+        self.net = nn.Sequential(layer(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # (B, L, C)
@@ -134,18 +139,26 @@ class PointwiseConv(nn.Conv2d):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the cells of a feature map (Rombach et al. 2022, appendix E.2.1)."""
+    """Transformer blocks over the cells of a feature map (Rombach et al. 2022, appendix E.2.1).
 
-    def __init__(self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear: bool) -> None:
+    Of depth 0 it has its norm and projections only, as in diffusers.
+    """
+
+    def __init__(self, config: UNetConfig, stage: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=SPATIAL_EPS)
+        channels, heads, depth = config.block_out_channels[stage], config.num_heads[stage], config.depth(stage)
+        linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.num_groups, channels, eps=SPATIAL_EPS)
         self.proj_in = nn.Linear(channels, channels) if linear else PointwiseConv(channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
+        blocks = (TransformerBlock(channels, config.context_dim, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(channels, channels) if linear else PointwiseConv(channels)
 
-    def forward(self, x: Tensor, prompt: KV) -> Tensor:
-        """x: (B, C, H, W). prompt: keys and values for the block's cross-attention. Returns (G B, C, H, W)."""
+    def forward(self, x: Tensor, prompt: Iterator[KV]) -> Tensor:
+        """x: (B, C, H, W). prompt: each block takes its K and V from it. Returns (G B, C, H, W)."""
         z = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H*W, C)
-        z = self.proj_out(self.transformer_blocks[0](z, prompt))  # (G B, H*W, C)
+        for block in self.transformer_blocks:
+            z = block(z, next(prompt))  # (G B, H*W, C)
+        z = self.proj_out(z)
         x = repeat_rows(x, len(z))  # (G B, C, H, W); the residual is from before the norm
         return x + z.transpose(1, 2).reshape(x.shape)

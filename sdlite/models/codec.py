@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, CodecConfig
 
-COPIES = 3  # of the largest activation, held at the same time while it is normalised and activated
+COPIES = 3  # of the largest activation, which exist at the same time while it is normalised and activated
 
 
 class LatentCodec(nn.Module):
     """AutoencoderKL (Kingma and Welling 2014; Rombach et al. 2022) or AutoencoderTiny, with its scale and shift.
 
-    `model` is the autoencoder with diffusers' names; `factor` is the number of pixels along a latent cell's side.
+    Implements `Codec`. `model` is the autoencoder with diffusers' names.
     """
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
         self.factor, self.latent_channels = config.factor, config.latent_channels
+        self.deterministic = isinstance(config, AutoencoderTinyConfig)
         fields = config.model_dump()
         if isinstance(config, AutoencoderKLConfig):
             stages = len(config.block_out_channels)
@@ -33,11 +34,6 @@ class LatentCodec(nn.Module):
             self.model = AutoencoderKL(**fields)
         else:
             self.model = AutoencoderTiny(**fields)
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether `encode` ignores noise."""
-        return isinstance(self.config, AutoencoderTinyConfig)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images: the mean of the posterior, or a sample of the posterior if noise is given.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sdlite.config import DiTConfig, Prediction
 from sdlite.contracts import Conditioning
-from sdlite.models.attention import FEED_FORWARD_FACTOR, KV, Attention, checked_context
+from sdlite.models.attention import KV, Attention, FeedForward, checked_context
 from sdlite.models.layers import MAX_PERIOD, TimeEmbedding, repeat_rows
 
 NORM_EPS = 1e-6  # of every LayerNorm (DiT models.py)
@@ -28,7 +28,7 @@ TIME_WAVES = 256  # sinusoids of the timestep (DiT models.py `frequency_embeddin
 
 
 def axis_positions(length: int, span: int, shrink: int, width: int) -> Tensor:
-    """Sinusoids of `length` places evenly on [0, span / shrink), sines first: (length, width) float64, width even."""
+    """Sinusoids of `length` places spread evenly over [0, span / shrink): (length, width) float64, sines first."""
     places = torch.arange(length, dtype=torch.float32) / (length / span) / shrink  # rounded as diffusers does
     frequencies = MAX_PERIOD ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = torch.outer(places, frequencies)  # (length, width/2)
@@ -96,18 +96,6 @@ class GELU(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")  # (B, L, hidden)
 
 
-class FeedForward(nn.Module):
-    """To the hidden width and back. Index 1 of `net` is the dropout of the original, which has no weights."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = FEED_FORWARD_FACTOR * width
-        self.net = nn.Sequential(GELU(width, hidden), nn.Identity(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # (B, L, D)
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward, each added to its input."""
 
@@ -116,7 +104,7 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.attn1 = Attention(width, width, num_heads, bias=True)
         self.attn2 = Attention(width, width, num_heads, bias=True)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, GELU)
 
     def forward(self, x: Tensor, time: Tensor, prompt: KV) -> Tensor:
         """x: (B, L, D). time: (B or B/G, 6, D). prompt: `attn2.project_kv` of G B prompts. Returns (G B, L, D)."""
@@ -153,8 +141,7 @@ class DiT(nn.Module):
         """
         context = checked_context(conditioning, self.config.context_dim, "DiT")
         prompt = self.caption_projection(context.to(self.proj_out.weight.dtype))  # (B, T, D)
-        blocks = [module for module in self.transformer_blocks if isinstance(module, Block)]
-        return tuple(block.attn2.project_kv(prompt) for block in blocks)
+        return tuple(block.attn2.project_kv(prompt) for block in self.transformer_blocks if isinstance(block, Block))
 
     def forward(self, x: Tensor, t: Tensor, memory: tuple[KV, ...]) -> Tensor:
         """x: (B, C_in, H, W) noisy latents. t: (B,) timesteps. memory: from `prepare`, for G B prompts.
@@ -162,7 +149,7 @@ class DiT(nn.Module):
         Returns (G B, C_out, H, W): noise, v or x_0, as `prediction` says, in x's dtype. Computes in the weights' dtype.
         Raises ValueError unless the patch divides H and W.
         """
-        height, width, patch = *x.shape[-2:], self.config.patch_size
+        height, width, patch = *x.shape[-2:], self.patch_size
         if height % patch or width % patch:
             raise ValueError(f"latents of {height}x{width} cells must be a multiple of this DiT's patch_size={patch}")
         z = self.pos_embed(x.to(self.proj_out.weight.dtype))  # (B, L, D)

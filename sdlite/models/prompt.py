@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 BRACKET_FACTOR = 1.1
-MAX_WEIGHT = 10.0  # an arbitrary bound: pictures fall apart from about 2 on, and float16 overflows from about 1000 on
+MAX_WEIGHT = 10.0  # an arbitrary bound: images fall apart from about 2 on, and float16 overflows from about 1000 on
 MAX_POWER = 1000  # of BRACKET_FACTOR, far beyond MAX_WEIGHT; Python refuses 1.1 ** 7500
 COMMA_BACKTRACK = 20  # tokens after a comma that may move to the next chunk; Automatic1111's default setting
 
@@ -31,7 +31,7 @@ _GRAMMAR = re.compile(
     """,
     re.VERBOSE,
 )
-_FOREIGN = {  # what Automatic1111 reads as more than text
+_FOREIGN = {  # markup of Automatic1111 that is plain text here
     r"<(?:lora|lyco|hypernet):[^<>]*>": "no such networks are loaded",
     r"\[[^\[\]]*:\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\]": "the prompt is not edited while drawing",
     r"\[[^\[\]|]*\|[^\[\]]*\]": "words do not take turns",
@@ -102,8 +102,8 @@ def escaped(text: str) -> str:
 def _match_brackets(marks: Sequence[re.Match[str]]) -> tuple[dict[int, float | None], set[int]]:
     """Where round brackets open, with the explicit weight of each (None: 1.1), and where one of them closes.
 
-    Both are indices into marks. A weight stands at the closing bracket, so this has to be known before any text is
-    weighted.
+    Both are indices into marks. A weight stands at the closing bracket, so brackets are matched before any text gets
+    its weight.
     """
     factors: dict[int, float | None] = {}
     closing: set[int] = set()
@@ -129,7 +129,7 @@ def _append_text(sections: list[list[Piece]], text: str, weight: float) -> None:
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Pieces that are not empty, neighbours of equal weight joined."""
+    """The pieces without empty ones; neighbours of equal weight are joined."""
     runs = groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.weight)
     return [Piece("".join(piece.text for piece in run), weight) for weight, run in runs]
 

@@ -19,10 +19,10 @@ from sdlite.config import TextConfig
 from sdlite.contracts import TextFeatures
 from sdlite.models.prompt import Piece, Token, escaped, parse_prompt, split_chunks
 
-MAX_CHUNKS = 64  # 4,800 tokens for SD: what the longest prompt of English words that a Request takes comes to
-WORD_END = "</w>"  # what the last token of a word ends in, in CLIP's vocabulary
+MAX_CHUNKS = 64  # 4,800 tokens for SD: enough for the longest prompt of English words that a Request takes
+WORD_END = "</w>"  # end of a word's last token in CLIP's vocabulary
 CACHED_CHUNKS = 256  # about 60 MB for SD1 in float32
-MIN_MEAN = 1e-3  # of the mean magnitude: below it a mean is rounding noise and says nothing about the scale
+MIN_MEAN = 1e-3  # of the mean magnitude; below it a mean is rounding noise
 
 
 class TextEncoder(nn.Module):
@@ -98,7 +98,7 @@ class TextEncoder(nn.Module):
     def caption_tokens(self, caption: str) -> tuple[list[int], bool]:
         """Ids of a caption's first chunk, without start and end, and whether that is the whole caption.
 
-        Models are trained on these. Brackets are plain text: `encode` of the escaped caption uses the same tokens.
+        Models are trained on these. Brackets are plain text; `encode` uses the same tokens for the escaped caption.
         """
         chunks = self._split(escaped(caption))
         return [token.id for token in chunks[0]], len(chunks) == 1
@@ -119,12 +119,12 @@ class TextEncoder(nn.Module):
         texts = [piece.text for piece in pieces]
         ids: list[list[int]] = []
         if texts:
-            # verbose: the tokenizer would warn of texts beyond one chunk
+            # verbose=False: no warning about texts longer than one chunk
             ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return [Token(i, piece.weight) for piece, row in zip(pieces, ids, strict=True) for i in row]
 
     def _features(self, chunk: Sequence[Token], clip_skip: int) -> Tensor:
-        """(L, D) features of a chunk, from the cache if it is there; in training mode nothing is remembered."""
+        """(L, D) features of a chunk, from the cache if possible; in training mode nothing is cached."""
         if self.training:
             return self._encode_chunk(chunk, clip_skip)
         key = (tuple(chunk), clip_skip)
@@ -157,12 +157,12 @@ class TextEncoder(nn.Module):
             self._cached_weights = weights
 
     def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; also empties the cache, since an optimizer may have written where no version shows it."""
+        """As in nn.Module; also empties the cache, because an optimizer can change weights without a new version."""
         self._cache.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As in nn.Module, where `to`, `half` and the like end; also empties the cache."""
+        """As in nn.Module, whose `to`, `half` and others call it; also empties the cache."""
         self._cache.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -185,10 +185,10 @@ def emphasize(z: Tensor, weights: Tensor) -> Tensor:
 
 
 def text_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `TextEncoder.model.load_state_dict` takes, from weights under either layout of transformers' names.
+    """Weights as `TextEncoder.model.load_state_dict` takes them, from either layout of transformers' names.
 
-    Before transformers 5.6 names began with "text_model."; since then they do not. The stored position_ids, a buffer
-    that some tools saved as rounded floats, is left out. Raises ValueError if a tensor is there under both names.
+    Before transformers 5.6 names began with "text_model."; since then they do not. Leaves out position_ids, a buffer
+    that some tools saved as rounded floats. Raises ValueError if a tensor has both names.
     """
     flat = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
     if len(flat) != len(weights):
@@ -219,7 +219,7 @@ def _check_fit(config: TextConfig, tokenizer: CLIPTokenizer) -> None:
 
 
 def _checked(prompt: str) -> str:
-    """The prompt, if it can be written as UTF-8: JSON can spell halves of surrogate pairs."""
+    """The prompt. Raises ValueError if UTF-8 cannot write it: JSON can spell half of a surrogate pair."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -1,10 +1,10 @@
-"""Losses of logits against classes: cross-entropy, and the overlaps Dice and IoU from one Tversky index.
+"""Losses of logits against classes: cross-entropy, and Dice and IoU as cases of the Tversky index.
 
     logits (B, K, ...)    any floating type; sums are in float32, or float64 for float64
     target (B, ...)       int64 classes 0..K-1, or ignore_index where a pixel does not count
 
 (B, K) with (B,) is classification, (B, K, H, W) with (B, H, W) segmentation: the same function. weight: (K,), how much
-each class counts. All return a scalar >= 0, and 0 (with gradient 0) where no pixel counts. A target out of range
+each class counts. All return a scalar >= 0, or 0 (with gradient 0) if no pixel counts. A target out of range
 raises ValueError, which costs one synchronisation with a GPU.
 """
 
@@ -20,7 +20,7 @@ EPS = 1e-7  # keeps an empty class's 0 / 0 finite
 def cross_entropy(
     logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int | None = None
 ) -> Tensor:
-    """Mean of -log softmax(logits)[target] over what counts, weighted by the weight of each pixel's class."""
+    """Mean of -log softmax(logits)[target] over the pixels that count, weighted by the weight of each pixel's class."""
     counted = _checked(logits, target, weight, ignore_index)
     log_p = _wide(logits).log_softmax(1)  # (B, K, ...)
     classes = torch.where(counted, target, 0)
@@ -40,8 +40,8 @@ def tversky_loss(
 ) -> Tensor:
     """1 - TP / (TP + alpha FP + beta FN) with soft counts over the whole batch, mean over the classes.
 
-    A class that no counted pixel of the batch has is left out of the mean, since its index is 0 whatever is predicted;
-    its false positives are still felt, as false negatives of the classes that are there.
+    The mean leaves out a class that no counted pixel of the batch has, because its index is 0 whatever is predicted.
+    Its false positives still count, as false negatives of the other classes.
     Source: Salehi et al. 2017, eq. 3.
     """
     counted = _checked(logits, target, weight, ignore_index)
@@ -80,7 +80,7 @@ def combined(
     weight: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> Tensor:
-    """Weighted sum, such as terms={"cross_entropy": 1, "dice": 1}; names are those of LOSSES."""
+    """Weighted sum of losses. terms: name in LOSSES to factor, such as {"cross_entropy": 1, "dice": 1}."""
     unknown = terms.keys() - LOSSES.keys()
     if unknown or not terms:
         raise ValueError(f"terms={dict(terms)} must name at least one loss, of {', '.join(LOSSES)}")
@@ -93,7 +93,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _checked(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> Tensor:
-    """(B, ...) bool: which pixels count."""
+    """(B, ...) bool: which pixels count. Raises ValueError for shapes that do not fit."""
     if logits.ndim < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must be (B, K, ...) and (B, ...)"
@@ -111,6 +111,6 @@ def counted_pixels(target: Tensor, num_classes: int, ignore_index: int | None) -
     counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     wrong = target[counted & ((target < 0) | (target >= num_classes))]
     if len(wrong):
-        hint = "" if ignore_index is not None else "; a value to leave out is given as ignore_index"
+        hint = "" if ignore_index is not None else "; give a value to leave out as ignore_index"
         raise ValueError(f"target has the value {int(wrong[0])}; must be a class, 0 to {num_classes - 1}{hint}")
     return counted

@@ -1,4 +1,4 @@
-"""Figures of hard predictions: counts that add up over batches, and what is computed from their sum.
+"""Metrics of hard predictions: counts that add up over batches, and metrics that are computed from their sum.
 
     prediction, target --confusion--> (K, K) --+--> sum --> iou, mean_iou, dice, pixel_accuracy
     prediction, target --boundary_counts--> (K, 4) --> sum --> boundary_f1
@@ -14,12 +14,12 @@ from sdlite.segmentation.losses import counted_pixels
 
 
 def labels(prediction: Tensor) -> Tensor:
-    """(B, ...) int64: the class of the highest logit; classes as they are."""
+    """(B, ...) int64: the class of the highest logit. Classes are returned unchanged."""
     return prediction.argmax(1) if prediction.is_floating_point() else prediction
 
 
 def confusion(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
-    """(K, K) int64: number of pixels of each true class (row) that were taken for each class (column)."""
+    """(K, K) int64: number of pixels of each true class (row) that were predicted as each class (column)."""
     classes = _checked(prediction, target, num_classes)
     counted = counted_pixels(target, num_classes, ignore_index)
     pairs = target[counted] * num_classes + classes[counted]
@@ -43,17 +43,17 @@ def dice(counts: Tensor) -> Tensor:
 
 
 def pixel_accuracy(counts: Tensor) -> Tensor:
-    """Part of the pixels whose class is right; nan without any pixel."""
+    """Fraction of the pixels whose class is right; nan without any pixel."""
     return counts.diagonal().sum().double() / counts.sum()
 
 
 def boundary_counts(
     prediction: Tensor, target: Tensor, num_classes: int, *, tolerance: int = 2, ignore_index: int | None = None
 ) -> Tensor:
-    """(K, 4) int64: boundary pixels predicted, those of them near a true one, true ones, those near a predicted one.
+    """(K, 4) int64 counts of boundary pixels: predicted, those near a true one, true, those near a predicted one.
 
-    A boundary pixel is of the class and has a neighbour (of 8) that is not; the picture's edge is no boundary. Near is
-    at most `tolerance` pixels along each axis. What touches an ignored pixel does not count.
+    A boundary pixel has the class, and one of its 8 neighbours does not; the image's edge is no boundary. Near means
+    at most `tolerance` pixels away along each axis. Pixels that touch an ignored pixel do not count.
     Source: Csurka et al. 2013 (BF score), with a square in place of their disc and counts in place of a mean of images.
     """
     if tolerance < 0:
@@ -82,14 +82,16 @@ def _boundaries(classes: Tensor, num_classes: int) -> Tensor:
 
 
 def _dilated(masks: Tensor, radius: int) -> Tensor:
-    """(B, K, H, W) bool: what is at most radius pixels, along each axis, from a pixel of the mask."""
+    """(B, K, H, W) bool: the pixels at most `radius` pixels, along each axis, from a pixel of the mask."""
     return F.max_pool2d(masks.float(), 2 * radius + 1, stride=1, padding=radius).bool()
 
 
 def _checked(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
     classes = labels(prediction)
     if classes.shape != target.shape:
-        raise ValueError(f"prediction of {tuple(classes.shape)} and target of {tuple(target.shape)} must be alike")
+        raise ValueError(
+            f"prediction of {tuple(classes.shape)} and target of {tuple(target.shape)} must have one shape"
+        )
     if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
         raise ValueError(f"prediction has a class out of 0 to {num_classes - 1}; num_classes must be the network's")
     return classes

@@ -12,8 +12,9 @@
                           |                                              x2
                           +--------------------------------------------> + x8 -> logits
 
-Both take images (B, C, H, W) and give logits (B, K, H', W'), a score for each class at each pixel; the softmax is the
-loss's. H' is H but for valid padding. Letters: B batch, C channels, K classes, W0 base width, h w size at a stage.
+Both take images (B, C, H, W) and return logits (B, K, H', W'), a score for each class at each pixel; the loss applies
+the softmax. H' is H except with valid padding.
+Letters: B batch, C channels, K classes, W0 base width, h w size at a stage.
 """
 
 from itertools import pairwise
@@ -24,15 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FCN_STAGES = (1, 2, 4, 8, 8)  # width of each stage over the first one's, as in VGG16 (Simonyan and Zisserman 2015)
-FCN_HEAD = 16  # the same for the layers that were fully connected: as the UNet's bottom; in VGG16 it is 64
+FCN_HEAD = 16  # the same for the layers that were fully connected: as wide as the UNet's bottom (64 in VGG16)
 MAX_DEPTH = 8
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, K, h, w) stretched bilinearly to (B, K, *size).
 
-    Valid padding returns the middle of the picture; stretched over the whole it is off towards the borders. `Segmenter`
-    surrounds the picture with its mirror image instead (Ronneberger et al. 2015, figure 2).
+    With valid padding the logits are those of the middle of the image, so stretching them over all of it is wrong
+    towards the borders. `Segmenter` continues the image by its mirror image instead (Ronneberger et al. 2015, fig. 2).
     """
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
@@ -84,13 +85,13 @@ class Up(nn.Module):
 
 
 class SegmentationUNet(nn.Module):
-    """The UNet: halves the size and doubles the width `depth` times, then goes back up, joined to what it passed.
+    """The UNet: halves the size and doubles the width `depth` times, then goes back up and joins the skips.
 
     in_channels: C. num_classes: K, background included. base_width: W0; stage i has W0 2^i channels.
     padding: "valid" as in the paper: an output pixel depends on real pixels only, and H' = H - margin (572 -> 388 at
     depth 4); "same": H' = H for any size. batch_norm: not in the paper; small batches train without it.
-    Raises ValueError for an argument out of range. Left out: the dropout at the bottom, which the paper does not
-    specify. Source: Ronneberger et al. 2015, figure 1 and section 2; the defaults are that network.
+    Raises ValueError for an argument out of range. It has no dropout at the bottom, which the paper mentions but
+    does not specify. Source: Ronneberger et al. 2015, figure 1 and section 2; the defaults are that network.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class SegmentationUNet(nn.Module):
 
 
 def _centre(h: Tensor, size: torch.Size) -> Tensor:
-    """The middle of (B, C, h, w), of the given size; all of it with same padding."""
+    """The middle of (B, C, h, w), `size` large; all of it with same padding."""
     top, left = (h.shape[-2] - size[0]) // 2, (h.shape[-1] - size[1]) // 2
     return h[:, :, top : top + size[0], left : left + size[1]]
 

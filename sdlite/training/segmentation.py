@@ -19,15 +19,8 @@ from sdlite.images.sheet import contact_sheet
 from sdlite.segmentation.losses import combined
 from sdlite.segmentation.metrics import boundary_counts, boundary_f1, confusion, iou, mean_iou
 from sdlite.segmentation.models import SegmentationUNet
-from sdlite.segmentation.segmenter import (
-    FCNPlan,
-    Plan,
-    Segmenter,
-    SegmenterConfig,
-    UNetPlan,
-    build,
-    mask_image,
-)
+from sdlite.segmentation.pixels import mask_image
+from sdlite.segmentation.segmenter import FCNPlan, Plan, Segmenter, SegmenterConfig, UNetPlan, build
 from sdlite.training.datasets.data import sample_generator
 from sdlite.training.datasets.folder import MASKED, fingerprints, read_records
 from sdlite.training.datasets.pairs import IGNORED, Pair, channels_of, labels_of, read_pairs

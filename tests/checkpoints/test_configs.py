@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from transformers import CLIPTextConfig
 
 from sdlite.checkpoints import configs, known_keys
@@ -20,6 +21,7 @@ from sdlite.checkpoints.configs import (
 )
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.config import AutoencoderTinyConfig, DiTConfig, ModelConfig, sd15, sd21, tiny, tiny_dit
+from sdlite.models.unet import UNet
 from sdlite.request import Request
 
 IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
@@ -217,6 +219,16 @@ def test_lists_of_equal_entries():
     assert unet_config(SD15_UNET | {"num_attention_heads": 5}, "epsilon", "").num_heads == (5,) * 4
 
 
+@pytest.mark.parametrize("depth", [(1,), (3,), (0, 2, 4, 1)])
+def test_depths_go_to_diffusers_and_back(depth: tuple[int, ...]):
+    config = sd15().denoiser.replace(block_out_channels=(32,) * 4, transformer_depth=depth)
+    written = json.loads(json.dumps(configs._denoiser_file(config, 64)))
+    assert unet_config(written, "epsilon", "") == config
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(written)
+        assert UNet(config).state_dict().keys() == theirs.state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -229,7 +241,11 @@ def test_lists_of_equal_entries():
         ({"_class_name": ["evil", "UNet"]}, "_class_name="),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
         ({"norm_eps": 1e-6}, "norm_eps=1e-06"),
-        ({"transformer_layers_per_block": [1, 2, 10, 1]}, "transformer_layers_per_block"),
+        ({"transformer_layers_per_block": [1, 2]}, "transformer_depth must have one entry per stage, 4"),
+        ({"transformer_layers_per_block": []}, "transformer_depth must have one entry"),
+        ({"transformer_layers_per_block": [[1], [2], [10], [1]]}, "transformer_depth"),
+        ({"transformer_layers_per_block": "two"}, "transformer_depth"),
+        ({"reverse_transformer_layers_per_block": [1, 2, 10, 1]}, "reverse_transformer_layers_per_block"),
         ({"layers_per_block": [2, 2, 2, 3]}, "layers_per_block.*the same at every stage"),
         ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types"),
         ({"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "down_block_types"),

@@ -19,4 +19,5 @@ def reference_unet(config: UNetConfig) -> UNet2DConditionModel:
         cross_attention_dim=config.context_dim,
         norm_num_groups=config.num_groups,
         use_linear_projection=config.use_linear_projection,
+        transformer_layers_per_block=[config.depth(stage) for stage in range(len(attention))],
     )

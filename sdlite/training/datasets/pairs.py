@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from sdlite.images.files import decoded
-from sdlite.segmentation.segmenter import FORMATS, MAX_PIXELS, mirrored, pixels_of, standardized, statistics
+from sdlite.segmentation.pixels import FORMATS, MAX_PIXELS, pixels_of, standardized, statistics
+from sdlite.segmentation.segmenter import mirrored
 from sdlite.training.datasets.folder import MASKED, Records, read_records
 
 IGNORED = 255  # in masks, as in PASCAL VOC
