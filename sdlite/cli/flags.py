@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import reduce, wraps
 from operator import or_
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -111,7 +111,7 @@ class _Group:
         default = self._default(name, first)
         info = copy(self.words.get(name) or typer.Option())
         info.help = self._help(fields, info.help)
-        kind = _type(first.annotation)
+        kind = _joined([_type(field.annotation) for field in fields.values()])
         names = _switch(name, {field.default for field in fields.values()}) if kind is bool else f"--{_dashed(name)}"
         if isinstance(info, OptionInfo) and info.default is ...:  # in Annotated it is the first name
             info.default = names
@@ -150,7 +150,9 @@ def _defaults(fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _shown(default: Any) -> str:
-    return "" if default is None else ("off", "on")[default] if isinstance(default, bool) else str(default)
+    if isinstance(default, bool):
+        return ("off", "on")[default]
+    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _switch(name: str, defaults: set[Any]) -> str:
@@ -176,6 +178,12 @@ def _type(annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         return list[_type(get_args(annotation)[0])]  # type: ignore[misc]
     return annotation
+
+
+def _joined(kinds: Sequence[Any]) -> Any:
+    """One type for the same field of several records: all their choices, or the type of the first."""
+    choices = dict.fromkeys(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+    return Literal[tuple(choices)] if choices else kinds[0]
 
 
 def _limits(field: FieldInfo) -> str:
