@@ -46,3 +46,9 @@ def test_a_flag_of_another_stage_and_a_wrong_value_are_refused_in_a_line():
 def test_options_load_no_torch():
     code = "import sys, sdlite.training.options; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_name_of_version_0_1_still_works():
+    import sdlite
+
+    assert sdlite.train is sdlite.training and sdlite.train.options is sys.modules["sdlite.training.options"]
