@@ -97,8 +97,8 @@ class DenoiserTask(nn.Module):
             **{"size": size, "fit": options.fit, "views": options.views},
             **{"codec": codec_identity(parts[0]), "text": text_identity(parts[1])},
         }
-        self.settings = made_of | {"start": "", "network": _described(self.denoiser.config)}
-        self.settings |= options.model_dump(include=set(OBJECTIVE))
+        self.settings = {**made_of, "start": "", **options.model_dump(include=set(OBJECTIVE))}
+        self.settings["network"] = _described(self.denoiser.config)  # after the options, which errors name first
         self.notes = caption_notes(data) + fit_notes(data, self.records, options.fit)
         self.notes += cut_notes(parts[1], [record["text"] for record in self.records])
         self.empty = tokenize(parts[1], [""])
