@@ -14,34 +14,23 @@ from PIL import Image, ImageDraw
 from sdlite.files import DiskFull
 from sdlite.training.datasets import augment
 from sdlite.training.datasets.augment import Example
+from sdlite.training.datasets.captions import article, caption_of, plural
 from sdlite.training.datasets.copies import near_copies
-from sdlite.training.datasets.data import (
-    article,
-    bucket_of,
-    caption_of,
-    composed,
-    fit_notes,
-    fitted,
-    load_buckets,
-    load_pixels,
-    on_white,
-    sample_generator,
-)
+from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.emoji import (
     EVERYDAY,
-    SOURCES,
     Names,
     _purified,
     card,
     concept_of,
-    fetch,
     make,
     read_everyday,
-    source_named,
     split_of,
     write,
 )
 from sdlite.training.datasets.folder import caption_notes, fingerprints, read_records
+from sdlite.training.datasets.packages import SOURCES, fetch, source_named
+from sdlite.training.datasets.pixels import bucket_of, composed, fit_notes, fitted, load_pixels, load_shaped, on_white
 
 NAMES = Names(
     {"1f34e": "red apple", "1f1e6": "regional indicator A"},
@@ -152,7 +141,7 @@ def test_wrong_folders_say_what_to_do(tmp_path):
         with pytest.raises(ValueError, match=rf"{name} {fault}"):
             load_pixels(tmp_path, [{"file_name": name}], 32)
     (tmp_path / "metadata.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"metadata.jsonl lists no picture"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl lists no images"):
         read_records(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("{}\n")
     with pytest.raises(FileExistsError, match="is not empty"):
@@ -189,7 +178,7 @@ def test_captions_come_from_tables_text_files_or_names(tmp_path):
     found = {record["file_name"]: record["text"] for record in read_records(tmp_path)}
     assert found == {"a.png": "a disc, red", "red_apple-02.png": "red apple 02"}
     (note,) = caption_notes(tmp_path)
-    assert note.startswith("1 of 2 pictures have no caption, so their file names are used, such as 'red apple 02'")
+    assert note.startswith("1 of 2 images have no caption, so their file names are used, such as 'red apple 02'")
 
     table = 'file_name;text;keywords;n\na.png;"a; ""disc""";round, flat;\nred_apple-02.png;;;2\n'
     (tmp_path / "metadata.csv").write_text(table)
@@ -242,7 +231,7 @@ def test_pictures_that_are_not_square_lose_their_ends_or_get_bars(tmp_path):
     assert (crop[0] == torch.tensor([0, 0, 255, 255])[:, None, None]).all()
     assert pad[0, :, 20, 5].tolist() == [255, 0, 0, 255] and pad[0, 3, 2, 20] == 0
     assert torch.equal(crop[1], pad[1])  # nothing is lost where padding does not show
-    assert "2 of 2 pictures are not square: they get white bars" in fit_notes(tmp_path, records, "pad")[0]
+    assert "2 of 2 images are not square: they get white bars" in fit_notes(tmp_path, records, "pad")[0]
     assert "lose their ends" in fit_notes(tmp_path, records, "crop")[0]
     wide.resize((40, 40)).save(tmp_path / "a.png")
     assert not fit_notes(tmp_path, records[:1], "crop")
@@ -265,7 +254,9 @@ def test_pictures_are_cut_to_their_buckets(tmp_path):
     exif[274] = 6  # stored on its side
     wide.save(tmp_path / "b.jpg", exif=exif)
     disc(size=50).save(tmp_path / "c.png")
-    pixels, shapes = load_buckets(tmp_path, [{"file_name": name} for name in ("a.png", "b.jpg", "c.png")], 128, 32)
+    pixels, shapes = load_shaped(
+        tmp_path, [{"file_name": name} for name in ("a.png", "b.jpg", "c.png")], 128, "bucket", 32
+    )
     assert shapes.tolist() == [[96, 160], [160, 96], [128, 128]] and pixels.shape == (3, 4, 160, 160)
     assert pixels[0, :, 10, 80].tolist() == [0, 0, 255, 255] and pixels[0, :, 90, 80].tolist() == [255, 0, 0, 255]
     assert pixels[1, 0, 80, 10] > 200 and pixels[1, 2, 80, 90] > 200  # upright, the blue half is on the right
@@ -420,7 +411,7 @@ def test_an_interrupted_data_folder_leaves_only_its_downloads(tmp_path, packages
 
     fetched = []
     monkeypatch.setattr(
-        "sdlite.training.datasets.emoji._download", lambda folder, source: fetched.append(source.package)
+        "sdlite.training.datasets.packages._download", lambda folder, source: fetched.append(source.package)
     )
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else DiskFull):
@@ -470,7 +461,7 @@ def test_transparency_shows_the_background():
     blue = composed(pixels, torch.tensor([[0.0, 0.0, 1.0]]))
     assert blue[0, :, 0, 0].tolist() == [-1, -1, 1] and blue[0, :, 32, 32].tolist() == [1, -1, -1]
     assert on_white(pixels)[0, :, 0, 0].tolist() == [1, 1, 1]
-    assert fitted(disc().resize((64, 32)), 32).getpixel((16, 4))[3] == 0  # kept its shape
+    assert fitted(disc().resize((64, 32)), 32, 32).getpixel((16, 4))[3] == 0  # kept its shape
 
 
 def test_compositions_show_what_their_captions_say():
@@ -506,7 +497,7 @@ def test_what_would_be_wrong_is_left_as_it_is():
     assert augment.recoloured(rainbow, choices()) is rainbow
     grey = Example(disc("grey"), "moon")
     assert augment.recoloured(grey, choices()) is grey
-    assert [augment.plural(noun) for noun in ("box", "cherry", "toy", "cat")] == ["boxes", "cherries", "toys", "cats"]
+    assert [plural(noun) for noun in ("box", "cherry", "toy", "cat")] == ["boxes", "cherries", "toys", "cats"]
 
 
 def test_a_sample_depends_on_its_number_alone():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sdlite.training.evaluation.figures import interval, mmd, named, named_nouns, nearest, ranks
 from sdlite.training.evaluation.judge import JudgeTask, load_judge
 from sdlite.training.evaluation.probes import (
     NOUNS,
@@ -21,7 +22,7 @@ from sdlite.training.evaluation.probes import (
     probes,
     right_and_chance,
 )
-from sdlite.training.evaluation.report import _check_judge, interval, mmd, named, named_nouns, nearest, ranks, table
+from sdlite.training.evaluation.report import _check_judge, table
 from sdlite.training.loop import TrainConfig, fit
 from tests.test_train_tasks import folder  # noqa: F401
 
@@ -112,7 +113,7 @@ def test_the_judge_learns_and_is_frozen(folder, tmp_path):  # noqa: F811
     _check_judge(tmp_path, folder)
     other = shutil.copytree(folder, tmp_path / "other")
     Image.new("RGB", (32, 32)).save(next((other / "train").glob("*.png")))
-    with pytest.raises(ValueError, match="holds a judge that was trained on other pictures; give another --output"):
+    with pytest.raises(ValueError, match="holds a judge that was trained on other images; give another --output"):
         _check_judge(tmp_path, other)
     weights = tmp_path / "export" / "judge.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

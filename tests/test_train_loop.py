@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdlite.files import DiskFull
+from sdlite.training import curves
 from sdlite.training.curves import read_log
 from sdlite.training.ema import ema_decay, update_ema
 from sdlite.training.loop import State, TrainConfig, fit, learning_rate, load_average, order
@@ -93,6 +94,18 @@ def test_figures_previews_and_curves_are_drawn_on_the_way(tmp_path):
     assert "http" not in page  # one file, nothing from elsewhere
     fit(Line(), config(), tmp_path / "straight")
     assert_same(state(tmp_path / "straight"), state(tmp_path))  # looking changes nothing
+
+
+def test_the_film_encodes_each_preview_once(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text('{"samples": 8, "loss": 1.0}\n')
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(curves.Image, "open", lambda path: opened.append(path.name) or open_image(path))
+    for samples, colour in ((8, "red"), (16, "blue"), (16, "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"preview-{samples:010}.png")
+        curves.draw_progress(tmp_path)
+    assert opened == ["preview-0000000008.png", "preview-0000000016.png", "preview-0000000016.png"]  # one was changed
+    page = (tmp_path / "progress.html").read_text()
+    assert page.count("data:image/jpeg") == 2 and page.count("data:image/png") == 1 and "{{" not in page
 
 
 def test_previews_come_by_samples(tmp_path):
@@ -186,7 +199,7 @@ def test_how_to_learn_may_change_and_is_logged(tmp_path, capsys):
         ({"size": 16}, "size=8, not 16; resume"),
         ({"network": {"depth": 3}}, "network.depth=2, not 3"),
         ({"data": "x"}, "data=a, not x: other captions or file names; --new-data goes on with them"),
-        ({"pictures": "x"}, "pictures=b, not x: other pictures; --new-data goes on with them"),
+        ({"pictures": "x"}, "pictures=b, not x: other images; --new-data goes on with them"),
     ],
 )
 def test_what_a_run_is_of_may_not_change_unasked(tmp_path, change, fault):
@@ -202,6 +215,27 @@ def test_what_a_run_is_of_may_not_change_unasked(tmp_path, change, fault):
         (name,) = change
         line = next(line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "changed" in line)
         assert json.loads(line)["changed"][name] == [Stated().settings[name], "x"]
+
+
+OLD_RUNS = Path(__file__).parent / "old_runs"  # 16 samples of `Line`, written by version 0.1 before its records
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_folder_of_an_older_version_resumes_bit_for_bit(tmp_path, optimizer, capsys):
+    old = json.loads((OLD_RUNS / optimizer / "config.json").read_text())
+    task = Line()
+    task.settings = {name: value for name, value in old.items() if name not in TrainConfig.model_fields}
+    settings = config(optimizer=optimizer, report_every=8)
+    assert settings.model_dump(mode="json").keys() == old.keys() - task.settings.keys()
+    out = shutil.copytree(OLD_RUNS / optimizer, tmp_path / "run")
+    fit(task, settings, out)
+    assert "going on after 16 samples with changes: samples 16 is now 96" in capsys.readouterr().out
+    fit(Line(), settings, tmp_path / "straight")
+    assert_same(state(tmp_path / "straight"), state(out))
+    assert json.loads((out / "config.json").read_text()) == old | {"samples": 96}
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[:3] == [json.loads(line) for line in (OLD_RUNS / optimizer / "log.jsonl").read_text().splitlines()]
+    assert lines[3] == {"samples": 16, "changed": {"samples": [16, 96]}} and lines[4].keys() == lines[0].keys()
 
 
 DAMAGES = {

@@ -12,10 +12,12 @@ from sdlite.cli import main
 from sdlite.segmentation import Segmenter
 from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
 from sdlite.training.datasets import backgrounds
-from sdlite.training.datasets.data import sample_generator
-from sdlite.training.datasets.masks import BACKGROUNDS, MORE_BACKGROUNDS, NUCLEI, PHOTOS, make_foreground, make_nuclei
+from sdlite.training.datasets.draws import sample_generator
+from sdlite.training.datasets.masks import BACKGROUNDS, MORE_BACKGROUNDS, make_foreground, make_nuclei
+from sdlite.training.datasets.packages import NUCLEI, PHOTOS
 from sdlite.training.datasets.pairs import Pair, channels_of, labels_of
 from sdlite.training.evaluation import segmentation_table
+from sdlite.training.options import SegmentationOptions
 from sdlite.training.segmentation import SegmentationTask, parameters, plan_for
 from sdlite.training.stages import train
 
@@ -33,6 +35,9 @@ def discs(folder, pictures=4, size=40):
         Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "mask_file_name": f"masks/{i}.png"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+FEW = {"train": 5, "test": 3}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def test_stage_learns_discs_and_exports_a_segmenter(data, tmp_path, monkeypatch,
     fcn = FCNPlan(in_channels=1, base_width=4, batch_norm=True)
     chosen = small() if arch == "unet" else SegmenterConfig(network=fcn, tile=32)
     options = {"samples": 960, "batch_size": 8, "lr": 1e-2, "arch": arch}
-    train("segmentation", data, tmp_path / "run", options=options)
+    train("segmentation", data, tmp_path / "run", **options)
     figures = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert figures["iou"] > (0.9 if arch == "unet" else 0.6)
     assert 0 < figures["boundary_f1"] <= 1
@@ -67,7 +72,7 @@ def test_stage_learns_discs_and_exports_a_segmenter(data, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_samples_come_from_their_number_alone(data, padding):
-    tasks = [SegmentationTask(data, small(padding), seed=3) for _ in range(2)]
+    tasks = [SegmentationTask(data, small(padding), SegmentationOptions(seed=3)) for _ in range(2)]
     indices, numbers = torch.tensor([0, 3, 1]), torch.tensor([5, 6, 7])
     losses = [task(indices, numbers).item() for task in tasks]
     assert losses[0] == losses[1]
@@ -105,20 +110,20 @@ def test_faults_of_masks_are_named(data, tmp_path):
         discs(tmp_path / name, 1)
         picture.save(tmp_path / name / "masks" / "0.png")
         with pytest.raises(ValueError, match=pattern):
-            SegmentationTask(tmp_path / name, small())
+            SegmentationTask(tmp_path / name, small(), SegmentationOptions())
     discs(tmp_path / "classes", 1)
     Image.new("L", (40, 40), 7).save(tmp_path / "classes" / "masks" / "0.png")
     with pytest.raises(ValueError, match="target has the value 7; must be a class, 0 to 1"):
-        SegmentationTask(tmp_path / "classes", small())(torch.tensor([0]), torch.tensor([0]))
+        SegmentationTask(tmp_path / "classes", small(), SegmentationOptions())(torch.tensor([0]), torch.tensor([0]))
     (tmp_path / "classes" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a disc"}')
     with pytest.raises(ValueError, match='"file_name" and "mask_file_name"'):
-        SegmentationTask(tmp_path / "classes", small())
+        SegmentationTask(tmp_path / "classes", small(), SegmentationOptions())
 
 
 def test_empty_masks_train_and_measure(tmp_path):
     discs(tmp_path, 1)
     Image.new("L", (40, 40)).save(tmp_path / "masks" / "0.png")
-    task = SegmentationTask(tmp_path, small())
+    task = SegmentationTask(tmp_path, small(), SegmentationOptions())
     assert task(torch.tensor([0]), torch.tensor([0])).isfinite()
     assert 0 <= task.evaluate()["mean_iou"] <= 1
 
@@ -168,7 +173,9 @@ def test_what_masks_mean_is_told_by_the_values_of_all_of_them(tmp_path, masks, s
     assert (labels.classes, labels.white, len(labels.notes)) == (classes, white, white)
     assert plan_for(tmp_path, "unet").network.num_classes == classes
     task = SegmentationTask(
-        tmp_path, SegmenterConfig(network=UNetPlan(in_channels=1, num_classes=classes, depth=1, base_width=1))
+        tmp_path,
+        SegmenterConfig(network=UNetPlan(in_channels=1, num_classes=classes, depth=1, base_width=1)),
+        SegmentationOptions(),
     )
     for pair, mask in zip(task.pairs, masks, strict=True):
         want = mask >= 128 if white else mask
@@ -203,7 +210,7 @@ def test_masks_of_one_bit_or_three_equal_colours_are_black_and_white(tmp_path):
     Image.fromarray(halves(0, 255).astype(np.uint8)).convert("1").save(tmp_path / "train" / "mask-0.png")
     Image.fromarray(halves(0, 255).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "mask-1.png")
     assert labels_of(tmp_path).white
-    for pair in SegmentationTask(tmp_path, small()).pairs:
+    for pair in SegmentationTask(tmp_path, small(), SegmentationOptions()).pairs:
         assert pair.mask.tolist() == halves(0, 1).tolist()
 
 
@@ -214,18 +221,20 @@ def test_a_class_or_colour_in_one_file_of_any_split_counts(tmp_path):
     plan = plan_for(tmp_path, "unet").network
     assert (plan.in_channels, plan.num_classes) == (3, 4)
     options = {"samples": 2, "batch_size": 2, "class_weights": [1, 2, 1, 1]}
-    train("segmentation", tmp_path, tmp_path / "run", options=options)
+    train("segmentation", tmp_path, tmp_path / "run", **options)
     assert Segmenter.load(tmp_path / "run").config.network == plan  # a run is as good as its export
-    with pytest.raises(ValueError, match=r"is a run with class_weights=\[1, 2, 1, 1\], not None"):
-        train("segmentation", tmp_path, tmp_path / "run", options=options | {"class_weights": None})
+    written_names = json.loads((tmp_path / "run" / "config.json").read_text()).keys()
+    assert written_names > {"network", "terms", "class_weights", "white_is_class_1"}  # as in older versions
+    with pytest.raises(ValueError, match=r"is a run with class_weights=\[1.0, 2.0, 1.0, 1.0\], not None"):
+        train("segmentation", tmp_path, tmp_path / "run", **options | {"class_weights": None})
     with pytest.raises(ValueError, match="class_weights=1,2 must be 4 numbers from 0 on"):
-        train("segmentation", tmp_path, tmp_path / "run", options=options | {"class_weights": [1, 2]})
+        train("segmentation", tmp_path, tmp_path / "run", **options | {"class_weights": [1, 2]})
 
 
 def test_class_weights_are_those_of_the_loss(data):
     """Of a weight of 0 for one class, the loss is that of the other alone."""
     indices, numbers = torch.tensor([0, 1]), torch.tensor([3, 4])
-    task = SegmentationTask(data, small(), terms={"cross_entropy": 1.0}, class_weights=[0, 2])
+    task = SegmentationTask(data, small(), SegmentationOptions(terms={"cross_entropy": 1.0}, class_weights=[0, 2]))
     images, target = (
         torch.stack(part)
         for part in zip(
@@ -282,14 +291,14 @@ def test_interrupted_pictures_with_masks_leave_no_folder(drawings, monkeypatch):
     )  # after some pictures with a photo behind
     before = sorted(drawings.iterdir())
     with pytest.raises(KeyboardInterrupt):
-        make_foreground(drawings / "data", drawings / "emoji", sources=drawings, size=48, train=5, test=3)
+        make_foreground(drawings / "data", drawings / "emoji", sources=drawings, size=48, amounts=FEW)
     assert sorted(drawings.iterdir()) == before
 
 
 @pytest.mark.parametrize("varied", [0, 4])
 def test_foreground_is_where_the_drawing_is(drawings, varied):
     folder = drawings / "data"
-    counts = make_foreground(folder, drawings / "emoji", sources=drawings, size=48, train=5, test=3, varied=varied)
+    counts = make_foreground(folder, drawings / "emoji", sources=drawings, size=48, amounts=FEW, varied=varied)
     assert counts == {"train": 5 * (varied or 1), "test": 3}
     records = [json.loads(x) for x in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
     assert {record["licence"] for record in records} == {"MIT"}
@@ -305,7 +314,7 @@ def test_foreground_is_where_the_drawing_is(drawings, varied):
 
 
 def test_varied_backgrounds_leave_the_test_split_as_it_is(drawings):
-    options = {"sources": drawings, "size": 48, "train": 2, "test": 5}
+    options = {"sources": drawings, "size": 48, "amounts": {"train": 2, "test": 5}}
     make_foreground(drawings / "plain", drawings / "emoji", **options)
     make_foreground(drawings / "varied", drawings / "emoji", **options, varied=2)
     for file in sorted((drawings / "plain" / "test").rglob("*.*")):

@@ -41,13 +41,17 @@ from sdlite.training.codec import (
     reconstruction_loss,
     sharpness,
 )
-from sdlite.training.datasets.data import cut_notes, load_buckets, on_white, sample_generator, tokenize
+from sdlite.training.datasets.captions import cut_notes, tokenize
+from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.emoji import write
-from sdlite.training.denoiser import DenoiserTask, Objective, emoji_dit, emoji_unet, initialize
+from sdlite.training.datasets.pixels import load_shaped, on_white
+from sdlite.training.denoiser import DenoiserTask, emoji_dit, emoji_unet
 from sdlite.training.latents import encode, encode_tokens, preview_prompt
 from sdlite.training.loop import TrainConfig, fit
+from sdlite.training.networks import initialize
+from sdlite.training.options import CodecOptions, DenoiserOptions, TextOptions
 from sdlite.training.run import checkpoints
-from sdlite.training.stages import DEFAULTS, train
+from sdlite.training.stages import train
 from sdlite.training.text import Teacher, TextTask, emoji_text, load_text, save_text, small_vocabulary
 
 CODEC = AutoencoderKLConfig(
@@ -93,11 +97,11 @@ def folder(tmp_path_factory):
 
 
 def codec_task(folder):
-    return CodecTask(folder, CODEC, size=32, cropped=4)
+    return CodecTask(folder, CODEC, CodecOptions(size=32, cropped=4))
 
 
 def text_task(folder):
-    return TextTask(folder, TEXT, small_vocabulary(1024))
+    return TextTask(folder, TEXT, small_vocabulary(1024), TextOptions())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,9 @@ def runs(folder, tmp_path_factory):
     fit(codec_task(folder), brief(), out / "codec")
     fit(text_task(folder), brief(), out / "text")
     parts = load_codec(out / "codec" / "export"), load_text(out / "text" / "export")
-    task = DenoiserTask(folder, parts, UNET, size=32, views=3, cache=out / "denoiser" / "cache.safetensors")
+    task = DenoiserTask(
+        folder, parts, UNET, DenoiserOptions(size=32, views=3), cache=out / "denoiser" / "cache.safetensors"
+    )
     fit(task, brief(), out / "denoiser")
     return out
 
@@ -162,8 +168,29 @@ def test_a_denoiser_resumes_bit_for_bit_from_its_cache(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     for samples in (4, 8):
         cache = tmp_path / "cache.safetensors"
-        fit(DenoiserTask(folder, parts, UNET, size=32, views=3, cache=cache), brief(samples=samples), tmp_path / "run")
+        fit(
+            DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=3), cache=cache),
+            brief(samples=samples),
+            tmp_path / "run",
+        )
     assert_same(runs / "denoiser", tmp_path / "run")
+
+
+LOOP = "batch_size lr optimizer warmup decay samples minutes weight_decay half_life clip precision seed report_every"
+LOOP += " save_minutes show_minutes show_samples plot new_data data pictures network"
+
+
+def test_the_settings_of_a_run_have_the_names_that_older_versions_wrote(runs):
+    """So that a run can be resumed, whichever version began it."""
+    own = {
+        "codec": "size fit cropped adversarial start teacher",
+        "text": "fit phrases teacher",
+        "denoiser": "size fit views codec text start prediction timesteps min_snr_gamma zero_terminal_snr",
+    }
+    for stage, names in own.items():
+        settings = json.loads((runs / stage / "config.json").read_text())
+        assert settings.keys() == set(f"{LOOP} {names}".split())
+    assert settings["network"]["kind"] == "UNet"
 
 
 def settings_of(task):
@@ -178,7 +205,10 @@ def test_settings_name_what_a_run_is_of_by_content(folder, runs, tmp_path):
     with torch.no_grad():
         next(other[0].parameters())[0] += 1e-6
         next(other[1].model.parameters())[0] += 1e-6
-    make = partial(DenoiserTask, parts=parts, config=UNET, size=32, views=1)
+
+    def make(data, parts=parts, **changes):
+        return DenoiserTask(data, parts, UNET, DenoiserOptions(**{"size": 32, "views": 1} | changes))
+
     tasks = {
         "": make(copy),
         "codec": make(folder, parts=(other[0], parts[1])),
@@ -186,7 +216,7 @@ def test_settings_name_what_a_run_is_of_by_content(folder, runs, tmp_path):
         "size": make(folder, size=64),
         "fit": make(folder, fit="pad"),
         "views": make(folder, views=2),
-        "min_snr_gamma": make(folder, objective=Objective(min_snr_gamma=None)),
+        "min_snr_gamma": make(folder, min_snr_gamma=None),
     }
     ours = settings_of(make(folder))
     for name, task in tasks.items():
@@ -208,7 +238,8 @@ def test_a_cache_is_used_for_what_it_was_made_of_only(folder, runs, tmp_path, mo
 
     def made(views=2, **changes):
         calls.clear()
-        task = DenoiserTask(folder, parts, UNET, **{"size": 32, "cache": cache, "views": views} | changes)
+        options = DenoiserOptions(**{"size": 32, "views": views} | changes)
+        task = DenoiserTask(folder, parts, UNET, options, cache=cache)
         return task.latents.x_0, calls.count(views)
 
     (first, encoded), (second, again) = made(), made()
@@ -224,11 +255,14 @@ def test_a_cache_is_used_for_what_it_was_made_of_only(folder, runs, tmp_path, mo
 def test_a_refused_run_keeps_its_cache(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     cache = tmp_path / "cache.safetensors"
-    make = partial(DenoiserTask, folder, parts, UNET, views=1, cache=cache)
-    fit(make(size=32), brief(samples=2), tmp_path)
+
+    def make(size):
+        return DenoiserTask(folder, parts, UNET, DenoiserOptions(size=size, views=1), cache=cache)
+
+    fit(make(32), brief(samples=2), tmp_path)
     before = cache.read_bytes()
     with pytest.raises(ValueError, match="is a run with size=32, not 64"):
-        fit(make(size=64), brief(samples=4), tmp_path)
+        fit(make(64), brief(samples=4), tmp_path)
     assert cache.read_bytes() == before
 
 
@@ -237,10 +271,10 @@ def test_pictures_train_in_their_own_shapes(runs, tmp_path):
     for name, size in (("a", (48, 32)), ("b", (32, 32)), ("c", (32, 60))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
-    task = DenoiserTask(tmp_path, parts, UNET, size=64, views=2, fit="bucket", objective=Objective(timesteps="uniform"))
+    task = DenoiserTask(tmp_path, parts, UNET, DenoiserOptions(size=64, views=2, fit="bucket", timesteps="uniform"))
     assert task.latents.shapes.tolist() == [[12, 20], [16, 16], [20, 12]] * 2
     x_0 = task.latents.x_0[0, :, :12, :20].float()
-    image = on_white(load_buckets(tmp_path, task.records[:1], 64, 16)[0][:, :, :48, :80])
+    image = on_white(load_shaped(tmp_path, task.records[:1], 64, "bucket", 16)[0][:, :, :48, :80])
     torch.testing.assert_close(x_0, parts[0].encode(image)[0], atol=2e-3, rtol=2e-3)
     with torch.no_grad():
         next(p for name, p in task.denoiser.named_parameters() if name == "conv_out.bias").fill_(0.1)
@@ -295,7 +329,7 @@ def test_normalized_latents_have_unit_variance_and_decode_to_the_same(folder):
 
 def test_a_decoder_trains_on_under_the_same_latents(folder, runs, tmp_path):
     start = runs / "codec" / "export"
-    fit(CodecTask(folder, CODEC, size=32, start=start), brief(), tmp_path)
+    fit(CodecTask(folder, CODEC, CodecOptions(size=32, codec=start)), brief(), tmp_path)
     before, after = load_codec(start), load_codec(tmp_path / "export")
     images = on_white(codec_task(folder).pixels)
     z = before.encode(images)
@@ -330,9 +364,13 @@ def test_decoder_and_discriminator_learn_from_their_own_part_of_the_loss():
 def test_a_decoder_is_sharpened_under_the_same_latents(folder, runs, tmp_path):
     start = runs / "codec" / "export"
     with pytest.raises(ValueError, match="give that with --codec"):
-        CodecTask(folder, CODEC, size=32, adversarial=True)
+        CodecTask(folder, CODEC, CodecOptions(size=32, adversarial=True))
     for samples in (2, 8):
-        fit(CodecTask(folder, CODEC, size=32, start=start, adversarial=True), brief(samples=samples), tmp_path)
+        fit(
+            CodecTask(folder, CODEC, CodecOptions(size=32, codec=start, adversarial=True)),
+            brief(samples=samples),
+            tmp_path,
+        )
     before, after = load_codec(start), load_codec(tmp_path / "export")
     images = on_white(codec_task(folder).pixels)
     assert torch.equal(after.encode(images), before.encode(images))
@@ -343,7 +381,7 @@ def test_a_run_with_muon_resumes_bit_for_bit(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     for out, lengths in (("straight", (8,)), ("resumed", (4, 8))):
         for samples in lengths:
-            task = DenoiserTask(folder, parts, UNET, size=32, views=1)
+            task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=1))
             fit(task, brief(samples=samples, optimizer="muon"), tmp_path / out)
     assert_same(tmp_path / "straight", tmp_path / "resumed")
     weights = load_file(next(checkpoints(tmp_path / "straight")[-1].glob("*.safetensors")))
@@ -353,7 +391,7 @@ def test_a_run_with_muon_resumes_bit_for_bit(folder, runs, tmp_path):
 
 def test_plain_views_have_new_captions_and_composed_ones_their_own(folder, runs):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
-    task = DenoiserTask(folder, parts, UNET, size=32, views=3)
+    task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=3))
     count = len(task.records)
     captions = {task._caption(0, sample_generator(0, i)) for i in range(30)}
     assert len(captions) > 4 and all("disc" in str(caption) for caption in captions)
@@ -368,7 +406,7 @@ def test_a_larger_codec_learns_the_latents_of_a_smaller_one(folder, runs):
     """The loss falls by what its latents come nearer, and its decoder reads the teacher's."""
     start = runs / "codec" / "export"
     config = CODEC.replace(block_out_channels=(8, 8, 8, 8))
-    task = CodecTask(folder, config, size=64, cropped=0, teacher=start)
+    task = CodecTask(folder, config, CodecOptions(size=64, cropped=0, teacher=start))
     images = on_white(task.pixels[:2])
     wanted = load_codec(start).encode(torch.nn.functional.avg_pool2d(images, 2))
     assert task.codec.encode(images).shape == wanted.shape
@@ -380,11 +418,11 @@ def test_a_larger_codec_learns_the_latents_of_a_smaller_one(folder, runs):
         optimizer.step()
     assert (task.codec.encode(images) - wanted).square().mean().item() < 0.5 * before
     with pytest.raises(ValueError, match="has latents of 4 channels, not 8"):
-        CodecTask(folder, config.replace(latent_channels=8), size=64, teacher=start)
+        CodecTask(folder, config.replace(latent_channels=8), CodecOptions(size=64, teacher=start))
 
 
 def test_whole_pictures_are_decoded_from_noisy_latents_at_both_sizes(folder, monkeypatch):
-    task = CodecTask(folder, CODEC, size=32, cropped=0)
+    task = CodecTask(folder, CODEC, CodecOptions(size=32, cropped=0))
     seen, decode = [], task.codec.decode
     monkeypatch.setattr(task.codec, "decode", lambda z: seen.append(z) or decode(z))
     images = torch.cat([task._sample(i, generator, 32) for i, generator in [(torch.tensor(0), sample_generator(0, 0))]])
@@ -399,7 +437,7 @@ def test_whole_pictures_are_decoded_from_noisy_latents_at_both_sizes(folder, mon
 def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
     start = runs / "denoiser" / "export"
-    task = DenoiserTask(folder, parts, UNET, size=64, views=1)
+    task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=64, views=1))
     model = load_model(start)
     theirs = model.denoiser
     task.start_from(model)
@@ -410,14 +448,16 @@ def test_a_denoiser_goes_on_at_another_size(folder, runs, tmp_path):
     outputs = [d(x, t, d.prepare(Conditioning(*parts[1].encode(["a disc"])))) for d in (theirs, task.denoiser)]
     assert torch.equal(*outputs) and outputs[0].abs().max() > 0
     with pytest.raises(ValueError, match="another shape or prediction"):
-        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), size=32, views=1).start_from(model)
+        DenoiserTask(folder, parts, UNET.replace(layers_per_block=2), DenoiserOptions(size=32, views=1)).start_from(
+            model
+        )
 
 
 @pytest.mark.usefixtures("few_previews")
 def test_a_whole_model_is_trained_on(folder, runs, tmp_path):
     """Its codec, text encoder, kind of network, picture size and prediction are its own unless told."""
     model, options = runs / "denoiser" / "export", {"samples": 4, "batch_size": 2}
-    train("denoiser", folder, tmp_path / "a", folders={"start": model}, options=options)
+    train("denoiser", folder, tmp_path / "a", start=model, **options)
     before, after = load_model(model), load_model(tmp_path / "a" / "export")
     assert after.config == before.config
     for part in ("codec", "text"):
@@ -427,12 +467,12 @@ def test_a_whole_model_is_trained_on(folder, runs, tmp_path):
         (a - b).abs().max() for a, b in zip(after.denoiser.parameters(), before.denoiser.parameters(), strict=True)
     ]
     assert 0 < max(moved) < 0.05
-    train("denoiser", folder, tmp_path / "tiny", folders={"start": Path("tiny")}, options=options)
+    train("denoiser", folder, tmp_path / "tiny", start=Path("tiny"), **options)
     assert load_model(tmp_path / "tiny/export").config == load_model("tiny").config
     with pytest.raises(ValueError, match=r"--arch dit is not what .* holds; leave it out"):
-        train("denoiser", folder, tmp_path / "b", folders={"start": model}, options={"arch": "dit", **options})
+        train("denoiser", folder, tmp_path / "b", start=model, arch="dit", **options)
     with pytest.raises(CheckpointError, match="none does not exist"):
-        train("denoiser", folder, tmp_path / "b", folders={"start": Path("none")}, options=options)
+        train("denoiser", folder, tmp_path / "b", start=Path("none"), **options)
 
 
 def test_codec_figures_by_hand():
@@ -473,7 +513,7 @@ def test_contexts_are_those_of_the_pipeline(runs):
     assert torch.equal(encoded(text, [long]), encoded(text, ["a disc,"]))
     assert preview_prompt(text, long) == "a disc ," and preview_prompt(text, "(a)") == r"\(a\)"
     (note,) = cut_notes(text, ["a disc", long])
-    assert note == "1 of 2 captions have more than 14 tokens; what comes after them is not learned"
+    assert note == "1 of 2 captions have more than 14 tokens; the rest of each is not learned"
     assert not cut_notes(text, captions[:2])
 
 
@@ -488,18 +528,23 @@ def test_a_small_vocabulary_spells_everything():
 
 def test_stages_ask_for_what_they_need(folder, tmp_path):
     with pytest.raises(ValueError, match="needs --codec"):
-        train("denoiser", folder, tmp_path, options={"samples": 1})
+        train("denoiser", folder, tmp_path, samples=1)
     with pytest.raises(FileNotFoundError, match="holds no codec; run `sdlite train codec`"):
-        train("denoiser", folder, tmp_path, folders=dict.fromkeys(("codec", "text"), tmp_path), options={"samples": 1})
+        train("denoiser", folder, tmp_path, codec=tmp_path, text=tmp_path, samples=1)
     for stage, folders, options, flags in (
         ("codec", {}, {"class_weights": [1]}, "--class-weights is for segmentation"),
-        ("text", {"start": tmp_path, "teacher": tmp_path}, {"size": 64}, "--size, --from is for codec and denoiser"),
+        (
+            "text",
+            {"start": tmp_path, "teacher": tmp_path},
+            {"size": 64},
+            "--from is for denoiser, --size is for codec and denoiser",
+        ),
         ("denoiser", {"teacher": tmp_path}, {}, "--teacher is for codec and text"),
         ("denoiser", {}, {"allow_links": [tmp_path]}, "--allow-links is for --from"),
         ("segmentation", {}, {"fit": "pad"}, "--fit is for codec and text and denoiser"),
     ):
         with pytest.raises(ValueError, match=f"{flags}; leave it out"):
-            train(stage, folder, tmp_path, folders=folders, options={"samples": 1, **options})
+            train(stage, folder, tmp_path, samples=1, **folders, **options)
 
 
 def test_what_cannot_be_trained_on_is_said_in_a_line(folder, runs, tmp_path):
@@ -511,7 +556,7 @@ def test_what_cannot_be_trained_on_is_said_in_a_line(folder, runs, tmp_path):
         ({"start": Path("emoji-128"), "codec": parts["codec"]}, "latents of 8 channels and --codec has 4"),
     ):
         with pytest.raises(ValueError, match=fault):
-            train("denoiser", folder, tmp_path / "run", folders=folders, options={"samples": 1})
+            train("denoiser", folder, tmp_path / "run", samples=1, **folders)
     assert not (tmp_path / "run").exists()
 
 
@@ -559,9 +604,9 @@ def test_commands_train_on_a_folder_of_pictures_and_draw_with_the_run(tmp_path, 
     run = ["train", "denoiser", "--data", tmp_path, "-o", tmp_path / "run", "--batch-size", 2, "--samples", 2]
     assert command(*run, "--from", "tiny") == 0
     out, err = capfd.readouterr()
-    assert "1 of 2 pictures have no caption" in out and "2 of 2 pictures are not square" in out
+    assert "1 of 2 images have no caption" in out and "2 of 2 images are not square" in out
     lines = [line.split(",")[0] for line in out.splitlines()]
-    assert lines.count("drawing 2 previews") == 2 and "encoding 2 pictures and captions" in lines  # before and after
+    assert lines.count("drawing 2 previews") == 2 and "encoding 2 images and captions" in lines  # before and after
     assert err.startswith(f"sdlite: reading {tmp_path}\n")
     assert len(list((tmp_path / "run").glob("preview-*.png"))) == 2
     assert command("generate", "a pear", "-m", tmp_path / "run", "--steps", 1, "-o", tmp_path / "drawn" / "a.png") == 0
@@ -570,14 +615,14 @@ def test_commands_train_on_a_folder_of_pictures_and_draw_with_the_run(tmp_path, 
     assert command(*run[:-1], 4, "--start", "tiny") == 2  # the old name of --from
     assert "other captions or file names; --new-data goes on with them" in capfd.readouterr().err
     assert command(*run, "--decay", "cosine", "--data", tmp_path / "none") == 2
-    assert "none is no folder; give one with pictures" in capfd.readouterr().err
+    assert "none is no folder; give one with images" in capfd.readouterr().err
 
 
 def test_help_of_training_shows_its_defaults(capsys):
     assert command("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("batch_size", "lr"):
-        assert ", ".join(f"{stage} {defaults[flag]:g}" for stage, defaults in DEFAULTS.items()) in text
+    for defaults in ("codec 12, segmentation 8, others 32", "text 0.0005, denoiser 0.003, others 0.002"):
+        assert f"[default: ({defaults})]" in text
     fields = TrainConfig(minutes=1)
     for flag in ("decay", "precision", "seed", "save_minutes", "show_minutes"):
         value = getattr(fields, flag)
@@ -612,12 +657,12 @@ def test_the_command_of_the_card_runs_on_two_processes(folder, runs, tmp_path):
 
 def test_a_dit_trains_and_draws(folder, runs, tmp_path):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
-    fit(DenoiserTask(folder, parts, DIT, size=32, views=3), brief(), tmp_path)
+    fit(DenoiserTask(folder, parts, DIT, DenoiserOptions(size=32, views=3)), brief(), tmp_path)
     assert json.loads((tmp_path / "export" / "model_index.json").read_text())["_class_name"] == "SdlitePipeline"
     (picture,) = Pipeline.load(tmp_path / "export")("a disc, warm style", steps=2, guidance_scale=2.0)
     assert picture.size == (32, 32)
     with pytest.raises(ValueError, match="sample_size=16 must be 8"):
-        DenoiserTask(folder, parts, DIT.replace(sample_size=16), size=32)
+        DenoiserTask(folder, parts, DIT.replace(sample_size=16), DenoiserOptions(size=32))
 
 
 def test_a_fresh_network_predicts_zero_and_all_of_it_learns():
@@ -649,7 +694,7 @@ def test_the_dit_has_the_parameters_of_the_unet_that_it_is_compared_with():
 
 def test_timesteps_are_uniform_also_within_a_batch(folder, runs):
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
-    task = DenoiserTask(folder, parts, UNET, size=32, views=1, objective=Objective(timesteps="uniform"))
+    task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=1, timesteps="uniform"))
     for start in (0, 10_000_000):
         t = task._timesteps(torch.arange(start, start + 32))
         assert torch.histc(t.float(), bins=8, min=0, max=1000).sub(4).abs().max() <= 1
@@ -661,7 +706,7 @@ def test_more_timesteps_of_the_middle(folder, runs):
     """logit(t / 1000) is normal: 50 % of t below 500, and as the normal distribution's table has it, 13.6 % below 250
     (logit -1.0986) and 1.39 % below 100 (-2.1972); but for one sample of eight, which is uniform."""
     parts = load_codec(runs / "codec" / "export"), load_text(runs / "text" / "export")
-    task = DenoiserTask(folder, parts, UNET, size=32, views=1, objective=Objective(timesteps="logit_normal"))
+    task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=1, timesteps="logit_normal"))
     t = task._timesteps(torch.arange(100_000)).float()
     for bound, part in ((100, 0.0139), (250, 0.136), (500, 0.5), (750, 0.864), (900, 0.9861)):
         assert (t < bound).float().mean().item() == pytest.approx(7 / 8 * part + bound / 8000, abs=5e-4)
@@ -674,52 +719,51 @@ def test_objectives(folder, runs, tmp_path, monkeypatch):
     plain = {"min_snr_gamma": None, "zero_terminal_snr": False}
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for prediction in ("epsilon", "v"):
-        objective = Objective(prediction=prediction, **plain)
-        task = DenoiserTask(folder, parts, UNET, size=32, views=1, objective=objective)
+        task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=1, prediction=prediction, **plain))
         x_0, contexts = task.latents.x_0[:2].float(), encode_tokens(parts[1], task.latents.tokens[:2])
         loss = task._loss(x_0, contexts, torch.tensor([300, 300]), noise)
         abar = task.schedule.abar(torch.tensor(300)).item()
         target = noise if prediction == "epsilon" else abar**0.5 * noise - (1 - abar) ** 0.5 * x_0
         assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-5)
-    monkeypatch.setattr("sdlite.training.stages.SIZE", 32)
+    monkeypatch.setattr("sdlite.training.denoiser.SIZE", 32)
     monkeypatch.setattr("sdlite.training.denoiser.emoji_unet", lambda *_: UNET)
     fields = {"prediction": "epsilon", "min_snr_gamma": 0, "zero_terminal_snr": False}
     exports = {name: runs / name / "export" for name in ("codec", "text")}
-    run = partial(train, "denoiser", folder, tmp_path, folders=exports)
-    run(options={"samples": 2, "batch_size": 2, **fields})
+    run = partial(train, "denoiser", folder, tmp_path, **exports)
+    run(samples=2, batch_size=2, **fields)
     made = load_model(tmp_path / "export").config
     assert made.denoiser.prediction == "epsilon" and not made.schedule.zero_terminal_snr
     with pytest.raises(ValueError, match="is a run with prediction=epsilon, not v"):
-        run(options={"samples": 4, "batch_size": 2, **fields, "prediction": "v"})
+        run(samples=4, batch_size=2, **fields | {"prediction": "v"})
     with pytest.raises(ValueError, match="is a run with size=32, not 64"):
-        run(options={"samples": 4, "batch_size": 2, **fields, "size": 64})
+        run(samples=4, batch_size=2, size=64, **fields)
     with (
         monkeypatch.context() as other,
         pytest.raises(ValueError, match=r"is a run with data=\w{12}, not \w{12}: other captions"),
     ):
         one = {"file_name": "train/box-warm.png", "text": "another"}
         other.setattr("sdlite.training.denoiser.read_records", lambda *_: [one])
-        run(options={"samples": 4, "batch_size": 2, **fields})
+        run(samples=4, batch_size=2, **fields)
     with pytest.raises(ValueError, match="has no answer to pure noise; use v, or"):
-        run(options={"samples": 4, "batch_size": 2, "prediction": "epsilon"})
+        run(samples=4, batch_size=2, prediction="epsilon")
     with pytest.raises(ValueError, match="--min-snr-gamma is for denoiser; leave it out"):
-        train("text", folder, tmp_path, options={"samples": 1, "min_snr_gamma": 5.0})
+        train("text", folder, tmp_path, samples=1, min_snr_gamma=5.0)
 
 
 def test_architectures_by_name(folder, runs, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"arch='gan' must be one of unet, dit"):
-        train("denoiser", folder, tmp_path, options={"arch": "gan"})
-    with pytest.raises(ValueError, match="is the denoiser's or segmentation's"):
-        train("codec", folder, tmp_path, options={"arch": "dit"})
+    with pytest.raises(ValueError, match=r"arch='gan' must be 'unet' or 'dit'"):
+        train("denoiser", folder, tmp_path, arch="gan")
+    with pytest.raises(ValueError, match="--arch is for denoiser and segmentation; leave it out"):
+        train("codec", folder, tmp_path, arch="dit")
     parts = {name: runs / name / "export" for name in ("codec", "text")}
-    monkeypatch.setattr("sdlite.training.stages.SIZE", 32)
+    monkeypatch.setattr("sdlite.training.denoiser.SIZE", 32)
     monkeypatch.setattr(
         "sdlite.training.denoiser.emoji_dit", lambda *_, sample_size: DIT.replace(sample_size=sample_size)
     )
-    train("denoiser", folder, tmp_path, folders=parts, options={"arch": "dit", "samples": 2, "batch_size": 2})
+    train("denoiser", folder, tmp_path, **parts, arch="dit", samples=2, batch_size=2)
     assert load_model(tmp_path / "export").config.denoiser == DIT
     with pytest.raises(ValueError, match=r"is a run with network.kind=DiT, not UNet"):
-        train("denoiser", folder, tmp_path, folders=parts, options={"samples": 4, "batch_size": 2})
+        train("denoiser", folder, tmp_path, **parts, samples=4, batch_size=2)
 
 
 @pytest.mark.parametrize(

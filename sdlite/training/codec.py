@@ -2,18 +2,18 @@
 
     image --encode--> mean --noise--> z --decode--> image';  loss = difference of image' and image + KL
 
-Training uses crops at first and whole pictures later, because group normalization averages over the whole picture.
-Whole pictures are decoded from noisy latents. Half of these latents are averaged to half the size and compared with the
-picture at half the size (after Kouzelis et al. 2025, EQ-VAE, arXiv 2502.09509), so that a denoiser can begin at half
+Training uses crops at first and whole images later, because group normalization averages over the whole image.
+Whole images are decoded from noisy latents. Half of these latents are averaged to half the size and compared with the
+image at half the size (after Kouzelis et al. 2025, EQ-VAE, arXiv 2502.09509), so that a denoiser can begin at half
 the size. At the end every latent channel gets mean 0 and deviation 1: both are folded into the 1x1 convolutions on
 either side of the latents, so the denoiser needs no scaling factor.
 
-A codec for pictures of twice the size can learn the latents of a smaller one (`--teacher OUT/export`): its encoder
+A codec for images of twice the size can learn the latents of a smaller one (`--teacher OUT/export`): its encoder
 learns to give them, and its decoder learns to draw from them.
 
 The absolute error alone leaves edges soft, because a blurred edge is the safest guess. `--codec OUT/export
 --adversarial` therefore trains the decoder further against a discriminator of patches (Isola et al. 2017) and compares
-the discriminator's features of output and picture (Wang et al. 2018).
+the discriminator's features of output and image (Wang et al. 2018).
 """
 
 import math
@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,26 +32,27 @@ from sdlite.images.files import save_picture
 from sdlite.images.pixels import to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.codec import LatentCodec
-from sdlite.training.datasets.data import Fit, composed, fit_notes, load_pixels, normal, on_white, sample_generator
+from sdlite.training.datasets.draws import Generator, normal, sample_generator
 from sdlite.training.datasets.folder import fingerprints, read_records
-from sdlite.training.exports import built, fill, identity, read_config
+from sdlite.training.datasets.pixels import composed, fit_notes, load_pixels, on_white
+from sdlite.training.exports import identity, load_export, save_export
+from sdlite.training.options import CodecOptions
 
 KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reach, costs no sharpness
 MIN_DEVIATION = 1e-3  # of a latent channel; below it the channel is dead
 COLOUR_WEIGHT = 10.0  # of the squared error in colour, which is small beside that in brightness
-CROPPED = 28_800  # samples, the first ones, that are crops
-NOISE = 0.15  # on latents of whole pictures, in their deviations: decoding forgives what the denoiser leaves over
-WHOLE = 0.25  # part of these that are a whole picture at the crop's size
+NOISE = 0.15  # on latents of whole images, in their deviations: decoding forgives what the denoiser leaves over
+WHOLE = 0.25  # part of these that are a whole image at the crop's size
 HALVED = 64  # samples at half the size, then as many at the full size, and so on
 COLOURED = 0.3  # part of the samples on a random background instead of white
 TEACHER_SIZE = 128
-LATENT_WEIGHT = 1.0  # of the squared error of the encoder's latents, beside that of the decoder's pictures
+LATENT_WEIGHT = 1.0  # of the squared error of the encoder's latents, beside that of the decoder's images
 ADVERSARIAL_NOISE = 0.35  # on latents at most, in their deviations, for the decoder alone: drawn latents are no better
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 0.1, 1.0  # of the discriminator's word and of its features, beside the L1
 DISCRIMINATOR = (3, 32, 64, 128, 128)  # channels; it sees patches of 46 pixels
-STRONGEST = 0.05  # part of a picture's pixels that count as its edges
-HELD_OUT = 256  # pictures that are measured
-SHOWN = 24  # pictures of the preview
+STRONGEST = 0.05  # part of an image's pixels that count as its edges
+HELD_OUT = 256  # images that are measured
+SHOWN = 24  # images of the preview
 
 
 def emoji_codec(size: int = 256) -> AutoencoderKLConfig:
@@ -70,7 +70,7 @@ def emoji_codec(size: int = 256) -> AutoencoderKLConfig:
 def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
     """Residual branches start at zero, the convolutions between them as (near) orthogonal maps or identities.
 
-    So the fresh autoencoder is almost linear and lets the picture through; PyTorch's defaults damp the signal in every
+    So the fresh autoencoder is almost linear and lets the image through; PyTorch's defaults damp the signal in every
     layer.
     """
     with torch.no_grad():
@@ -89,9 +89,9 @@ def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
 
 
 def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
-    """L1 of pixels, of their gradients at two scales, and of a quarter-size picture, there with more weight on colour.
+    """L1 of pixels, of their gradients at two scales, and of a quarter-size image, there with more weight on colour.
 
-    output, images: (B, 3, H, W) in [-1, 1]. Returns a scalar. Most of a picture's error is in its brightness, so colour
+    output, images: (B, 3, H, W) in [-1, 1]. Returns a scalar. Most of an image's error is in its brightness, so colour
     has a term of its own.
     """
     difference = output - images
@@ -105,7 +105,7 @@ def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Tells patches of pictures from patches that were decoded (PatchGAN; Isola et al. 2017, appendix 6.1.2)."""
+    """Tells patches of images from patches that were decoded (PatchGAN; Isola et al. 2017, appendix 6.1.2)."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Discriminator(nn.Module):
                 weight.normal_(0, weight[0].numel() ** -0.5 if weight.ndim > 1 else 0, generator=generator)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) to the features of every layer; the last, (B, 1, H/16, W/16), is above 0 for "a picture"."""
+        """(B, 3, H, W) to the features of every layer; the last, (B, 1, H/16, W/16), is above 0 for "an image"."""
         features = [images]
         for conv in self.layers:
             features.append(F.leaky_relu(conv(features[-1]), 0.2))
@@ -152,64 +152,61 @@ def psnr(output: Tensor, images: Tensor) -> Tensor:
 
 
 class CodecTask(nn.Module):
-    """Reconstruction of the pictures of a data folder.
+    """Reconstruction of the images of a data folder.
 
-    size: side of a picture in pixels; the first `cropped` samples are squares of half that side. seed: for the first
-    weights and all samples. start: an exported codec; only its decoder is trained, on whole pictures, so its latents do
-    not change and a denoiser that was trained on them still fits. adversarial: also train that decoder against a
-    discriminator. teacher: an exported codec for pictures of half the size, whose latents this one learns. fit: how
-    pictures become square, see `fitted`.
+    The first `options.cropped` samples are squares of half the side. With options.codec, only the decoder of that codec
+    is trained, on whole images, so its latents do not change and a denoiser that was trained on them still fits. With
+    options.teacher, this codec learns the latents of that one.
     """
 
-    def __init__(  # noqa: PLR0913
-        self,
-        data: Path,
-        config: AutoencoderKLConfig,
-        *,
-        size: int = 256,
-        cropped: int = CROPPED,
-        seed: int = 0,
-        start: Path | None = None,
-        fit: Fit = "crop",
-        adversarial: bool = False,
-        teacher: Path | None = None,
-    ) -> None:
+    def __init__(self, data: Path, config: AutoencoderKLConfig, options: CodecOptions) -> None:
         super().__init__()
-        if adversarial and start is None:
+        size, fit = options.size, options.fit
+        if options.adversarial and options.codec is None:
             raise ValueError("--adversarial trains the decoder of a codec further; give that with --codec")
         if size % (2 * config.factor):
             raise ValueError(f"size={size} must be a multiple of {2 * config.factor}")
         records = read_records(data)
         held_out = (read_records(data, "validation") or records)[:HELD_OUT]
-        self.crop, self.cropped, self.seed = size // 2, cropped, seed
+        self.crop, self.cropped, self.seed = size // 2, options.cropped, options.seed
         self.pixels = load_pixels(data, records, size, fit)
         self.held_out = load_pixels(data, held_out, size, fit)
         self.notes = fit_notes(data, records, fit)
         self.settings: dict[str, Any] = {
             **fingerprints(data, records),
-            **{"size": size, "fit": fit, "cropped": cropped, "adversarial": adversarial, "start": "", "teacher": ""},
+            **options.model_dump(include={"size", "fit", "cropped", "adversarial"}),
+            **{"start": "", "teacher": ""},
             "network": config.model_dump(mode="json"),
         }
         self.codec = LatentCodec(config)
         self.codec.train()
-        initialize(self.codec, torch.Generator().manual_seed(seed))
-        if start is not None:
-            other = load_codec(start)
-            if other.config != config:
-                raise ValueError(f"{start} is a codec of another shape than the one to train; leave --codec out")
-            self.codec.load_state_dict(other.state_dict())
-            self.settings["start"] = codec_identity(other)
-            self.codec.model.encoder.requires_grad_(False)
-            self.codec.model.quant_conv.requires_grad_(False)
-            self.cropped = 0
-        self.teacher = (load_codec(teacher),) if teacher is not None else ()  # in a tuple: no module of this one
-        if self.teacher and self.teacher[0].latent_channels != config.latent_channels:
-            theirs = self.teacher[0].latent_channels
-            raise ValueError(f"{teacher} has latents of {theirs} channels, not {config.latent_channels}")
-        if self.teacher:
-            self.settings["teacher"] = codec_identity(self.teacher[0])
-        self.keeps_latents = start is not None or teacher is not None
-        self.discriminator = Discriminator(torch.Generator().manual_seed(seed)) if adversarial else None
+        initialize(self.codec, torch.Generator().manual_seed(options.seed))
+        if options.codec is not None:
+            self._start_from(options.codec)
+        self.teacher: tuple[LatentCodec, ...] = ()  # in a tuple: not a module of this one
+        if options.teacher is not None:
+            self._learn_from(options.teacher)
+        self.keeps_latents = options.codec is not None or options.teacher is not None
+        self.discriminator: Discriminator | None = None
+        if options.adversarial:
+            self.discriminator = Discriminator(torch.Generator().manual_seed(options.seed))
+
+    def _start_from(self, folder: Path) -> None:
+        other = load_codec(folder)
+        if other.config != self.codec.config:
+            raise ValueError(f"{folder} is a codec of another shape than the one to train; leave --codec out")
+        self.codec.load_state_dict(other.state_dict())
+        self.settings["start"] = codec_identity(other)
+        self.codec.model.encoder.requires_grad_(False)
+        self.codec.model.quant_conv.requires_grad_(False)
+        self.cropped = 0
+
+    def _learn_from(self, folder: Path) -> None:
+        teacher = load_codec(folder)
+        theirs, ours = teacher.latent_channels, self.codec.latent_channels
+        if theirs != ours:
+            raise ValueError(f"{folder} has latents of {theirs} channels, not {ours}")
+        self.settings["teacher"], self.teacher = codec_identity(teacher), (teacher,)
 
     @property
     def size(self) -> int:
@@ -221,7 +218,8 @@ class CodecTask(nn.Module):
 
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         generators = [sample_generator(self.seed, int(n)) for n in numbers]
-        crop = self.crop if int(numbers[0]) < self.cropped else self.pixels.shape[-1]
+        is_whole = int(numbers[0]) >= self.cropped
+        crop = self.pixels.shape[-1] if is_whole else self.crop
         samples = [self._sample(i, g, crop) for i, g in zip(indices, generators, strict=True)]
         images = torch.cat(samples).to(self.device)
         posterior = self.codec.model.encode(images).latent_dist
@@ -232,21 +230,25 @@ class CodecTask(nn.Module):
             with torch.no_grad():
                 target = self.teacher[0].to(self.device).encode(F.avg_pool2d(images, 2))
             latent_error, z = F.mse_loss(z.float(), target.float()), target
-        if int(numbers[0]) >= self.cropped:
-            amount = torch.full((len(z), 1, 1, 1), NOISE)
-            if self.discriminator is not None:
-                amount = torch.tensor([g.random() * ADVERSARIAL_NOISE for g in generators]).float()[:, None, None, None]
-            elif int(numbers[0]) // HALVED % 2:
+        if is_whole:
+            if self.discriminator is None and int(numbers[0]) // HALVED % 2:
                 z, images, noise = (F.avg_pool2d(tensor, 2) for tensor in (z, images, 2 * noise))
-            deviation = amount.to(self.device) * z.detach().std((0, 2, 3), keepdim=True)
+            deviation = self._amounts(generators) * z.detach().std((0, 2, 3), keepdim=True)
         output = self.codec.decode(z + deviation * noise).float()  # (B, 3, H, W)
         loss = reconstruction_loss(output, images) + LATENT_WEIGHT * latent_error
         if self.discriminator is not None:
             return loss + adversarial_loss(self.discriminator, output, images)
         return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
-    def _sample(self, index: Tensor, generator: np.random.Generator, crop: int) -> Tensor:
-        """(1, 3, crop, crop) in [-1, 1]: a crop, or the whole picture at that size, mirrored or not."""
+    def _amounts(self, generators: list[Generator]) -> Tensor:
+        """(B, 1, 1, 1): noise on the latents of each whole image, in their deviations."""
+        if self.discriminator is None:
+            return torch.full((len(generators), 1, 1, 1), NOISE, device=self.device)
+        amounts = torch.tensor([g.random() * ADVERSARIAL_NOISE for g in generators])
+        return amounts.float()[:, None, None, None].to(self.device)
+
+    def _sample(self, index: Tensor, generator: Generator, crop: int) -> Tensor:
+        """(1, 3, crop, crop) in [-1, 1]: a crop, or the whole image at that size, mirrored or not."""
         colour = generator.random((1, 3)) if generator.random() < COLOURED else np.ones((1, 3))
         image = composed(self.pixels[index][None], torch.from_numpy(colour).float())
         image = image.flip(-1) if generator.random() < 0.5 else image
@@ -255,8 +257,8 @@ class CodecTask(nn.Module):
         top, left = generator.integers(0, image.shape[-1] - crop + 1, 2)
         return image[:, :, top : top + crop, left : left + crop]
 
-    def _held_out(self, pictures: int) -> tuple[Tensor, Tensor]:
-        images = on_white(self.held_out[:pictures]).to(self.device)
+    def _held_out(self, count: int) -> tuple[Tensor, Tensor]:
+        images = on_white(self.held_out[:count]).to(self.device)
         return images, torch.cat([self.codec.decode(self.codec.encode(part)) for part in torch.split(images, 16)])
 
     def evaluate(self) -> dict[str, float]:
@@ -269,15 +271,16 @@ class CodecTask(nn.Module):
         save_picture(contact_sheet(to_pil(torch.cat([images, output]))), path, force=True)
 
     def export(self, folder: Path) -> None:
-        save_codec(self.codec if self.keeps_latents else normalized(self.codec, self.pixels), folder)
+        codec = self.codec if self.keeps_latents else normalized(self.codec, self.pixels)
+        save_export("codec", codec, codec.config, folder)
 
 
 @torch.no_grad()
-def normalized(codec: LatentCodec, pixels: Tensor, pictures: int = 2048) -> LatentCodec:
-    """A copy with latents of mean 0 and deviation 1 in each channel, measured on `pictures` of the pictures."""
+def normalized(codec: LatentCodec, pixels: Tensor, count: int = 2048) -> LatentCodec:
+    """A copy with latents of mean 0 and deviation 1 in each channel, measured on about `count` images."""
     other = LatentCodec(codec.config)
     other.load_state_dict(codec.state_dict())
-    chosen = pixels[:: max(1, len(pixels) // pictures)]
+    chosen = pixels[:: max(1, len(pixels) // count)]
     z = torch.cat([other.encode(on_white(part)) for part in torch.split(chosen, 32)])  # (N, C, h, w)
     mean, deviation = z.mean((0, 2, 3)), z.std((0, 2, 3)).clamp(min=MIN_DEVIATION)
     channels = len(mean)
@@ -290,21 +293,12 @@ def normalized(codec: LatentCodec, pixels: Tensor, pictures: int = 2048) -> Late
     return other
 
 
-def save_codec(codec: LatentCodec, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in codec.state_dict().items()}, folder / "codec.safetensors")
-    (folder / "codec.json").write_text(codec.config.model_dump_json(indent=1) + "\n")
-
-
 def load_codec(folder: Path) -> LatentCodec:
     """Loads an export of `sdlite train codec`, frozen. folder: the export, or the run that holds it."""
     folder = exported(folder, "codec.json")
     if not (folder / "codec.json").is_file():
         raise FileNotFoundError(f"{folder} holds no codec; run `sdlite train codec` first and give its export folder")
-    config = read_config(AutoencoderKLConfig, folder / "codec.json")
-    codec = built(lambda: LatentCodec(config), folder / "codec.json")
-    fill(codec, folder / "codec.safetensors")
-    return codec.eval().requires_grad_(False)
+    return load_export("codec", folder, AutoencoderKLConfig, LatentCodec)
 
 
 def codec_identity(codec: LatentCodec) -> str:
@@ -320,3 +314,10 @@ def decoder_gflop(config: AutoencoderKLConfig, size: int) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         codec.decode(torch.zeros(1, config.latent_channels, side, side))
     return float(counter.get_total_flops()) / 1e9
+
+
+def make_task(data: Path, out: Path, options: CodecOptions) -> CodecTask:
+    """The task of `sdlite train codec`."""
+    config = emoji_codec(options.size) if options.codec is None else load_codec(options.codec).config
+    assert isinstance(config, AutoencoderKLConfig), "load_codec reads no other"
+    return CodecTask(data, config, options)

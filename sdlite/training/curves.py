@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +12,8 @@ from PIL import Image
 from sdlite.files import atomic_file, write_file
 
 SETTINGS = {"samples", "lr", "samples_per_second", "time", "changed"}  # of a line; the rest are figures
+FILM_WIDTH = 1_000  # pixels of a frame at most, so that a page of 50 frames stays below 10 MB
+PAGE = Path(__file__).with_name("progress.html")
 
 
 def read_log(log: Path) -> dict[str, list[tuple[int, float]]]:
@@ -46,48 +49,20 @@ def draw_curves(log: Path, path: Path) -> None:
         figure.savefig(temporary, dpi=100, format="png")
 
 
-FILM_WIDTH = 1_000  # pixels of a frame at most, so that a page of 50 frames stays below 10 MB
-PAGE = """<!doctype html>
-<meta charset="utf-8"><title>%(title)s</title>
-<style>body{font:16px system-ui;margin:1em auto;max-width:1100px}img{max-width:100%%}input{width:70%%}</style>
-<h1>%(title)s</h1>
-<p><button id="play">Play</button> <input id="at" type="range" min="0" value="0"> <output id="said"></output></p>
-<img id="frame" alt="previews of the run">
-<h2>Curves</h2><img src="%(curves)s" alt="loss and figures over the samples">
-<script>
-const frames = %(frames)s
-const at = document.getElementById("at"), play = document.getElementById("play")
-at.max = frames.length - 1
-function show() {
-  const [samples, picture] = frames[at.value]
-  document.getElementById("frame").src = picture
-  document.getElementById("said").textContent = samples.toLocaleString() + " samples"
-}
-let timer = 0
-play.onclick = () => {
-  play.textContent = timer ? "Play" : "Stop"
-  timer = timer ? clearInterval(timer) : setInterval(() => { at.value = (+at.value + 1) %% frames.length; show() }, 400)
-}
-at.oninput = show
-at.value = frames.length - 1
-show()
-</script>
-"""
-
-
 def draw_progress(out: Path) -> None:
     """Writes OUT/curves.png, and OUT/progress.html, one file that contains the curves and all previews."""
     draw_curves(out / "log.jsonl", out / "curves.png")
     previews = sorted(out.glob("preview-*.png"))
-    if not previews:
-        return
-    frames = json.dumps([(int(path.stem.rpartition("-")[2]), _frame(path)) for path in previews])
-    curves = _inline((out / "curves.png").read_bytes(), "png")
-    page = PAGE % {"title": "Progress of a training run", "frames": frames, "curves": curves}
-    write_file(out / "progress.html", page.encode(), force=True)
+    if previews:
+        frames = [(int(path.stem.rpartition("-")[2]), _frame(path, path.stat().st_mtime_ns)) for path in previews]
+        curves = _inline((out / "curves.png").read_bytes(), "png")
+        page = PAGE.read_text().replace("{{curves}}", curves).replace("{{frames}}", json.dumps(frames))
+        write_file(out / "progress.html", page.encode(), force=True)
 
 
-def _frame(path: Path) -> str:
+@cache
+def _frame(path: Path, changed: int) -> str:
+    """An image as a data URL. changed: when the file was; the same file is encoded once only."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((FILM_WIDTH, FILM_WIDTH))

@@ -1,22 +1,36 @@
-"""The export of a stage, which a later one reads: a JSON config and weights, both checked as untrusted files."""
+"""Files of tensors between stages: exports, which later stages read as untrusted files, and caches.
+
+OUT/export/<name>.json          how the module is made
+OUT/export/<name>.safetensors   its weights
+"""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from sdlite.checkpoints.parts import check_same, shapes_of, weights_hash
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.weights import open_safetensors
 from sdlite.config import Record
-from sdlite.files import read_json
+from sdlite.files import atomic_file, read_json
 
 Config = TypeVar("Config", bound=Record)
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def save_export(name: str, module: nn.Module, config: Record, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in module.state_dict().items()}
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(config.model_dump_json(indent=1) + "\n")
 
 
 def read_config(kind: type[Config], path: Path) -> Config:
@@ -47,9 +61,37 @@ def fill(module: nn.Module, path: Path) -> None:
     module.load_state_dict(counters | weights.read(own), assign=True)
 
 
-def identity(module: nn.Module | None, *facts: Any) -> str:
-    """What a part is known by in the settings of a run: a hash of its weights and of what else decides its output."""
-    if module is None:
-        return ""
+def load_export(name: str, folder: Path, kind: type[Config], make: Callable[[Config], Module]) -> Module:
+    """The frozen module that `save_export` wrote. make: builds it from its config."""
+    path = folder / f"{name}.json"
+    config = read_config(kind, path)
+    module = built(lambda: make(config), path)
+    fill(module, folder / f"{name}.safetensors")
+    return module.eval().requires_grad_(False)
+
+
+def identity(module: nn.Module, *facts: Any) -> str:
+    """Names a part in the settings of a run: a hash of its weights and of everything else that decides its output."""
     text = json.dumps([weights_hash({"": module}), *facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def key_of(**facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def cached(path: Path | None, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The result of make(), or the file at path if it was written with the same key.
+
+    key: a hash of everything that the tensors depend on. A file with another key, or a damaged one, is replaced.
+    """
+    if path is None:
+        return make()
+    if path.is_file():
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return load_file(path)
+    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+    with atomic_file(path, force=True) as temporary:
+        save_file(tensors, temporary, {"key": key})
+    return tensors

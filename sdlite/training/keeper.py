@@ -3,18 +3,15 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
 from sdlite.files import atomic_folder, sweep
 from sdlite.training import run
 from sdlite.training.curves import draw_progress
+from sdlite.training.options import TrainConfig
+from sdlite.training.state import State, Task, settings_of
 from sdlite.training.stop import Stop
-
-if TYPE_CHECKING:
-    from sdlite.training.loop import State, Task, TrainConfig
-
 
 SAID_SECONDS = 60.0  # between lines where no bar can be drawn
 
@@ -27,16 +24,10 @@ class Keeper:
     """Keeps a run: call `begin` before the first sample, `step` after every step and `finish` at the end, always."""
 
     def __init__(
-        self,
-        task: "Task",
-        state: "State",
-        config: "TrainConfig",
-        out: Path,
-        settings: dict[str, Any],
-        clock: Callable[[], float],
+        self, task: Task, state: State, config: TrainConfig, out: Path, stop: Stop, clock: Callable[[], float]
     ) -> None:
         self.task, self.state, self.config = task, state, config
-        self.out, self.settings, self.clock = out, settings, clock
+        self.out, self.stop, self.clock = out, stop, clock
         self.losses: list[float] = []
         self.begun = self.time = self.saved = self.shown = self.said = clock()
         self.first = self.samples = self.shown_samples = state.samples
@@ -44,7 +35,7 @@ class Keeper:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), transient=True)
         self.row = self.bar.add_task("training", total=1.0)
 
-    def begin(self, notes: list[str], changes: run.Changes, stop: Stop) -> None:
+    def begin(self, notes: list[str], changes: run.Changes) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         sweep(self.out)
         run.begin_log(self.out, self.state.samples)
@@ -54,39 +45,39 @@ class Keeper:
             run.add_to_log(self.out, {"samples": self.state.samples, "changed": changes})
             changed = ", ".join(f"{name} {before} is now {now}" for name, (before, now) in changes.items())
             say(f"going on after {self.state.samples} samples with changes: {changed}")
-        if self.state.samples == 0 and getattr(self.task, "begun", False) and not stop.asked:
-            self._show(stop)
+        if self.state.samples == 0 and getattr(self.task, "begun", False) and not self.stop.asked:
+            self._show()
         self.bar.start()
 
-    def step(self, loss: float, stop: Stop) -> None:
+    def step(self, loss: float) -> None:
         self.losses.append(loss)
         self._report()
-        config = self.config
-        show = bool(config.show_minutes) and self.clock() - self.shown > 60 * config.show_minutes
-        if (
-            config.show_samples
-            and self.state.samples // config.show_samples > self.shown_samples // config.show_samples
-        ):
-            show = True
-        if show or (config.save_minutes and self.clock() - self.saved > 60 * config.save_minutes):
+        show = self._is_due(self.shown, self.config.show_minutes)
+        if every := self.config.show_samples:
+            show = show or self.state.samples // every > self.shown_samples // every
+        if show or self._is_due(self.saved, self.config.save_minutes):
             self._save()
-        if show and not stop.asked:
+        if show and not self.stop.asked:
             self._export()
-            self._show(stop)
+            self._show()
 
-    def finish(self, stop: Stop) -> None:
+    def _is_due(self, last: float, minutes: float) -> bool:
+        return minutes > 0 and self.clock() - last > 60 * minutes
+
+    def finish(self) -> None:
         self.bar.stop()
-        if stop.asked and self.state.samples == self.first:
+        if self.stop.asked and self.state.samples == self.first:
             return  # nothing was learned
         self._save()
         self._export()
-        if stop.asked:
-            say(f"stopped after {self.state.samples} samples; {self.out / 'export'} is written, and the run can go on")
+        if self.stop.asked:
+            export = self.out / "export"
+            say(f"stopped after {self.state.samples} samples; {export} is written, and the run can go on")
         else:
-            self._show(stop)
+            self._show()
 
     def _save(self) -> None:
-        run.write_settings(self.out, self.settings)
+        run.write_settings(self.out, settings_of(self.task, self.config))
         if self.state.samples != self.kept:
             run.write_checkpoint(self.out, self.state.samples, self.state.tensors())
             self.kept = self.state.samples
@@ -98,9 +89,9 @@ class Keeper:
         with atomic_folder(self.out / "export", force=True) as temporary:
             self.state.with_average(lambda: self.task.export(temporary))
 
-    def _show(self, stop: Stop) -> None:
+    def _show(self) -> None:
         """Writes figures on held-out data into the log, and a preview."""
-        with stop.idle():
+        with self.stop.idle():
             self.state.with_average(self._measure_and_draw)
         self.shown, self.shown_samples = self.clock(), self.state.samples
 

@@ -1,11 +1,12 @@
-"""What a denoiser is trained on: views of pictures as latents, and captions as tokens.
+"""What a denoiser is trained on: views of images as latents, and captions as tokens.
 
-pictures --views--> images --codec--> x_0      captions --tokenizer--> tokens --text encoder--> contexts
+images --views--> images --codec--> x_0      captions --tokenizer--> tokens --text encoder--> contexts
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,11 +15,13 @@ from sdlite.models.codec import LatentCodec
 from sdlite.models.prompt import escaped
 from sdlite.models.text import TextEncoder
 from sdlite.training.datasets.augment import SIDED, Example, augmented
-from sdlite.training.datasets.data import Generator, caption_of, on_white, sample_generator, subject_of, tokenize
+from sdlite.training.datasets.captions import caption_of, subject_of, tokenize
+from sdlite.training.datasets.draws import Generator, sample_generator
 from sdlite.training.datasets.folder import Records
+from sdlite.training.datasets.pixels import Shaped, on_white
 
-PLAIN = 2  # views of a picture that show it whole, as it is and mirrored
-ENCODED = 32  # pictures at once
+PLAIN = 2  # views of an image that show all of it: itself and mirrored
+ENCODED = 32  # images at once
 
 
 class Latents(NamedTuple):
@@ -38,7 +41,7 @@ def view(
 ) -> tuple[Tensor, str]:
     """Image (4, H, W) uint8 and caption. View 0 is plain, view 1 mirrored if the caption allows it, others composed.
 
-    Pictures that are not square are not composed; their views are plain and mirrored alternately.
+    Images that are not square are not composed; their views are plain and mirrored alternately.
     """
     record, pixels = mine
     caption = caption_of(record, generator)
@@ -52,41 +55,40 @@ def view(
         for r, p in (mine, other)
     )
     made = augmented(first, second, generator)
-    return torch.frombuffer(bytearray(made.image.tobytes()), dtype=torch.uint8).view(*pixels.shape[1:], 4).permute(
-        2, 0, 1
-    ), made.caption
+    return torch.from_numpy(np.array(made.image)).permute(2, 0, 1), made.caption
 
 
 @torch.no_grad()
 def encode(
-    codec: LatentCodec,
-    text: TextEncoder,
+    parts: tuple[LatentCodec, TextEncoder],
     records: Records,
-    pixels: Tensor,
+    images: Shaped,
     *,
     views: int,
     seed: int,
-    shapes: Tensor | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None],
 ) -> Latents:
-    """All views of all records as latents in float16 and tokens. shapes: from `load_buckets`; None: whole pictures."""
-    shapes = torch.tensor(pixels.shape[-2:]).expand(len(records), 2) if shapes is None else shapes
+    """All views of all records as latents in float16 and tokens."""
+    codec, text = parts
     x_0, captions = [], []
     for number in range(views):
-        say(f"encoding {len(records)} pictures and captions, view {number + 1} of {views}")
+        say(f"encoding {len(records)} images and captions, view {number + 1} of {views}")
         for start in range(0, len(records), ENCODED):
             rows = range(start, min(start + ENCODED, len(records)))
-            made = []
-            for i in rows:
-                generator = sample_generator(seed, number * len(records) + i)
-                j = int(generator.integers(len(records)))
-                j = j if torch.equal(shapes[i], shapes[j]) else i
-                h, w = shapes[i].tolist()
-                mine, other = ((records[k], pixels[k, :, :h, :w]) for k in (i, j))
-                made.append(view(mine, other, number, generator))
-            x_0.append(_encoded(codec, [image for image, _ in made], pixels.shape[-1]))
+            made = [_view(records, images, number, i, seed) for i in rows]
+            x_0.append(_encoded(codec, [image for image, _ in made], images.pixels.shape[-1]))
             captions += [caption for _, caption in made]
-    return Latents(torch.cat(x_0), tokenize(text, captions), (shapes // codec.factor).repeat(views, 1))
+    return Latents(torch.cat(x_0), tokenize(text, captions), (images.shapes // codec.factor).repeat(views, 1))
+
+
+def _view(records: Records, images: Shaped, number: int, i: int, seed: int) -> tuple[Tensor, str]:
+    """View `number` of record i; it may be composed with another image of the same shape."""
+    generator = sample_generator(seed, number * len(records) + i)
+    j = int(generator.integers(len(records)))
+    j = j if torch.equal(images.shapes[i], images.shapes[j]) else i
+    h, w = images.shapes[i].tolist()
+    mine, other = ((records[k], images.pixels[k, :, :h, :w]) for k in (i, j))
+    return view(mine, other, number, generator)
 
 
 def _encoded(codec: LatentCodec, images: list[Tensor], longest: int) -> Tensor:

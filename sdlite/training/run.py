@@ -2,7 +2,7 @@
 
     OUT/config.json        its TrainConfig and the settings of its task, written with every checkpoint
     OUT/log.jsonl          a line per report; a resumed run first drops the lines after the last checkpoint
-    OUT/state-<samples>/   a checkpoint: safetensors in shards under 16 MB, and state.json with their sums
+    OUT/state-<samples>/   a checkpoint: safetensors files under 16 MB, and state.json with their checksums
 
 A resumed run must have the same data, parts and network. Rate, batch size and other settings may change.
 """
@@ -23,22 +23,17 @@ from torch import Tensor
 
 from sdlite.config import Record
 from sdlite.files import atomic_folder, read_json, write_file
+from sdlite.training.options import Call, Pace
 
 SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 KEPT = 2  # checkpoints: the last, and the one before it should the last be damaged
-FORGOTTEN = {
-    "minutes",
-    "report_every",
-    "save_minutes",
-    "show_minutes",
-    "show_samples",
-    "plot",
-    "new_data",
-}  # mean one call only
-LOGGED = {"batch_size", "lr", "warmup", "decay", "samples", "weight_decay", "half_life", "clip", "precision"}
-DATA = {"data": "other captions or file names", "pictures": "other pictures", "phrases": "another phrases.txt"}
-OTHERS = {"codec": "another codec", "text": "another text encoder", "teacher": "another teacher"} | {
-    "start": "another model to start from"
+FORGOTTEN, LOGGED = set(Call.model_fields), set(Pace.model_fields)
+DATA = {"data": "other captions or file names", "pictures": "other images", "phrases": "another phrases.txt"}
+OTHERS = {
+    "codec": "another codec",
+    "text": "another text encoder",
+    "teacher": "another teacher",
+    "start": "another model to start from",
 }
 OTHER = ("optimizer.", "scaler.")  # what begins the names of tensors whose shapes a checkpoint decides
 Count = Annotated[int, Field(strict=True, ge=0)]

@@ -1,12 +1,11 @@
-"""The segmentation task: pictures and the class of each of their pixels; pairs.py says how a folder holds them.
+"""The segmentation task: images and the class of each of their pixels; pairs.py says how a folder holds them.
 
-A sample is a square cut out of a picture at random, in one of its 8 rotations and reflections. Around the square the
-network sees the rest of the picture; beyond the picture's edge it sees the mirrored picture.
+A sample is a square cut out of an image at random, in one of its 8 rotations and reflections. Around the square the
+network sees the rest of the image; beyond the image's edge it sees the mirrored image.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +20,37 @@ from sdlite.segmentation.metrics import boundary_counts, boundary_f1, confusion,
 from sdlite.segmentation.models import SegmentationUNet
 from sdlite.segmentation.pixels import mask_image
 from sdlite.segmentation.segmenter import FCNPlan, Plan, Segmenter, SegmenterConfig, UNetPlan, build
-from sdlite.training.datasets.data import sample_generator
+from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import MASKED, fingerprints, read_records
-from sdlite.training.datasets.pairs import IGNORED, Pair, channels_of, labels_of, read_pairs
+from sdlite.training.datasets.pairs import IGNORED, Pair, channels_of, labels_of
+from sdlite.training.options import SegmentationOptions
 
-SHOWN = 8  # pictures of the preview
-BOTH = {"cross_entropy": 1.0, "dice": 1.0}
+SHOWN = 8  # images of the preview
 
 
 class SegmentationTask(nn.Module):
-    """Classes of the pixels of a data folder.
+    """Classes of the pixels of a data folder."""
 
-    terms: parts of the loss, see `combined`. class_weights: how much each class counts. seed: for weights and samples.
-    """
-
-    def __init__(
-        self,
-        data: Path,
-        config: SegmenterConfig,
-        *,
-        terms: Mapping[str, float] | None = None,
-        class_weights: Sequence[float] | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, data: Path, config: SegmenterConfig, options: SegmentationOptions) -> None:
         super().__init__()
         records = read_records(data, fields=MASKED)
         held_out = read_records(data, "validation", MASKED) or read_records(data, "test", MASKED) or records
-        self.config, self.seed, self.terms = config, seed, BOTH if terms is None else terms
+        self.config, self.seed, self.terms = config, options.seed, options.terms
         self.settings: dict[str, Any] = fingerprints(data, records, MASKED) | {
             "network": config.model_dump(mode="json"),
-            "terms": dict(self.terms),
-            "class_weights": None if class_weights is None else list(class_weights),
+            **options.model_dump(mode="json", include={"terms", "class_weights"}),
         }
+        class_weights = options.class_weights
         self.weight = None if class_weights is None else _weights(class_weights, config.network.num_classes)
         labels = labels_of(data)
         self.notes = list(labels.notes)
         self.settings["white_is_class_1"] = labels.white
-        read = partial(read_pairs, data, channels=config.network.in_channels, white=labels.white)
-        self.pairs, self.held_out = read(records), read(held_out)
+        channels = config.network.in_channels
+        self.pairs, self.held_out = (
+            [Pair(data, record, channels, labels.white) for record in part] for part in (records, held_out)
+        )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(options.seed)
             self.network = build(config.network)
         self.margin, self.side = 0, config.tile
         if isinstance(self.network, SegmentationUNet) and self.network.valid:
@@ -108,7 +98,7 @@ def _weights(weights: Sequence[float], classes: int) -> Tensor:
 
 
 def figures(segmenter: Segmenter, pairs: list[Pair]) -> dict[str, float]:
-    """Mean IoU, IoU and boundary F1 (2 pixels) of everything but class 0, over whole pictures."""
+    """Mean IoU, IoU and boundary F1 (2 pixels) of everything but class 0, over whole images."""
     num_classes = segmenter.config.network.num_classes
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     edges = torch.zeros(num_classes, 4, dtype=torch.int64)
@@ -148,3 +138,8 @@ def equal_fcn(plan: UNetPlan) -> FCNPlan:
     common = {"in_channels": plan.in_channels, "num_classes": plan.num_classes, "batch_norm": plan.batch_norm}
     fcns = [FCNPlan(base_width=width, **common) for width in range(1, plan.base_width * 4)]
     return min(fcns, key=lambda fcn: abs(parameters(fcn) - want))
+
+
+def make_task(data: Path, out: Path, options: SegmentationOptions) -> SegmentationTask:
+    """The task of `sdlite train segmentation`."""
+    return SegmentationTask(data, plan_for(data, options.arch), options)

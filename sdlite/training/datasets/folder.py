@@ -1,9 +1,9 @@
-"""A data folder as files: which pictures it holds, and what their captions are.
+"""A data folder as files: which images it holds, and what their captions are.
 
-    DIR/metadata.jsonl        one line per picture: {"file_name": "a.png", "text": "a red apple", ...}
+    DIR/metadata.jsonl        one line per image: {"file_name": "a.png", "text": "a red apple", ...}
     DIR/metadata.csv          the same as a table; its header names the columns
-    DIR/a.png, DIR/a.txt      without either: the caption is in a text file beside the picture
-    DIR/red_apple.png         without a text file: the name of the picture is its caption
+    DIR/a.png, DIR/a.txt      without either: the caption is in a text file beside the image
+    DIR/red_apple.png         without a text file: the name of the image is its caption
 
 If there is a folder DIR/train, the training data are in it; DIR/validation and DIR/test are optional and have the same
 layout. The optional columns "concept", "style" and "keywords" make more captions. The folder is untrusted: a fault is
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from sdlite.files import csv_delimiter
 
 Records = list[dict[str, Any]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_METADATA_BYTES = 64 * 2**20  # of a table: about 600,000 pictures
-MAX_CAPTION_BYTES = 2**20  # of a text file beside a picture
+MAX_METADATA_BYTES = 64 * 2**20  # of a table: about 600,000 images
+MAX_CAPTION_BYTES = 2**20  # of a text file beside an image
 MAX_TEXT = 20_000  # characters, as in a Request
 MASKED = ("file_name", "mask_file_name")  # columns of data for segmentation
 MAX_NAME = 255  # bytes, on every common disk
@@ -33,7 +33,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("file_name", "text")) -> Records:
-    """One record per picture of a split, file names made relative to folder; none for an absent held-out split.
+    """One record per image of a split, file names made relative to folder; none for an absent held-out split.
 
     fields: the columns that every record must have as text; those whose name ends in "file_name" name files.
     Raises FileNotFoundError without training data, ValueError for a line that is no record and for a file outside.
@@ -43,8 +43,14 @@ def read_records(folder: Path, split: str = "train", fields: Sequence[str] = ("f
         return []
     records = [_placed(record, fields, inside, folder, place) for place, record in _found(inside, fields)]
     if split == "train" and not records:
-        raise ValueError(f"{_table(inside) or inside} lists no picture; give a folder with some")
+        raise ValueError(f"{_table(inside) or inside} lists no images; give a folder with some")
     return records
+
+
+def write_records(inside: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes metadata.jsonl, which lists the images of a split."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (inside / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
 
 def caption_notes(folder: Path) -> list[str]:
@@ -52,14 +58,13 @@ def caption_notes(folder: Path) -> list[str]:
     inside = _inside(folder, "train")
     if inside is None or _table(inside) is not None:
         return []
-    pictures = _pictures(inside)
-    named = [picture for picture in pictures if not _beside(picture).is_file()]
-    if not named:
-        return []
-    return [
-        f"{len(named)} of {len(pictures)} pictures have no caption, so their file names are used, such as "
-        f"{_from_name(named[0])!r:.80}; put a text file beside each ({_beside(named[0]).name}) for a better one"
-    ]
+    files = _image_files(inside)
+    named = [file for file in files if not _beside(file).is_file()]
+    note = (
+        "{} of {} images have no caption, so their file names are used, such as {!r:.80}; put a text file beside each "
+    )
+    note += "({}) for a better one"
+    return [note.format(len(named), len(files), _from_name(named[0]), _beside(named[0]).name)] if named else []
 
 
 def fingerprints(folder: Path, records: Records, fields: Sequence[str] = ("file_name",)) -> dict[str, str]:
@@ -79,7 +84,7 @@ def _inside(folder: Path, split: str) -> Path | None:
     """Where the files of a split are; None for a held-out split that is not there."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder; give one with pictures, or make it with `sdlite data emoji -o {folder}`"
+            f"{folder} is no folder; give one with images, or make it with `sdlite data emoji -o {folder}`"
         )
     if (folder / "train").is_dir():
         return folder / split if split == "train" or (folder / split).is_dir() else None
@@ -91,7 +96,7 @@ def _table(inside: Path) -> Path | None:
 
 
 def _found(inside: Path, fields: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """(place, record) for each picture, nothing checked yet; the place is for error messages."""
+    """(place, record) for each image, nothing checked yet; the place is for error messages."""
     table = _table(inside)
     if table is None:
         if fields != ("file_name", "text"):
@@ -135,34 +140,29 @@ def _rows(table: Path, fields: Sequence[str]) -> Iterator[tuple[str, object]]:
 
 
 def _captioned(inside: Path) -> Iterator[tuple[str, object]]:
-    """Pictures without a table: captions are in text files beside them, or are their names."""
-    pictures = _pictures(inside)
-    if not pictures:
+    """Images without a table: captions are in text files beside them, or are their names."""
+    files = _image_files(inside)
+    if not files:
         deeper = next((path.parent for path in sorted(inside.glob("*/*")) if path.suffix.lower() in SUFFIXES), None)
-        hint = (
-            f"; did you mean {deeper}?"
-            if deeper
-            else f"; give a folder with some, or make one with `sdlite data emoji -o {inside}`"
-        )
-        raise FileNotFoundError(f"{inside} holds no PNG, JPEG or WebP pictures and no metadata.jsonl{hint}")
-    for picture in pictures:
-        beside = _beside(picture)
-        caption = _caption_in(beside) if beside.is_file() else _from_name(picture)
-        yield str(picture), {"file_name": picture.name, "text": caption}
+        other = f"give a folder with some, or make one with `sdlite data emoji -o {inside}`"
+        hint = f"; did you mean {deeper}?" if deeper else f"; {other}"
+        raise FileNotFoundError(f"{inside} holds no PNG, JPEG or WebP images and no metadata.jsonl{hint}")
+    for file in files:
+        beside = _beside(file)
+        caption = _caption_in(beside) if beside.is_file() else _from_name(file)
+        yield str(file), {"file_name": file.name, "text": caption}
 
 
-def _pictures(inside: Path) -> list[Path]:
-    return sorted(
-        path for path in inside.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+def _image_files(inside: Path) -> list[Path]:
+    return sorted(file for file in inside.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
 
 
-def _beside(picture: Path) -> Path:
-    return picture.with_suffix(".txt")
+def _beside(file: Path) -> Path:
+    return file.with_suffix(".txt")
 
 
-def _from_name(picture: Path) -> str:
-    return re.sub(r"[\s_-]+", " ", picture.stem).strip()
+def _from_name(file: Path) -> str:
+    return re.sub(r"[\s_-]+", " ", file.stem).strip()
 
 
 def _caption_in(path: Path) -> str:

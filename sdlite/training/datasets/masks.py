@@ -1,16 +1,15 @@
 """Data folders with masks, out of packages: nuclei under the microscope, and drawings in front of photos.
 
-    stardist --> one fluorescence picture --cut in two with a gap--> train/, test/
+    stardist --> one fluorescence image --cut in two with a gap--> train/, test/
     emoji with transparency + scikit-image's photos, or patterns --composed--> train/, test/
 
-For the layout see `sdlite.training.datasets.pairs`. The same packages give the same pictures each time.
+For the layout see `sdlite.training.datasets.pairs`. The same packages give the same images each time.
 """
 
 import io
-import json
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from PIL import Image
 
 from sdlite.files import atomic_folder
 from sdlite.images.files import decoded
-from sdlite.training.datasets.archives import damaged
 from sdlite.training.datasets.backgrounds import altered, crop, leaves, pattern
-from sdlite.training.datasets.data import Generator, sample_generator
-from sdlite.training.datasets.emoji import Source, archive, downloads_of, fetch
-from sdlite.training.datasets.folder import read_records
+from sdlite.training.datasets.draws import Generator, sample_generator
+from sdlite.training.datasets.folder import read_records, write_records
+from sdlite.training.datasets.packages import NUCLEI, PHOTOS, Source, archive, damaged, downloads_of, fetch
 
-NUCLEI = Source("pip", "stardist", "0.9.2", "BSD-3-Clause", author="Data Science Bowl 2018 (BBBC038), CC0")
-PHOTOS = Source("pip", "scikit-image", "0.26.0", "BSD-3-Clause", author="photos: CC0 or public domain")
 TRAIN_END, TEST_START = 320, 352  # columns of the 512; a nucleus is up to 30 wide, so that none is in both
 # Each is CC0 or public domain by its docstring in skimage/data/_fetchers.py; what is tested on is not trained on.
 BACKGROUNDS = {
@@ -34,9 +30,10 @@ BACKGROUNDS = {
     "test": ("coffee.png", "grass.png", "retina.jpg"),
 }
 MORE_BACKGROUNDS = ("astronaut.png", "clock_motion.png", "text.png", "cell.png")  # in training, if varied
-PHOTO_SHARE = 0.5  # of the pictures; the others have a pattern behind
+PHOTO_SHARE = 0.5  # of the images; the others have a pattern behind
 VARIED = {"photo": 0.45, "leaves": 0.3, "pattern": 0.25}  # shares
-SMALLEST, LARGEST = 0.45, 1.0  # side of the drawing over that of the picture
+SMALLEST, LARGEST = 0.45, 1.0  # side of the drawing over that of the image
+AMOUNTS = {"train": 1_500, "test": 200}  # drawings
 TURN = 25.0  # degrees, at most, either way
 
 
@@ -46,12 +43,12 @@ def _member(package: Path, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(wheel.read(name)))
             image.load()
             return image
-    except Exception as error:  # zip, zlib and the picture's decoder each raise their own
+    except Exception as error:  # zip, zlib and the image's decoder each raise their own
         raise ValueError(f"{package} {damaged(error)} the package that holds {name}") from None
 
 
 def make_nuclei(folder: Path, *, sources: Path | None = None) -> Counter[str]:
-    """Writes the nuclei (class 1) of stardist's fluorescence picture. Returns the number of pictures per split.
+    """Writes the nuclei (class 1) of stardist's fluorescence image. Returns the number of images per split.
 
     The folder is made whole or not at all. sources: folder that has the package; None downloads it into `downloads_of`
     the folder. Raises FileExistsError for a folder that is not empty.
@@ -76,20 +73,19 @@ def make_foreground(
     *,
     sources: Path | None = None,
     size: int = 96,
-    train: int = 1500,
-    test: int = 200,
+    amounts: Mapping[str, int] = AMOUNTS,
     varied: int = 0,
 ) -> Counter[str]:
-    """Writes emoji (class 1) in front of photos and patterns. Returns the number of pictures per split.
+    """Writes emoji (class 1) in front of photos and patterns. Returns the number of images per split.
 
     The folder is made whole or not at all. sources: as for `make_nuclei`.
     emoji: folder that `sdlite data emoji` wrote; its test concepts, and photos that training does not use, make the
-    test split. varied: if not 0, number of pictures per training drawing, on more photos, photos in other colours and
+    test split. varied: if not 0, number of images per training drawing, on more photos, photos in other colours and
     heaps of shapes; it does not change the test split. Raises FileExistsError for a folder that is not empty.
     """
     with atomic_folder(folder) as temporary:
         package = _package(folder, PHOTOS, sources)
-        return _foreground(temporary, emoji, package, size, {"train": train, "test": test}, varied)
+        return _foreground(temporary, emoji, package, size, amounts, varied)
 
 
 def _foreground(
@@ -102,9 +98,8 @@ def _foreground(
         names = BACKGROUNDS[split] + (MORE_BACKGROUNDS if vary else ())
         photos = [_member(package, f"skimage/data/{name}").convert("RGB") for name in names]
         chosen = np.random.default_rng(number).permutation(len(records))[:amount]
-        behind = _varied if vary else _plain
         rows = (
-            _composed(emoji, records[i], photos, size, sample_generator(number + 2 * copy, int(i)), behind)
+            _composed(emoji, records[i], photos, size, sample_generator(number + 2 * copy, int(i)), vary)
             for copy in range(varied if vary else 1)
             for i in chosen
         )
@@ -122,34 +117,30 @@ Row = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 def _write(folder: Path, rows: Iterable[Row]) -> int:
     """Returns the number of rows."""
     (folder / "masks").mkdir(parents=True)
-    lines = []
+    records = []
     for i, (image, mask, record) in enumerate(rows):
         names = {"file_name": f"{i:05}.png", "mask_file_name": f"masks/{i:05}.png"}
         Image.fromarray(image).save(folder / names["file_name"])
         Image.fromarray(mask).save(folder / names["mask_file_name"])
-        lines.append(json.dumps(names | record))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(lines)
+        records.append(names | record)
+    write_records(folder, records)
+    return len(records)
 
 
-Behind = Callable[[list[Image.Image], int, Generator], tuple[str, np.ndarray]]
-
-
-def _plain(photos: list[Image.Image], size: int, generator: Generator) -> tuple[str, np.ndarray]:
+def _background(photos: list[Image.Image], size: int, generator: Generator, vary: bool) -> tuple[str, np.ndarray]:
     """Kind of a background, and the background."""
-    photo = generator.random() < PHOTO_SHARE
-    return ("photo", crop(photos, size, generator)) if photo else ("pattern", pattern(size, generator))
-
-
-def _varied(photos: list[Image.Image], size: int, generator: Generator) -> tuple[str, np.ndarray]:
-    kind = str(generator.choice(list(VARIED), p=list(VARIED.values())))
+    if vary:
+        kind = str(generator.choice(list(VARIED), p=list(VARIED.values())))
+    else:
+        kind = "photo" if generator.random() < PHOTO_SHARE else "pattern"
     if kind == "pattern":
         return kind, pattern(size, generator)
-    return kind, (altered if kind == "photo" else leaves)(photos, size, generator)
+    make = leaves if kind == "leaves" else altered if vary else crop
+    return kind, make(photos, size, generator)
 
 
 def _composed(
-    emoji: Path, record: Mapping[str, Any], photos: list[Image.Image], size: int, generator: Generator, behind: Behind
+    emoji: Path, record: Mapping[str, Any], photos: list[Image.Image], size: int, generator: Generator, vary: bool
 ) -> Row:
     """A drawing of random size, turn and place on a random background; the mask is where it covers half or more."""
     drawing = decoded(emoji / record["file_name"]).convert("RGBA")
@@ -159,7 +150,7 @@ def _composed(
     layer = Image.new("RGBA", (size, size))
     left, top = generator.integers(0, size - side + 1, 2)
     layer.paste(drawing, (int(left), int(top)))
-    kind, background = behind(photos, size, generator)
+    kind, background = _background(photos, size, generator, vary)
     composed = Image.alpha_composite(Image.fromarray(background).convert("RGBA"), layer).convert("RGB")
     mask = (np.asarray(layer)[..., 3] >= 128).astype(np.uint8)
     kept = {key: record[key] for key in ("text", "concept", "style", "source", "licence") if key in record}

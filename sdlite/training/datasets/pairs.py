@@ -1,6 +1,6 @@
-"""Pictures and masks of a data folder; what the masks mean is decided from all of them.
+"""Images and masks of a data folder; what the masks mean is decided from all of them.
 
-    DIR/train/metadata.jsonl   one line per picture: {"file_name": "a.png", "mask_file_name": "masks/a.png", ...}
+    DIR/train/metadata.jsonl   one line per image: {"file_name": "a.png", "mask_file_name": "masks/a.png", ...}
     mask                       8 bits: the class number of each pixel, 255 where it does not count
                                or black and white: white is class 1
 
@@ -40,7 +40,7 @@ class Labels(NamedTuple):
 
 
 class Pair:
-    """A picture, (C, H, W), and its mask, (H, W), both uint8 where they can be. white: of `Labels`."""
+    """An image, (C, H, W), and its mask, (H, W), both uint8 where they can be. white: of `Labels`."""
 
     def __init__(self, folder: Path, record: Mapping[str, str], channels: int, white: bool = False) -> None:
         self.pixels = pixels_of(decoded(folder / record["file_name"], FORMATS, MAX_PIXELS), channels)
@@ -49,10 +49,10 @@ class Pair:
         values = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
         self.mask = (values >= 128).byte() if white else values
         if self.mask.shape != self.pixels.shape[1:]:
-            raise ValueError(f"{record['mask_file_name']} and its picture must have one size")
+            raise ValueError(f"{record['mask_file_name']} and its image must have one size")
 
     def sample(self, side: int, margin: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Picture (C, side + 2 margin, the same), standardized over the whole picture, and mask (side, side)."""
+        """Image (C, side + 2 margin, the same), standardized over the whole image, and mask (side, side)."""
         lines, inner = [], []
         for size in self.mask.shape:
             start = int(generator.integers(min(0, size - side), max(0, size - side) + 1))
@@ -65,12 +65,8 @@ class Pair:
         return (values.mT, mask.mT) if generator.random() < 0.5 else (values, mask)
 
 
-def read_pairs(folder: Path, records: Records, channels: int, white: bool) -> list[Pair]:
-    return [Pair(folder, record, channels, white) for record in records]
-
-
 def read_mask(path: Path) -> Image.Image:
-    """A mask as a picture of mode "L" or "P" with the values of the file. Raises ValueError for other kinds."""
+    """A mask as an image of mode "L" or "P" with the values of the file. Raises ValueError for other kinds."""
     mask = decoded(path, FORMATS, MAX_PIXELS)
     if mask.mode == "1":
         return mask.convert("L")
@@ -116,7 +112,7 @@ def labels_of(data: Path) -> Labels:
 
 
 def channels_of(data: Path) -> Literal[1, 3]:
-    """1 if all pictures of all splits are grey, else 3."""
+    """1 if all images of all splits are grey, else 3."""
     modes = {_mode(data / record["file_name"]) for record in _all_records(data)}
     return 1 if modes <= set(GREY) else 3
 

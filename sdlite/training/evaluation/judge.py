@@ -1,24 +1,23 @@
-"""The judge: a classifier that names what a picture shows, for evaluation only.
+"""The judge: a classifier that names what an image shows, for evaluation only.
 
 It predicts concept and style. Its architecture (strided convolutions on 48 pixels, no transformer, no words) and its
-seed differ from everything in the generator. It is trained on train/ alone and frozen before it sees a picture that a
+seed differ from everything in the generator. It is trained on train/ alone and frozen before it sees an image that a
 model drew. Every report holds its hash.
 """
 
 import hashlib
-import json
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlite.config import Record
-from sdlite.training.datasets.data import composed, load_pixels, on_white, sample_generator
+from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import Records, fingerprints, read_records
-from sdlite.training.exports import built, fill, read_config
+from sdlite.training.datasets.pixels import composed, load_pixels, on_white
+from sdlite.training.exports import load_export, read_config, save_export
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)
@@ -114,15 +113,12 @@ class JudgeTask(nn.Module):
         """Nothing to show."""
 
     def export(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.judge.state_dict().items()}, folder / "judge.safetensors")
-        (folder / "judge.json").write_text(json.dumps({"concepts": self.names, "styles": self.style_names}))
+        save_export("judge", self.judge, Names(concepts=self.names, styles=self.style_names), folder)
 
 
 def load_judge(folder: Path) -> tuple[Judge, list[str], list[str], str]:
     """The frozen judge, its concepts, its styles, and the sha256 of its weights."""
     names = read_config(Names, folder / "judge.json")
-    judge = built(lambda: Judge(len(names.concepts), len(names.styles)), folder / "judge.json")
-    fill(judge, folder / "judge.safetensors")
+    judge = load_export("judge", folder, Names, lambda names: Judge(len(names.concepts), len(names.styles)))
     digest = hashlib.sha256((folder / "judge.safetensors").read_bytes()).hexdigest()
-    return judge.eval().requires_grad_(False), names.concepts, names.styles, digest
+    return judge, names.concepts, names.styles, digest

@@ -1,75 +1,29 @@
-"""Free text that no caption holds word for word, and what its picture must show: fifty nouns, and pixels that count.
+"""Free text that no caption holds word for word, and what its image must show: fifty nouns, and pixels that count.
 
 The judge names the nouns. Colours, backgrounds, places and numbers are measured on the pixels: pixels that differ from
-the colour at the picture's edge belong to the drawing.
+the colour at the image's edge belong to the drawing.
 """
 
 import colorsys
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from sdlite.training.datasets.augment import BACKGROUNDS, COLOURS, CORNERS, a, plural
+from sdlite.training.datasets.augment import BACKGROUNDS, COLOURS, CORNERS
+from sdlite.training.datasets.captions import plural, with_article
 
+TABLE = Path(__file__).with_name("nouns.tsv").read_text(encoding="utf-8")
 NOUNS: dict[str, Collection[str]] = {  # what people type -> the concepts that would be right
-    "car": {"automobile", "oncoming automobile", "sport utility vehicle", "taxi"},
-    "apple": {"red apple", "green apple"},
-    "banana": {"banana"},
-    "cherry": {"cherries"},
-    "strawberry": {"strawberry"},
-    "orange fruit": {"tangerine"},
-    "lemon": {"lemon"},
-    "watermelon": {"watermelon"},
-    "carrot": {"carrot"},
-    "tomato": {"tomato"},
-    "bread": {"bread", "baguette bread"},
-    "cheese": {"cheese wedge"},
-    "burger": {"hamburger"},
-    "pizza": {"pizza"},
-    "donut": {"doughnut"},
-    "cake": {"birthday cake", "shortcake", "cupcake"},
-    "cookie": {"cookie"},
-    "cup of coffee": {"hot beverage"},
-    "beer": {"beer mug", "clinking beer mugs"},
-    "dog": {"dog", "dog face", "poodle"},
-    "puppy": {"dog", "dog face", "poodle"},
-    "cat": {"cat", "cat face", "black cat"},
-    "kitten": {"cat", "cat face", "black cat"},
-    "pig": {"pig", "pig face"},
-    "cow": {"cow", "cow face"},
-    "horse": {"horse", "horse face"},
-    "bear": {"bear", "polar bear", "teddy bear"},
-    "rabbit": {"rabbit", "rabbit face"},
-    "mouse": {"mouse", "mouse face"},
-    "frog": {"frog"},
-    "fish": {"fish", "tropical fish"},
-    "bird": {"bird", "dove", "black bird"},
-    "chick": {"baby chick", "front-facing baby chick", "hatching chick"},
-    "butterfly": {"butterfly"},
-    "bee": {"honeybee"},
-    "ladybug": {"lady beetle"},
-    "snake": {"snake"},
-    "flower": {"blossom", "cherry blossom", "hibiscus", "rose", "tulip", "sunflower", "white flower"},
-    "rose": {"rose"},
-    "tree": {"deciduous tree", "evergreen tree"},
-    "pine tree": {"evergreen tree"},
-    "cactus": {"cactus"},
-    "sun": {"sun", "sun with face"},
-    "moon": {"crescent moon", "full moon", "full moon face", "first quarter moon"},
-    "star": {"star", "glowing star"},
-    "rainbow": {"rainbow"},
-    "house": {"house", "house with garden"},
-    "heart": {"red heart", "blue heart", "green heart", "yellow heart", "purple heart", "orange heart"},
-    "smiley": {"slightly smiling face", "grinning face", "smiling face with smiling eyes"},
-    "key": {"key", "old key"},
+    noun: set(concepts.split("; ")) for noun, concepts in (line.split("\t") for line in TABLE.splitlines())
 }
 OBJECTS = ("heart", "car", "cup", "fish", "star", "book", "flower", "balloon")  # that come in any colour, at any place
 DIFFERENT = 40  # of 255, of some channel, from the edge: part of the drawing
 NEAR_HUE = 30  # degrees
-SPECK = 0.01  # of a picture's pixels; a smaller piece is none
-Check = Callable[[np.ndarray], bool]  # of a picture (H, W, 3) uint8
+SPECK = 0.01  # of an image's pixels; a smaller piece is none
+Check = Callable[[np.ndarray], bool]  # of an image (H, W, 3) uint8
 
 
 class Probe(NamedTuple):
@@ -134,7 +88,7 @@ def has_pieces(number: int) -> Check:
 
 
 def count_pieces(mask: np.ndarray) -> int:
-    """Connected parts (4 neighbours) of more than a speck of the picture."""
+    """Connected parts (4 neighbours) of more than a speck of the image."""
     left, count = mask.copy(), 0
     while left.any():
         piece = np.zeros_like(left)
@@ -163,16 +117,20 @@ def probes() -> list[Probe]:
         colour, background = list(COLOURS)[i], backgrounds[i]
         corner, number = CORNERS[i % 4], list(numbers)[i % 3]
         found += [
-            Probe("colour", a(f"{colour} {noun}"), has_colour(colour)),
-            Probe("background", f"{a(noun)} on {a(background)} background", has_background(background)),
-            Probe("place", f"{a(noun)} in the {corner} corner", is_in_corner(corner)),
+            Probe("colour", with_article(f"{colour} {noun}"), has_colour(colour)),
+            Probe(
+                "background",
+                f"{with_article(noun)} on {with_article(background)} background",
+                has_background(background),
+            ),
+            Probe("place", f"{with_article(noun)} in the {corner} corner", is_in_corner(corner)),
             Probe("number", f"{number} {plural(noun)}", has_pieces(numbers[number])),
         ]
     return found
 
 
 def right_and_chance(pictures: list[Image.Image], asked: list[Probe]) -> dict[str, tuple[float, float]]:
-    """For each kind, the part of the pictures that show what was asked, and what another prompt of the kind asked."""
+    """For each kind, the part of the images that show what was asked, and what another prompt of the kind asked."""
     arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
     rates = {}
     for kind in dict.fromkeys(probe.kind for probe in asked):

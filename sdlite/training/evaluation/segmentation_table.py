@@ -13,10 +13,11 @@ from typing import Any
 
 from sdlite.files import write_file
 from sdlite.segmentation.segmenter import Plan, SegmenterConfig, UNetPlan
-from sdlite.training.loop import TrainConfig, fit
-from sdlite.training.segmentation import BOTH, SegmentationTask, equal_fcn, parameters, plan_for
+from sdlite.training.loop import fit
+from sdlite.training.options import SegmentationOptions
+from sdlite.training.segmentation import SegmentationTask, equal_fcn, parameters, plan_for
 
-TERMS = {"cross-entropy": {"cross_entropy": 1.0}, "Dice": {"dice": 1.0}, "both": BOTH}
+TERMS = {"cross-entropy": {"cross_entropy": 1.0}, "Dice": {"dice": 1.0}, "both": {"cross_entropy": 1.0, "dice": 1.0}}
 VARIANTS = (
     ("UNet", "both"),
     ("FCN", "both"),
@@ -59,18 +60,16 @@ def _row(run: Path, folder: Path, net: str, loss: str, samples: int, seed: int) 
         "UNet valid": base.network.replace(padding="valid"),
     }
     config = SegmenterConfig(network=plans[net], tile=base.tile)
-    task = SegmentationTask(folder, config, terms=TERMS[loss], seed=seed)
-    samples *= LONGER if net == "FCN longer" else 1
-    options: dict[str, Any] = {
-        "batch_size": 8,
-        "lr": 2e-3,
-        "warmup": 160,
-        "half_life": 400,
-        "report_every": 200,
-        "save_minutes": 0,
-    }
+    options = SegmentationOptions(
+        samples=samples * (LONGER if net == "FCN longer" else 1),
+        seed=seed,
+        decay="cosine",
+        report_every=200,
+        save_minutes=0,
+        terms=TERMS[loss],
+    )
     begin, cpu = time.monotonic(), time.process_time()
-    fit(task, TrainConfig(**options, decay="cosine", samples=samples, seed=seed), run)
+    fit(SegmentationTask(folder, config, options), options, run)
     row = {"net": net, "loss": loss, "seed": seed, "parameters": parameters(plans[net])}
     row |= {"seconds": time.process_time() - cpu, "wall_seconds": time.monotonic() - begin}
     row |= json.loads((run / "log.jsonl").read_text().splitlines()[-1])

@@ -1,0 +1,150 @@
+"""A task, and what a checkpoint of its training holds.
+
+State: weights, their moving average, the optimizer, the samples seen  <--tensors, load-->  OUT/state-<samples>/
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdlite.training import run
+from sdlite.training.muon import BETAS, Muon
+from sdlite.training.options import TrainConfig
+
+
+class Task(Protocol):
+    """What to learn: a module that gives the loss of a batch. Training changes its parameters and nothing else.
+
+    It may also have:
+    `settings`, a dict of what it was made with; it must be the same when the run is resumed (see `run.changes`);
+    `prepare(say)`, slow work that is done after that check;
+    `notes`, texts for the user;
+    `previews`, the number of images in its preview;
+    `begun`, true if it can draw before the first sample: then a preview is shown before training too;
+    `edges`, parts of the names of matrices that AdamW trains instead of Muon: first and last layer, embeddings.
+    """
+
+    @property
+    def size(self) -> int:
+        """Number of items in the training data."""
+
+    def __call__(self, indices: Tensor, numbers: Tensor) -> Tensor:
+        """Mean loss of items `indices`, (B,) int64; all randomness comes from the sample `numbers`, (B,) int64."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out data, with the current weights."""
+
+    def preview(self, path: Path) -> None:
+        """Writes a PNG that shows what the current weights do."""
+
+    def export(self, folder: Path) -> None:
+        """Writes what later stages load into an empty folder."""
+
+
+def settings_of(task: Task, config: TrainConfig) -> dict[str, Any]:
+    """The content of config.json."""
+    return config.settings() | getattr(task, "settings", {})
+
+
+class State:
+    """What a checkpoint holds: the module, its moving average, the optimizer and the number of samples seen.
+
+    scaler: of the loss, in fp16.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, scaler: Any = None) -> None:
+        self.module, self.scaler, self.samples = module, scaler, 0
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.average = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        self.optimizer = _optimizer(module, config)
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.average.items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        scales = {} if self.scaler is None else self.scaler.state_dict()
+        return tensors | {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scales.items()}
+
+    def load(self, folder: Path) -> None:
+        """Loads a checkpoint. Raises ValueError, and changes nothing, if it is damaged or of another model."""
+        own = {f"{part}.{name}": tuple(t.shape) for part in ("model", "ema") for name, t in self.average.items()}
+        samples, tensors = run.read_checkpoint(folder, own)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "scaler": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        moments = self._moments(parts["optimizer"], folder)
+        self.module.load_state_dict(parts["model"])
+        for name, tensor in parts["ema"].items():
+            self.average[name].copy_(tensor)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        if self.scaler is not None and parts["scaler"]:
+            now = self.scaler.state_dict()
+            self.scaler.load_state_dict({name: type(now[name])(x.item()) for name, x in parts["scaler"].items()})
+        self.samples = samples
+
+    def _moments(self, tensors: Mapping[str, Tensor], folder: Path) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's state, by the number of the parameter and the name of the moment."""
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, _, key = name.partition(".")
+            if not index.isdecimal() or int(index) >= len(trained):
+                raise ValueError(f"{folder} is damaged: optimizer.{name} is of no parameter")
+            if tensor.numel() > 1 and tensor.shape != trained[int(index)].shape:
+                raise ValueError(f"{folder} is damaged: optimizer.{name} has the shape of another parameter")
+            moments.setdefault(int(index), {})[key] = tensor
+        return moments
+
+    def resume(self, out: Path) -> list[str]:
+        """Loads the last sound checkpoint of a run, if it has any. Returns a note for each damaged one.
+
+        Raises ValueError if all are damaged.
+        """
+        faults: list[str] = []
+        for folder in reversed(run.checkpoints(out)):
+            try:
+                self.load(folder)
+            except ValueError as error:
+                faults.append(str(error))
+            else:
+                return [f"{fault}; going on from {folder.name}" for fault in faults]
+        if faults:
+            raise ValueError(faults[0])
+        return []
+
+    def with_average(self, call: Callable[[], object]) -> None:
+        """Calls while the module has the averaged weights."""
+        current = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+        try:
+            self.module.load_state_dict(self.average)
+            self.module.eval()
+            with torch.no_grad():
+                call()
+        finally:
+            self.module.load_state_dict(current)
+            self.module.train()
+
+
+def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([p for _, p in named], config.lr, betas=BETAS, weight_decay=config.weight_decay)
+    edges = getattr(module, "edges", ())
+    inner = {name for name, p in named if p.ndim > 1 and not any(edge in name for edge in edges)}
+    matrices, others = [p for name, p in named if name in inner], [p for name, p in named if name not in inner]
+    return Muon(matrices, others, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def load_average(module: nn.Module, out: Path) -> int:
+    """Fills module with the averaged weights of a run's last sound checkpoint. Returns its number of samples."""
+    state = State(module, TrainConfig())
+    state.resume(out)
+    if not run.checkpoints(out):
+        raise FileNotFoundError(f"{out} holds no checkpoint; train into it first")
+    module.load_state_dict(state.average)
+    return state.samples
