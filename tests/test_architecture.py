@@ -14,9 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import its own room and the floors below; rooms on one floor do not know each other.
 FLOORS = (
     {"config", "files", "package"},
-    {"contracts"},
+    {"contracts", "request"},
     {"diffusion", "models", "segmentation"},
-    {"request"},  # reads the names of solvers
     {"backends", "checkpoints", "images"},
     {"pipeline"},
     {"batch", "bench", "inspect", "training"},

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from sdlite.config import ScheduleConfig
 from sdlite.contracts import Conditioning, Noise, TextFeatures, Wrapper
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import SOLVERS, SolverEntry
 from sdlite.images import from_pil
 from sdlite.inspect import clean_latents, word_maps
 from sdlite.pipeline import About, Pipeline
-from sdlite.request import Request
+from sdlite.request import SOLVERS, Request, SolverEntry
 
 COLOURS = {"red": (204, 51, 51), "blue": (51, 51, 204), "": (102, 102, 102)}
 

@@ -12,9 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 
 import sdlite
 from sdlite import images
-from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.images import recipe
-from sdlite.request import Request
+from sdlite.request import SOLVERS, Request
 from tests.test_images import PLAIN, noise_picture, saved, texts
 
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # Automatic1111's re_param

@@ -23,9 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from sdlite.batch.parquet import parquet_rows
 from sdlite.batch.rows import MAX_CELLS, MAX_ROWS, Columns, Faults, Row, check_flat, column_of
-from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.files import csv_delimiter, parse_json
-from sdlite.request import Request
+from sdlite.request import SOLVERS, Request
 
 MAX_BYTES = 256 * 1024 * 1024  # of a file, and of all its text; a million prompts of 256 letters
 MAX_UTF16_BYTES = 64 * 1024 * 1024  # the whole file is held at once

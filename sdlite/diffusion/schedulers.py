@@ -11,8 +11,8 @@ from torch import Tensor
 from sdlite.config import Prediction, ScheduleConfig
 from sdlite.contracts import Noise
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import LCM_STEPS, SOLVERS
 from sdlite.diffusion.solvers import Settings
+from sdlite.request import LCM_STEPS, SOLVERS
 
 KARRAS_RHO = 7  # Karras et al. 2022, section 3: the steps get shorter towards the clean end
 KARRAS_MAX = 14.6146  # sigma of Stable Diffusion's last timestep, where its Karras schedules begin

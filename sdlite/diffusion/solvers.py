@@ -1,7 +1,7 @@
 """From noise to image, one step at a time.
 
 `ddim_step` and `ddpm_step` are the papers' formulas. `DDIM` and `DDPM` fix all pairs (t, t_prev) of a run beforehand
-and apply them. `solver_for` builds any solver of the table in solver_names.py. Noise is always an argument: `noise()`
+and apply them. `solver_for` builds any solver of the table in request.py. Noise is always an argument: `noise()`
 draws it and is called only by steps that need it.
 """
 
@@ -15,7 +15,7 @@ from sdlite.config import Prediction
 from sdlite.contracts import Noise, Solver
 from sdlite.diffusion.parameterization import add_noise, split_output
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solver_names import SOLVERS, SolverEntry
+from sdlite.request import SOLVERS, SolverEntry
 
 MIN_ABAR = 1e-12  # below it the image in x_t is beyond float32's digits
 

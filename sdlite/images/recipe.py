@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from sdlite.config import Prediction, Record
-from sdlite.diffusion.solver_names import SOLVERS
 from sdlite.files import parse_json
-from sdlite.request import Request
+from sdlite.request import SOLVERS, Request
 
 MAX_CHARS = 1024 * 1024  # of a text: two prompts of Request's length, every character escaped, and room
 MAX_NAME = 200  # characters of a model's name

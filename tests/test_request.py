@@ -8,8 +8,7 @@ from typing import get_args
 
 import pytest
 
-from sdlite.diffusion.solver_names import SOLVERS
-from sdlite.request import Request, SolverName
+from sdlite.request import SOLVERS, Request, SolverName
 from tests.references.diffusers_pipeline import SCHEDULERS
 
 PACKAGE = Path(__file__).parent.parent / "sdlite/diffusion/__init__.py"
