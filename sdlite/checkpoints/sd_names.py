@@ -29,21 +29,16 @@ EMA = "model_ema."
 MIN_EMA_KEYS = 100  # fewer are the counters of training, not weights
 
 # Other spellings of the prefixes: later Stability files (sgm), NovelAI's, and files with a VAE from elsewhere.
-SPELLINGS = (
-    (re.compile(r"conditioner\.embedders\.0\.(?=model\.|transformer\.)"), "cond_stage_model."),
-    (re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"), CLIP),
-    (re.compile(r"vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)"), CODEC),
-)
-# The codec's attention under diffusers' names, in original files that a converter renamed in part.
+SPELLINGS = {
+    r"^conditioner\.embedders\.0\.(?=model\.|transformer\.)": "cond_stage_model.",
+    r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)": CLIP,
+    r"^vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)": CODEC,
+}
+# The codec's attention: under diffusers' names also in original files that a converter renamed in part.
 CODEC_LEAF = re.compile(rf"({re.escape(CODEC)}(?:encoder|decoder)\.mid\.attn_1)\.(.+)\.(weight|bias)")
-OLD_CODEC_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # before diffusers 0.15
-
 CODEC_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
+OLD_LEAF = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(OLD_ATTENTION)})(?=\.\w+$)")
 
 # Regular expressions in our names and what the original code has there, applied in this order.
 UNET_RULES = {
@@ -106,23 +101,16 @@ UNUSED_PREFIXES = (EMA, "loss.", f"{CODEC}loss.", f"{CODEC}model_ema.")
 
 def canonical(key: str) -> str:
     """The key in this module's spelling."""
-    for spelling, replacement in SPELLINGS:
-        key = spelling.sub(replacement, key, count=1) if spelling.match(key) else key
+    key = _renamed(key, SPELLINGS)
     if leaf := CODEC_LEAF.fullmatch(key):
-        module = OLD_CODEC_ATTENTION.get(leaf[2], leaf[2])
+        module = OLD_ATTENTION.get(leaf[2], leaf[2])
         return f"{leaf[1]}.{CODEC_ATTENTION.get(module, module)}.{leaf[3]}"
     return key
 
 
 def modern_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     """A codec's weights in diffusers' layout, with the attention's names as they are since diffusers 0.15."""
-    renamed = {}
-    for name, value in weights.items():
-        where, _, rest = name.rpartition(".attentions.0.")
-        module, _, leaf = rest.rpartition(".")
-        new = OLD_CODEC_ATTENTION.get(module)
-        renamed[name if new is None else f"{where}.attentions.0.{new}.{leaf}"] = value
-    return renamed
+    return {OLD_LEAF.sub(lambda old: OLD_ATTENTION[old[0]], name): value for name, value in weights.items()}
 
 
 def is_unused(key: str, text_layers: int | None = None) -> bool:
@@ -154,7 +142,7 @@ def original_names(
     for name in codec:
         keys[CODEC + codec_key(name, stages)] = [f"codec.{name}"]
     for name in sorted(names.get("text", ()), key=_stack_order):
-        key = OPEN_CLIP + open_clip_key(name) if open_clip else CLIP + name
+        key = OPEN_CLIP + _renamed(name, OPEN_CLIP_RULES) if open_clip else CLIP + name
         keys.setdefault(key, []).append(f"text.{name}")
     return keys
 
@@ -194,11 +182,6 @@ def codec_key(name: str, stages: int) -> str:
     """decoder.up_blocks.0.resnets.1.conv1.weight -> decoder.up.3.block.1.conv1.weight"""
     renamed = _renamed(name, CODEC_RULES)
     return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{stages - 1 - int(match[1])}", renamed)
-
-
-def open_clip_key(name: str) -> str:
-    """encoder.layers.0.self_attn.q_proj.weight -> transformer.resblocks.0.attn.in_proj_weight"""
-    return _renamed(name, OPEN_CLIP_RULES)
 
 
 def original_shape(key: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -62,10 +62,10 @@ class Weights:
     unread: Mapping[str, str] = field(default_factory=dict)
 
 
-def from_files(where: Path | str, make: Callable[..., T], *arguments: Any) -> T:
-    """make(*arguments); a ValueError or a missing file becomes a CheckpointError of one line that names the place."""
+def from_files(where: Path | str, make: Callable[..., T], /, *arguments: Any, **fields: Any) -> T:
+    """make(...); a ValueError or a missing file becomes a CheckpointError of one line that names the place."""
     try:
-        return make(*arguments)
+        return make(*arguments, **fields)
     except (ValueError, FileNotFoundError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(text if str(where) in text else f"{where}: {text}") from None

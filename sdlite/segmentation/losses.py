@@ -45,9 +45,8 @@ def tversky_loss(
     Source: Salehi et al. 2017, eq. 3.
     """
     counted = _checked(logits, target, weight, ignore_index)
-    num_classes = logits.shape[1]
     p = _wide(logits).softmax(1) * counted[:, None]  # (B, K, ...)
-    truth = F.one_hot(torch.where(counted, target, 0), num_classes).movedim(-1, 1) * counted[:, None]  # (B, K, ...)
+    truth = F.one_hot(torch.where(counted, target, 0), p.shape[1]).movedim(-1, 1) * counted[:, None]  # (B, K, ...)
     others = [axis for axis in range(p.ndim) if axis != 1]
     hits, predicted, actual = (x.sum(others) for x in (p * truth, p, truth.to(p)))  # (K,) each
     index = hits / (hits + alpha * (predicted - hits) + beta * (actual - hits)).clamp(min=EPS)
@@ -95,9 +94,8 @@ def _wide(logits: Tensor) -> Tensor:
 def _checked(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> Tensor:
     """(B, ...) bool: which pixels count. Raises ValueError for shapes that do not fit."""
     if logits.ndim < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must be (B, K, ...) and (B, ...)"
-        )
+        shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes} must be (B, K, ...) and (B, ...)")
     num_classes = logits.shape[1]
     if weight is not None and weight.shape != (num_classes,):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; must be ({num_classes},), one for each class")
