@@ -63,8 +63,7 @@ def _read_file(path: Path) -> tuple[LatentCodec, list[str]]:
 
 
 def _file_config(path: Path, weights: Weights, default: CodecConfig) -> CodecConfig:
-    stated = stated_config(path, weights)
-    if stated is not None:
+    if (stated := stated_config(path, weights)) is not None:
         return stated.codec
     beside = path.with_name("config.json")
     kind = "AutoencoderKL" if isinstance(default, AutoencoderKLConfig) else "AutoencoderTiny"
