@@ -26,6 +26,7 @@ from typing import Any
 MAX_BRACKETS = 500_000  # of lists and objects, which take 20 to 50 times the memory of their text
 MAX_DEPTH = 64
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
+Hook = Callable[[str], None]
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errno of an OSError: the disk cannot be written
 SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\r?\n?', re.IGNORECASE)  # Excel reads it, and so people write it
 TEMPORARY = re.compile(r"\.(.+)-(\d{1,10})\.[0-9a-f]{16}\.(tmp|old)")  # host, process, kind
@@ -118,9 +119,7 @@ def _depth(value: Any) -> int:
 
 
 @contextmanager
-def atomic_file(
-    path: Path, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
-) -> Iterator[Path]:
+def atomic_file(path: Path, *, force: bool = False, reached: Hook = lambda point: None) -> Iterator[Path]:
     """Gives an empty temporary file of that name; when the block ends well, it becomes the file `path`.
 
     Missing folders are made. reached: called with "written", "synced" and "linked", for tests that end the process
@@ -146,9 +145,7 @@ def atomic_file(
         _sync(path.parent)
 
 
-def write_file(
-    path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
-) -> None:
+def write_file(path: Path, data: bytes, *, force: bool = False, reached: Hook = lambda point: None) -> None:
     """Writes the bytes with `atomic_file`."""
     with atomic_file(path, force=force, reached=reached) as temporary:
         temporary.write_bytes(data)

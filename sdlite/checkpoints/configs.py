@@ -260,10 +260,8 @@ def refuse_hooks(config: Config, where: str) -> None:
     for key, value in config.items():
         hook = key in ("auto_map", "trust_remote_code", "custom_pipelines") or "attn_implementation" in key
         if hook and not _is_inert_hook(key, value):
-            raise CheckpointError(
-                f"{where}: {key}={value!r:.80} asks for code of its own, which sdlite never runs; "
-                "remove the key if you trust the rest of the model"
-            )
+            way_out = "which sdlite never runs; remove the key if you trust the rest of the model"
+            raise CheckpointError(f"{where}: {key}={value!r:.80} asks for code of its own, {way_out}")
 
 
 def _is_inert_hook(key: str, value: Any) -> bool:
@@ -281,6 +279,5 @@ def _same_everywhere(found: Config, key: str, where: str) -> Any:
 
 
 def _unsupported(where: str, key: str, value: Any, allowed: Sequence[Any]) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: {key}={value!r:.200} is not supported; sdlite implements {', '.join(map(str, allowed))}"
-    )
+    known = ", ".join(map(str, allowed))
+    return CheckpointError(f"{where}: {key}={value!r:.200} is not supported; sdlite implements {known}")

@@ -22,16 +22,7 @@ from sdlite.checkpoints.pickles import open_pickles
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import modern_names
 from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
-from sdlite.checkpoints.weights import (
-    WAY_OUT,
-    Weights,
-    from_files,
-    open_safetensors,
-    open_sharded,
-    read_json,
-    write_json,
-    write_shards,
-)
+from sdlite.checkpoints.weights import WAY_OUT, Weights, from_files, open_weights, read_json, write_json, write_shards
 from sdlite.config import UNTRAINED_NOTE, CodecConfig, LoadOptions, ModelConfig
 from sdlite.files import atomic_folder, read_text
 from sdlite.models.codec import LatentCodec
@@ -177,7 +168,7 @@ def open_part(folder: Path, variant: str | None = None, *, stem: str = "", trust
     found = variants(folder, stem)
     for name in (variant, "", "fp16"):
         if name in found:
-            return open_sharded(found[name]) if found[name].suffix == ".json" else open_safetensors(found[name])
+            return open_weights(found[name])
     if found:
         raise CheckpointError(f"{folder} has its weights only as {', '.join(sorted(found))}; --variant picks one")
     if trust_pickle and (trusted := open_pickles(folder, stem, variant)) is not None:

@@ -48,11 +48,8 @@ def open_pickle(path: Path) -> Weights:
             raise CheckpointError(f"{path} has a tensor named {name!r:.80}")
         if not _is_plain(tensor):
             raise CheckpointError(f"{path}: {name} of shape {tuple(tensor.shape)} is more than the file holds")
-    return Weights(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {},
-        lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names},
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Weights(shapes, {}, lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names})
 
 
 def _is_packed(path: Path) -> bool:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdlite.config import DenoiserConfig, UNetConfig
+from sdlite.checkpoints.places import CheckpointError
+from sdlite.config import AutoencoderTinyConfig, DenoiserConfig, ModelConfig, UNetConfig
 
 Part = Literal["text", "denoiser", "codec"]
 
@@ -82,20 +83,15 @@ OPEN_CLIP_RULES = {
     r"self_attn\.[qkv]_proj\.": "attn.in_proj_",
 }
 
-DIFFUSION_BUFFERS = """
+MARKERS = ("v_pred", "ztsnr")
+UNUSED = f"""
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
     log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
     posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar lvlb_weights scale_factor
-"""
-MARKERS = ("v_pred", "ztsnr")
-UNUSED = {*DIFFUSION_BUFFERS.split(), *MARKERS, "denoiser.sigmas", "global_step"} | {
-    "cond_stage_model.logit_scale",
-    f"{CLIP}embeddings.position_ids",
-    f"{OPEN_CLIP}attn_mask",
-    f"{OPEN_CLIP}logit_scale",
-    f"{OPEN_CLIP}text_projection",
-    "cond_stage_model.transformer.text_projection.weight",
-}
+    {" ".join(MARKERS)} denoiser.sigmas global_step cond_stage_model.logit_scale {CLIP}embeddings.position_ids
+    {OPEN_CLIP}attn_mask {OPEN_CLIP}logit_scale {OPEN_CLIP}text_projection
+    cond_stage_model.transformer.text_projection.weight
+""".split()
 UNUSED_PREFIXES = (EMA, "loss.", f"{CODEC}loss.", f"{CODEC}model_ema.")
 
 
@@ -135,7 +131,7 @@ def original_names(
     """
     keys: dict[str, list[str]] = {}
     for name in names.get("denoiser", ()):
-        assert isinstance(denoiser, UNetConfig), "callers refuse a DiT"
+        assert isinstance(denoiser, UNetConfig), "check_layout refuses a DiT"
         keys[UNET + unet_key(name, denoiser)] = [f"denoiser.{name}"]
     codec = list(names.get("codec", ()))
     stages = len({name.split(".")[2] for name in codec if name.startswith("decoder.up_blocks.")})
@@ -145,6 +141,15 @@ def original_names(
         key = OPEN_CLIP + _renamed(name, OPEN_CLIP_RULES) if open_clip else CLIP + name
         keys.setdefault(key, []).append(f"text.{name}")
     return keys
+
+
+def check_layout(config: ModelConfig, has_codec: bool, where: str, verb: str) -> None:
+    """Raises CheckpointError for parts that the layout has no place for. has_codec: the codec is in the file."""
+    wrong = "a DiT" if not isinstance(config.denoiser, UNetConfig) else None
+    if has_codec and isinstance(config.codec, AutoencoderTinyConfig):
+        wrong = "an AutoencoderTiny"
+    if wrong is not None:
+        raise CheckpointError(f"{where}the original layout has no place for {wrong}; {verb} a folder")
 
 
 def _stack_order(name: str) -> int:

@@ -20,18 +20,7 @@ from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import CODEC, OPEN_CLIP, UNET, Part
 from sdlite.checkpoints.tokenizer import load_tokenizer
 from sdlite.checkpoints.weights import Weights, from_files, open_safetensors, read_json, write_safetensors
-from sdlite.config import (
-    UNTRAINED_NOTE,
-    AutoencoderTinyConfig,
-    CodecConfig,
-    DenoiserConfig,
-    DiTConfig,
-    LoadOptions,
-    ModelConfig,
-    Prediction,
-    sd15,
-    sd21,
-)
+from sdlite.config import UNTRAINED_NOTE, LoadOptions, ModelConfig, Prediction, sd15, sd21
 from sdlite.files import atomic_file, parse_json
 from sdlite.models.codec import LatentCodec
 
@@ -102,7 +91,7 @@ def read_single_file(
     )
     parts = from_files(path, empty_parts, found, from_files(path, load_tokenizer), path.stem, codec)
     modules = {part: module for part, module in parts.modules.items() if part != "codec" or codec is None}
-    _check_layout(found.denoiser, None if codec else found.codec, f"{path}: ", "use")
+    sd_names.check_layout(found, codec is None, f"{path}: ", "use")
     notes += fill_original(path, weights, keys, modules, found, ema)
     if weights.metadata.get(TITLE_KEY) == UNTRAINED:
         notes.append(UNTRAINED_NOTE)
@@ -117,7 +106,7 @@ def save_single_file(
     Raises CheckpointError for what the layout has no place for, FileExistsError if the file is there and not `force`,
     DiskFull.
     """
-    _check_layout(parts.config.denoiser, parts.config.codec, "", "save")
+    sd_names.check_layout(parts.config, True, "", "save")
     if parts.text.tokenizer.get_vocab() != load_tokenizer().get_vocab():
         raise CheckpointError("the original layout has no place for a tokenizer that is not CLIP's; save a folder")
     states = {part: module.state_dict() for part, module in parts.modules.items()}
@@ -130,13 +119,6 @@ def save_single_file(
         metadata[TITLE_KEY] = UNTRAINED
     with atomic_file(Path(path), force=force) as temporary:
         write_safetensors(temporary, tensors, dtype, **metadata)
-
-
-def _check_layout(denoiser: DenoiserConfig, codec: CodecConfig | None, where: str, verb: str) -> None:
-    """Raises CheckpointError for parts that the layout has no place for. codec: None if it is not of the file."""
-    tiny = "an AutoencoderTiny" if isinstance(codec, AutoencoderTinyConfig) else None
-    if wrong := tiny or ("a DiT" if isinstance(denoiser, DiTConfig) else None):
-        raise CheckpointError(f"{where}the original layout has no place for {wrong}; {verb} a folder")
 
 
 def fill_original(
@@ -209,10 +191,11 @@ def find_config(
     context = (0, *weights.shapes[projection])[-1] if projection else 0
     sizes = {768: sd15, 1024: sd21}
     if width != 320 or context not in sizes or channels not in (4, 9):
-        raise CheckpointError(
-            f"{path} has a UNet of width {width} for {channels} channels and text features of {context}, which is not "
-            "Stable Diffusion 1.x or 2.x (320; 4 or 9; 768 or 1024); load it in Python with its config"
+        found = f"has a UNet of width {width} for {channels} channels and text features of {context}"
+        way_out = (
+            "which is not Stable Diffusion 1.x or 2.x (320; 4 or 9; 768 or 1024); load it in Python with its config"
         )
+        raise CheckpointError(f"{path} {found}, {way_out}")
     return sizes[context](channels, "epsilon"), False, _schedule_notes(path, weights, keys)
 
 

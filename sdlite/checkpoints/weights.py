@@ -180,8 +180,10 @@ def finite(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def open_sharded(index: Path) -> Weights:
-    """The tensors of all files that a *.safetensors.index.json names. Raises CheckpointError."""
+def open_weights(index: Path) -> Weights:
+    """The tensors of all files that a *.safetensors.index.json names, or of one file. Raises CheckpointError."""
+    if index.suffix != ".json":
+        return open_safetensors(index)
     places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise CheckpointError(f"{index}: weight_map must map the names of tensors to files")

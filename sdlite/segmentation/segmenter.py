@@ -113,10 +113,8 @@ class Segmenter:
         segmenter = cls(network.eval().requires_grad_(False), config)
         size = segmenter.tiles.side**2 * 4 * max(config.network.base_width, config.network.num_classes)
         if size > MAX_MAP_BYTES:
-            raise ValueError(
-                f"{folder}: tile={config.tile} needs {size >> 20} MiB a feature map, and at most {MAX_MAP_BYTES >> 20} "
-                "are given; set a smaller tile in config.json"
-            )
+            limit = f"at most {MAX_MAP_BYTES >> 20} are given; set a smaller tile in config.json"
+            raise ValueError(f"{folder}: tile={config.tile} needs {size >> 20} MiB a feature map, and {limit}")
         return segmenter
 
     def save(self, folder: Path | str) -> None:
@@ -160,10 +158,9 @@ class Segmenter:
         places = product(range(0, height, step), range(0, width, step))
         count = -(-height // step) * -(-width // step)
         if count * side**2 > MAX_COMPUTED:
-            raise ValueError(
-                f"an image of {width} x {height} pixels is cut into {count:,} tiles of {side} x {side}, and more than "
-                f"{MAX_COMPUTED // side**2:,} would take hours; cut or shrink it"
-            )
+            limit = f"more than {MAX_COMPUTED // side**2:,} would take hours; cut or shrink it"
+            cut = f"is cut into {count:,} tiles of {side} x {side}"
+            raise ValueError(f"an image of {width} x {height} pixels {cut}, and {limit}")
         for number, (top, left) in enumerate(places, 1):
             rows = mirrored(top - margin, top - margin + side, height)
             columns = mirrored(left - margin, left - margin + side, width)
