@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sdlite.checkpoints import configs
-from sdlite.checkpoints.hub import PARTS, cache_folder
+from sdlite.checkpoints.hub import PARTS, STEMS, cache_folder
 from sdlite.checkpoints.parts import UNTRAINED, ModelParts, Renaming, empty_parts, fill, finished
 from sdlite.checkpoints.pickles import open_pickles
 from sdlite.checkpoints.places import CheckpointError
@@ -28,8 +28,6 @@ from sdlite.files import atomic_folder, read_text
 from sdlite.models.codec import LatentCodec
 from sdlite.models.text import saved_text_state_dict, text_state_dict
 
-WEIGHT_STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
-PART_STEMS = tuple(sorted(set(WEIGHT_STEMS.values())))  # how a part's own file begins
 MAX_SUMS_BYTES = 2**20
 
 
@@ -103,7 +101,7 @@ def save_folder(
             write_json(temporary / name, content)
         save_tokenizer(parts.text.tokenizer, temporary / "tokenizer")
         for part, tensors in weights.items():
-            write_shards(temporary / part, WEIGHT_STEMS[part], tensors, dtype, max_shard_size)
+            write_shards(temporary / part, STEMS[part], tensors, dtype, max_shard_size)
 
 
 def check_folder(folder: Path, allow_links: Sequence[str] = ()) -> None:
@@ -125,7 +123,7 @@ def _advice(folder: Path) -> str:
     snapshots = sorted(folder.glob("snapshots/*/model_index.json"), key=lambda path: path.stat().st_mtime)
     if snapshots:
         return f"; did you mean {snapshots[-1].parent}?"
-    inside = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(PART_STEMS)]
+    inside = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(tuple(STEMS.values()))]
     return f"; did you mean {inside[0]}?" if inside else ""
 
 
@@ -164,7 +162,7 @@ def open_part(folder: Path, variant: str | None = None, *, stem: str = "", trust
     A part that has no such variant gives its plain weights, as in diffusers: often the UNet alone has one. stem: how
     its files are named, if the folder's name does not say it. Raises CheckpointError.
     """
-    stem = stem or WEIGHT_STEMS[folder.name]
+    stem = stem or STEMS[folder.name]
     found = variants(folder, stem)
     for name in (variant, "", "fp16"):
         if name in found:
@@ -191,7 +189,7 @@ def variants(folder: Path, stem: str) -> dict[str, Path]:
 
 def _check_variant(folder: Path, parts: Iterable[str], variant: str) -> None:
     """Raises CheckpointError unless at least one of the parts has that variant."""
-    found = {name for part in parts for name in variants(folder / part, WEIGHT_STEMS[part])}
+    found = {name for part in parts for name in variants(folder / part, STEMS[part])}
     if variant not in found:
         known = ", ".join(sorted(found - {""})) or "none"
         raise CheckpointError(f"{folder} has no weights of variant {variant!r:.80}; it has: {known}")

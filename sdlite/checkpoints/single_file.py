@@ -98,13 +98,10 @@ def read_single_file(
     return finished(parts, notes + ([] if options.prediction else reasons))
 
 
-def save_single_file(
-    parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
-) -> None:
+def save_single_file(parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes a .safetensors file in the original layout, with the config in its metadata for sdlite.
 
-    Raises CheckpointError for what the layout has no place for, FileExistsError if the file is there and not `force`,
-    DiskFull.
+    Raises CheckpointError for what the layout has no place for, FileExistsError, DiskFull.
     """
     sd_names.check_layout(parts.config, True, "", "save")
     if parts.text.tokenizer.get_vocab() != load_tokenizer().get_vocab():
@@ -117,7 +114,7 @@ def save_single_file(
     metadata = {CONFIG_KEY: parts.config.model_dump_json(), PREDICTION_KEY: parts.config.denoiser.prediction}
     if parts.is_untrained:
         metadata[TITLE_KEY] = UNTRAINED
-    with atomic_file(Path(path), force=force) as temporary:
+    with atomic_file(Path(path)) as temporary:
         write_safetensors(temporary, tensors, dtype, **metadata)
 
 
@@ -192,10 +189,8 @@ def find_config(
     sizes = {768: sd15, 1024: sd21}
     if width != 320 or context not in sizes or channels not in (4, 9):
         found = f"has a UNet of width {width} for {channels} channels and text features of {context}"
-        way_out = (
-            "which is not Stable Diffusion 1.x or 2.x (320; 4 or 9; 768 or 1024); load it in Python with its config"
-        )
-        raise CheckpointError(f"{path} {found}, {way_out}")
+        sizes_known = "Stable Diffusion 1.x or 2.x (320; 4 or 9; 768 or 1024)"
+        raise CheckpointError(f"{path} {found}, which is not {sizes_known}; load it in Python with its config")
     return sizes[context](channels, "epsilon"), False, _schedule_notes(path, weights, keys)
 
 
@@ -213,15 +208,13 @@ def _schedule_notes(path: Path, weights: Weights, keys: Mapping[str, str]) -> li
     """Compares the file's noise schedule, where it has one, with Stable Diffusion's."""
     if "alphas_cumprod" not in keys:
         return []
-    try:
-        (found,) = weights.read([keys["alphas_cumprod"]]).values()
-    except CheckpointError:
-        return [f"{path.name}: its alphas_cumprod is damaged; Stable Diffusion's noise schedule is used"]
     sd1 = sd15().schedule
     betas = torch.linspace(sd1.beta_start**0.5, sd1.beta_end**0.5, sd1.num_train_steps, dtype=torch.float64) ** 2
     expected = (1 - betas).cumprod(0)
-    if found.shape == expected.shape and torch.allclose(found.double(), expected, atol=SCHEDULE_TOLERANCE, rtol=0):
-        return []
+    with suppress(CheckpointError):  # it is damaged
+        (found,) = weights.read([keys["alphas_cumprod"]]).values()
+        if found.shape == expected.shape and torch.allclose(found.double(), expected, atol=SCHEDULE_TOLERANCE, rtol=0):
+            return []
     return [f"{path.name}: its alphas_cumprod is not Stable Diffusion's noise schedule; sdlite uses Stable Diffusion's"]
 
 

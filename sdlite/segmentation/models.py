@@ -147,16 +147,12 @@ class SegmentationUNet(nn.Module):
         skips.pop()  # the bottom itself
         for up, merge in zip(self.up, self.merge, strict=True):
             h = up(h)  # (B, W0 2^i, 2h, 2w)
-            skip = _centre(skips.pop(), h.shape[-2:])  # the same
+            skip = skips.pop()  # (B, W0 2^i, 2h + 2 cut, 2w + 2 cut)
+            cut = (skip.shape[-1] - h.shape[-1]) // 2  # 0 with same padding
+            skip = skip[:, :, cut : cut + h.shape[-2], cut : cut + h.shape[-1]]  # its middle, as large as h
             h = merge(torch.cat([skip, h], dim=1))  # (B, 2 W0 2^i, 2h, 2w) to (B, W0 2^i, ...)
         logits = self.score(h)  # (B, K, h, w)
         return logits if self.valid else logits[:, :, :height, :width]  # (B, K, H', W')
-
-
-def _centre(h: Tensor, size: torch.Size) -> Tensor:
-    """The middle of (B, C, h, w), `size` large; all of it with same padding."""
-    top, left = (h.shape[-2] - size[0]) // 2, (h.shape[-1] - size[1]) // 2
-    return h[:, :, top : top + size[0], left : left + size[1]]
 
 
 def bilinear_upsampling(channels: int, factor: int) -> nn.ConvTranspose2d:

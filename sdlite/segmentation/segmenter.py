@@ -155,13 +155,12 @@ class Segmenter:
             return
         side, margin = self.tiles
         step = side - 2 * margin
-        places = product(range(0, height, step), range(0, width, step))
         count = -(-height // step) * -(-width // step)
         if count * side**2 > MAX_COMPUTED:
             limit = f"more than {MAX_COMPUTED // side**2:,} would take hours; cut or shrink it"
             cut = f"is cut into {count:,} tiles of {side} x {side}"
             raise ValueError(f"an image of {width} x {height} pixels {cut}, and {limit}")
-        for number, (top, left) in enumerate(places, 1):
+        for number, (top, left) in enumerate(product(range(0, height, step), range(0, width, step)), 1):
             rows = mirrored(top - margin, top - margin + side, height)
             columns = mirrored(left - margin, left - margin + side, width)
             tile = standardized(pixels[:, rows][:, :, columns], over)[None].to(device)  # (1, C, side, side)
