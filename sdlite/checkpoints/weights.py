@@ -120,8 +120,6 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         header = files.parse_json(text)
     except ValueError as error:
         raise ValueError(f"has a damaged header: {error}") from None
-    if not isinstance(header, dict):
-        raise ValueError("has a damaged header: not a JSON object")
     if len(header) > MAX_TENSORS:
         raise ValueError(f"has {len(header)} tensors, more than the {MAX_TENSORS} that any model needs")
     return header, size - 8 - length
