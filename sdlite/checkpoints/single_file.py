@@ -111,7 +111,9 @@ def save_single_file(parts: ModelParts, path: str | Path, *, dtype: torch.dtype 
     open_clip = parts.config.text.hidden_act == "gelu"  # which of the two the original code's text encoders have
     names = sd_names.original_names(states, parts.config.denoiser, open_clip)
     tensors = {key: sd_names.join(key, [ours[name] for name in sources]) for key, sources in names.items()}
-    metadata = {CONFIG_KEY: parts.config.model_dump_json(), PREDICTION_KEY: parts.config.denoiser.prediction}
+    one_each = getattr(parts.config.denoiser, "transformer_depth", (1,)) == (1,)  # version 0.1 does not know the field
+    config = parts.config.model_dump_json(exclude={"denoiser": {"transformer_depth"}} if one_each else None)
+    metadata = {CONFIG_KEY: config, PREDICTION_KEY: parts.config.denoiser.prediction}
     if parts.is_untrained:
         metadata[TITLE_KEY] = UNTRAINED
     with atomic_file(Path(path)) as temporary:
