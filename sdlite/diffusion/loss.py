@@ -4,8 +4,7 @@ from torch import Tensor
 
 from sdlite.config import Prediction
 from sdlite.contracts import Conditioning, Denoiser
-from sdlite.diffusion.parameterization import add_noise, training_target
-from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.schedule import Schedule, add_noise, training_target
 
 
 def min_snr_weight(abar_t: Tensor, prediction: Prediction, gamma: float = 5.0) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sdlite.config import Prediction
 from sdlite.contracts import Noise, Solver
-from sdlite.diffusion.parameterization import add_noise, split_output
-from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.schedule import Schedule, add_noise, split_output
 from sdlite.request import SOLVERS, SolverEntry
 
 MIN_ABAR = 1e-12  # below it the image in x_t is beyond float32's digits

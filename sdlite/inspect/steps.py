@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sdlite.contracts import Conditioning, Denoiser, Memory, Wrapper
-from sdlite.diffusion.guidance import guide, rescale_guidance
-from sdlite.diffusion.parameterization import split_output
+from sdlite.diffusion.sampling import guide, rescale_guidance
+from sdlite.diffusion.schedule import split_output
 from sdlite.models.dit import DiT
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline, Sources

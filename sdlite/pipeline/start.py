@@ -12,10 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdlite.contracts import Codec, Conditioning, Denoiser, Solver
-from sdlite.diffusion.guidance import Guided
-from sdlite.diffusion.inpainting import WithChannels, keep_known
-from sdlite.diffusion.noise import ImageNoise
-from sdlite.diffusion.sampling import Constrain, denoise
+from sdlite.diffusion.sampling import Constrain, Guided, ImageNoise, WithChannels, denoise, keep_known
 from sdlite.diffusion.solvers import solver_for
 from sdlite.images.pixels import Opened, from_pil, mask_from_pil
 from sdlite.pipeline.job import Job, Model
