@@ -12,7 +12,7 @@ from sdlite.diffusion.sampling import ImageNoise, denoise, keep_known
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.schedulers import DiffusersSolver, diffusers_scheduler
 from sdlite.diffusion.solvers import DDIM, DDPM, ddim_step, ddpm_step, solver_for
-from sdlite.pipeline.resolve import first_step
+from sdlite.pipeline.job import first_step
 from sdlite.request import Request
 from tests.references.closed_form import GaussianDenoiser, normal
 from tests.references.diffusers_pipeline import SCHEDULERS

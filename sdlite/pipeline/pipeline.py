@@ -17,29 +17,18 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sdlite.checkpoints.folder import save_folder
-from sdlite.checkpoints.load import load_model
+from sdlite.checkpoints.load import read_model
 from sdlite.checkpoints.parts import gathered
-from sdlite.checkpoints.places import SHIPPED
-from sdlite.config import Prediction
+from sdlite.config import LoadOptions, Prediction
 from sdlite.contracts import Codec, Denoiser, TextModel
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import Images
 from sdlite.images.pixels import Opened, pasted, to_pil
 from sdlite.images.recipe import metadata
-from sdlite.models.device import device_of, find_device, find_dtype
-from sdlite.pipeline.about import UNKNOWN, About
-from sdlite.pipeline.job import Finished, Job, Source, Sources, Step, batches, opened, opened_columns, spread
+from sdlite.pipeline.about import About, device_of, find_device, num_weights
+from sdlite.pipeline.job import Job, Source, Sources, batches, make_job, opened_columns, size_of, spread
 from sdlite.pipeline.progress import Progress, watched
-from sdlite.pipeline.resolve import (
-    first_step,
-    fitted_size,
-    make_job,
-    num_chunks,
-    num_evaluations,
-    remarks_on,
-    size_of,
-)
-from sdlite.pipeline.start import picture_of, sample
+from sdlite.pipeline.start import Finished, Step, picture_of, sample
 from sdlite.request import Request
 
 
@@ -50,13 +39,13 @@ class Pipeline:
     """
 
     def __init__(
-        self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About = UNKNOWN
+        self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About | None = None
     ) -> None:
         self.text = text
         self.denoiser = denoiser
         self.codec = codec
         self.schedule = schedule
-        self.about = about
+        self.about = about or About()
         self._measure()
 
     def _measure(self) -> None:
@@ -78,26 +67,18 @@ class Pipeline:
     ) -> Self:
         """Loads the model of a diffusers folder, an original single file or a hub id; None loads the one that ships.
 
-        "tiny", "tiny-dit", "sd15" and "sd21" are untrained models, unless a file or folder here has that name.
-        device: "auto" takes a GPU if there is one. dtype: for text encoder and denoiser; "auto" is float32 on a CPU and
-        float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or sdlite guesses.
-        variant: which weights of a folder, such as "fp16". vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use
-        instead of the model's. allow_links: links in a model's folder may lead into these folders.
+        "tiny", "tiny-dit", "sd15" and "sd21" are untrained models, unless a file or folder here has that name. The
+        others are the fields of `LoadOptions`. The codec runs in float32 whatever the dtype.
         Raises CheckpointError, a ValueError, with one line that names the file and what is wrong with it.
         """
+        files: dict[str, Any] = {"variant": variant, "vae": vae, "allow_links": tuple(allow_links)}
+        options = LoadOptions(**files, model=path, device=device, dtype=dtype, prediction=prediction)
         place = find_device(device)
-        kind = find_dtype(dtype, place)
-        parts = load_model(
-            SHIPPED if path is None else path, prediction=prediction, variant=variant, vae=vae, allow_links=allow_links
-        )
-        about = About(parts.name, parts.hash, tuple(parts.notes), parts.config.sample_size, str(kind)[len("torch.") :])
-        return cls(
-            parts.text.to(place, kind),
-            parts.denoiser.to(place, kind),
-            parts.codec.to(place),
-            Schedule(parts.config.schedule),
-            about=about,
-        )
+        precision = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "float16"
+        parts, kind = read_model(options), getattr(torch, precision)
+        about = About(parts.name, parts.hash, tuple(parts.notes), parts.config.sample_size, precision)
+        text, denoiser = parts.text.to(place, kind), parts.denoiser.to(place, kind)
+        return cls(text, denoiser, parts.codec.to(place), Schedule(parts.config.schedule), about=about)
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that this class and diffusers' StableDiffusionPipeline load (a DiT: this class only).
@@ -161,10 +142,18 @@ class Pipeline:
         return width * self.codec.factor, height * self.codec.factor
 
     def summary(self) -> dict[str, str]:
-        """The parts of the pipeline in words; repr and notebooks show it."""
+        """The pipeline in words, which repr and notebooks show. Parts without weights are left out."""
         parts = {"text": self.text, "denoiser": self.denoiser, "codec": self.codec}
-        draws = "{} x {} pixels, {}".format(*self.default_size, f"prediction {self.denoiser.prediction}")
-        return self.about.summary(parts, draws, self.device)
+        sizes = {name: num_weights(part) for name, part in parts.items()}
+        kinds = {name: type(part).__name__ for name, part in parts.items() if sizes[name]}
+        return {
+            "model": self.name or "unnamed",
+            **{name: f"{kind}, {sizes[name] / 1e6:.1f} million weights" for name, kind in kinds.items()},
+            "draws": "{} x {} pixels, prediction {}".format(*self.default_size, self.denoiser.prediction),
+            "device": str(self.device),
+            "sha256": self.model_hash[:10] or "none",
+            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
+        }
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(f'{name}: {value}' for name, value in self.summary().items())})"
@@ -323,23 +312,3 @@ class Pipeline:
         )
         picture.info.update(texts.items())
         return picture
-
-    def num_evaluations(self, request: Request) -> int:
-        """How many steps `draw` runs for a request. Raises ValueError if solver or text model cannot do it."""
-        return num_evaluations(self, request, first_step(request))
-
-    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Groups the indices of requests, with checksums for images, that may run together."""
-        jobs = []
-        for request in map(self.resolve, requests):
-            size, guided = (request.width or 0, request.height or 0), request.guidance_scale > 1
-            image, mask = (None if name is None else Opened(name, size) for name in (request.image, request.mask))
-            jobs.append(Job(request, size, image, mask, 0, 0, guided, num_chunks(self, request)))
-        return batches(jobs)
-
-    def remarks(self, request: Request, image: Any = None, mask: Any = None) -> list[str]:
-        """What the user should know about a request; see `Job.remarks`."""
-        given = None if image is None else Opened("", image.size)
-        area = None if mask is None else opened(mask, for_mask=True)
-        size = fitted_size(request, given and given.size, self.default_size, self.size_unit)
-        return list(remarks_on(request, given, area, size, self.default_size))

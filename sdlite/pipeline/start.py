@@ -5,17 +5,40 @@ the masked image's latents.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from sdlite.contracts import Codec, Conditioning, Denoiser, Solver
 from sdlite.diffusion.sampling import Constrain, Guided, ImageNoise, WithChannels, denoise, keep_known
 from sdlite.diffusion.solvers import solver_for
 from sdlite.images.pixels import Opened, from_pil, mask_from_pil
-from sdlite.pipeline.job import Job, Model
+from sdlite.pipeline.job import Job, Model, mask_cells
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch has run `step` of its `of` steps; step 0 comes before the first one. batch: indices of its jobs.
+
+    done, total: steps of all batches. latents: (B, C, H/f, W/f) after the step, for previews; None at step 0.
+    """
+
+    batch: list[int]
+    step: int
+    of: int
+    done: int
+    total: int
+    latents: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The image of jobs[index], with its metadata in `.info`."""
+
+    index: int
+    picture: Image
 
 
 def begin(
@@ -78,8 +101,3 @@ def conditioning(model: Model, jobs: Sequence[Job]) -> Conditioning:
     if jobs[0].guided:
         prompts = [job.request.negative_prompt for job in jobs] + prompts
     return Conditioning(*model.text.encode(prompts, clip_skip=jobs[0].request.clip_skip))
-
-
-def mask_cells(mask: Tensor, height: int, width: int) -> Tensor:
-    """(B, 1, H, W) in pixels to (B, 1, height, width) in latent cells, the nearest pixel of each, as diffusers does."""
-    return F.interpolate(mask, size=(height, width))
