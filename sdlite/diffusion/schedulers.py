@@ -11,8 +11,7 @@ from torch import Tensor
 from sdlite.config import Prediction, ScheduleConfig
 from sdlite.contracts import Noise
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solvers import Settings
-from sdlite.request import LCM_STEPS, SOLVERS
+from sdlite.request import LCM_STEPS, SOLVERS, Request
 
 KARRAS_RHO = 7  # Karras et al. 2022, section 3: the steps get shorter towards the clean end
 KARRAS_MAX = 14.6146  # sigma of Stable Diffusion's last timestep, where its Karras schedules begin
@@ -21,7 +20,7 @@ PURE_NOISE = 4096.0  # the sigma by which diffusers stands for infinity (abar 2*
 
 
 def scheduler_solver(
-    request: Settings, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
+    request: Request, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
 ) -> "DiffusersSolver":
     """A solver of diffusers; see `solver_for`. Raises ValueError for steps that lead past the schedule."""
     scheduler = diffusers_scheduler(request.solver, schedule.config, prediction)

@@ -200,12 +200,13 @@ def size_of(model: Model, request: Request, image: Opened | Image | None, mask: 
             f"width={width}, height={height}: to decode it takes {needed / 2**30:.1f} GiB of memory or more, and "
             f"{model.device} has {there / 2**30:.1f}; draw it smaller"
         )
-    white = isinstance(mask, Opened) and mask.picture is not None and mask_from_pil(mask.picture, size)
-    if white is not False and not mask_cells(white, height // factor, width // factor).any():
-        raise ValueError(
-            f"the white parts of the mask are too small to be redrawn at {width}x{height}; paint them larger than "
-            f"{factor} pixels"
-        )
+    if isinstance(mask, Opened) and mask.picture is not None:
+        white = mask_cells(mask_from_pil(mask.picture, size), height // factor, width // factor)
+        if not white.any():
+            raise ValueError(
+                f"the white parts of the mask are too small to be redrawn at {width}x{height}; paint them larger than "
+                f"{factor} pixels"
+            )
     return size
 
 
