@@ -42,19 +42,16 @@ class Finished:
 
 
 def begin(
-    jobs: Sequence[Job], solver: Solver, noise: ImageNoise, codec: Codec, denoiser: Denoiser, inpainting: bool
+    model: Model, jobs: Sequence[Job], solver: Solver, noise: ImageNoise
 ) -> tuple[Tensor, Denoiser, Constrain | None]:
-    """Latents (B, C, h, w) to start from, the denoiser to use, and what holds the known part of the image.
-
-    jobs: B that share a batch. inpainting: the denoiser takes mask and masked image as further channels.
-    """
-    first = jobs[0]
+    """Latents (B, C, h, w) to start from, the denoiser to use, and what holds the known part of the image."""
+    first, codec, denoiser = jobs[0], model.codec, model.denoiser
     if first.image is None:
         return noise.draw() * solver.initial_scale, denoiser, None
     size = (noise.shape[2] * codec.factor, noise.shape[1] * codec.factor)
     pixels = torch.cat([from_pil(picture_of(job.image), size) for job in jobs]).to(noise.device)
     from_noise = first.mask is not None and first.request.strength == 1
-    x_0 = torch.empty(0) if from_noise and inpainting else encode(codec, pixels, noise)  # (B, C, h, w)
+    x_0 = torch.empty(0) if from_noise and model.inpainting else encode(codec, pixels, noise)  # (B, C, h, w)
     eps = noise.draw()
     x = eps * solver.initial_scale if from_noise else solver.noised(x_0, eps, first.start)
     if first.mask is None:
@@ -62,7 +59,7 @@ def begin(
     mask = torch.cat([mask_from_pil(picture_of(job.mask), size) for job in jobs]).to(noise.device)
     cells = mask_cells(mask, *x.shape[-2:])  # (B, 1, h, w)
     masked = encode(codec, pixels * (mask < 0.5), noise)
-    if inpainting:
+    if model.inpainting:
         return x, WithChannels(denoiser, torch.cat([cells, masked], dim=1)), None
     return x, denoiser, keep_known(solver, x_0, eps, cells)
 
@@ -82,12 +79,11 @@ def encode(codec: Codec, pixels: Tensor, noise: ImageNoise) -> Tensor:
 @torch.no_grad()
 def sample(model: Model, jobs: Sequence[Job]) -> Iterator[Tensor]:
     """Yields the latents (B, C, h, w) of B jobs that share a batch, after every step."""
-    first, codec = jobs[0], model.codec
-    width, height = (side // codec.factor for side in first.size)
-    shape = (codec.latent_channels, height, width)
+    first, (width, height) = jobs[0], (side // model.codec.factor for side in jobs[0].size)
+    shape = (model.codec.latent_channels, height, width)
     noise = ImageNoise([job.request.seed for job in jobs], shape, model.device)
     solver = solver_for(first.request, model.schedule, model.denoiser.prediction, noise.generators, first.start)
-    x, denoiser, constrain = begin(jobs, solver, noise, codec, model.denoiser, model.inpainting)
+    x, denoiser, constrain = begin(model, jobs, solver, noise)
     if first.guided:
         columns = zip(*((job.request.guidance_scale, job.request.guidance_rescale) for job in jobs), strict=True)
         denoiser = Guided(denoiser, *(torch.tensor(c, device=model.device).view(-1, 1, 1, 1) for c in columns))
