@@ -565,8 +565,8 @@ def test_large_images_are_decoded_in_one_piece(codec, size):
 def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
     monkeypatch.setattr("sdlite.pipeline.job.total_memory", lambda _: 2**20)
     with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
-        sd1.resolve(Request(prompt="a", width=512, height=256))
-    assert sd1.resolve(Request(prompt="a")).width == 64
+        sd1.jobs(Request(prompt="a", width=512, height=256))
+    assert sd1.jobs(Request(prompt="a"))[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

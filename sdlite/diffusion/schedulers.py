@@ -74,10 +74,7 @@ class DiffusersSolver:
 
 
 def _drop_double_end(scheduler: Any) -> None:
-    """Rounding gives some trailing grids (61 steps of 1000) a timestep more, -1, which has the noise level of 0.
-
-    After a timestep 0 it would be a step of length 0, which some solvers divide by.
-    """
+    """Drops timestep -1 after 0: rounding adds it to some grids (61 of 1000), and solvers divide by its length, 0."""
     if len(scheduler.timesteps) > 1 and scheduler.timesteps[-1] < 0 and scheduler.timesteps[-2] == 0:
         scheduler.timesteps = scheduler.timesteps[:-1]
         if hasattr(scheduler, "sigmas"):
@@ -118,6 +115,5 @@ def diffusers_scheduler(solver: str, config: ScheduleConfig, prediction: Predict
         "original_inference_steps": min(LCM_STEPS, config.num_train_steps),
     }
     known = inspect.signature(scheduler).parameters
-    return scheduler(
-        **{key: value for key, value in fields.items() if key in known and value is not None}, **entry.options
-    )
+    given = {key: value for key, value in fields.items() if key in known and value is not None}
+    return scheduler(**given, **entry.options)

@@ -19,14 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdlite.files import write_file
-from sdlite.images.recipe import (
-    Foreign,
-    Recipe,
-    parse_a1111,
-    parse_recipe,
-    read_comment,
-    write_comment,
-)
+from sdlite.images.recipe import Foreign, Recipe, parse_a1111, parse_recipe, read_comment, write_comment
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of an image that is read: the largest that can be drawn, MAX_SIDE squared
@@ -209,9 +202,9 @@ def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
 
 
 def save_picture(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:
-    """Writes a PNG, JPEG or WebP whole or not at all, with the texts in image.info; replaces a file only with force.
+    """Writes a PNG, JPEG or WebP whole or not at all, with the texts in image.info, and the folders on the way.
 
-    Makes the folders on the way. Raises FileExistsError, DiskFull, or OSError as the system says.
+    Replaces a file only with force. Raises FileExistsError, DiskFull, or OSError as the system says.
     """
     kind = SUFFIXES.get(Path(path).suffix.lower(), "PNG")
     write_file(Path(path), picture_bytes(image, kind, with_metadata), force=force)
@@ -226,8 +219,8 @@ def save_numbered(
         try:
             save_picture(image, path, with_metadata=with_metadata)
             return path
-        except FileExistsError:  # another run took the number in the meantime
-            continue
+        except FileExistsError:
+            continue  # another run took the number in the meantime
 
 
 def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:

@@ -134,11 +134,7 @@ class DiT(nn.Module):
         self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
 
     def prepare(self, conditioning: Conditioning) -> tuple[KV, ...]:
-        """Projects the prompt to K and V for every block's cross-attention.
-
-        conditioning: its context (R, T, D_text), D_text = config.context_dim, is used. Raises ValueError for another
-        width.
-        """
+        """Projects the context (R, T, config.context_dim) to K and V for every block. ValueError for another width."""
         context = checked_context(conditioning, self.config.context_dim, "DiT")
         prompt = self.caption_projection(context.to(self.proj_out.weight.dtype))  # (B, T, D)
         return tuple(block.attn2.project_kv(prompt) for block in self.transformer_blocks if isinstance(block, Block))

@@ -100,7 +100,7 @@ def escaped(text: str) -> str:
 
 
 def _match_brackets(marks: Sequence[re.Match[str]]) -> tuple[dict[int, float | None], set[int]]:
-    """Where round brackets open, with the weight written for each (None: 1.1), and where they close: indices of marks."""
+    """Where round brackets open, each with its weight (None: 1.1), and where they close, as indices of marks."""
     factors: dict[int, float | None] = {}
     closing: set[int] = set()
     opened: list[int] = []

@@ -153,10 +153,7 @@ class UNetEncoder(nn.Module):
         self.mid_block = MiddleStage(config)
 
     def prepare(self, conditioning: Conditioning) -> UNetMemory:
-        """Projects the prompt to K and V for every cross-attention, in the order in which `forward` uses them.
-
-        Reads the context, (R, T, D). Raises ValueError unless D is config.context_dim.
-        """
+        """Projects the context (R, T, config.context_dim) to K and V in order of use. ValueError for other widths."""
         context = checked_context(conditioning, self.config.context_dim, "UNet").to(self.conv_in.weight.dtype)
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         kv = tuple(block.attn2.project_kv(context) for block in blocks)

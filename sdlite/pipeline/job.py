@@ -91,6 +91,9 @@ def opened(source: Source | Opened, *, for_mask: bool = False) -> Opened:
     """Opens an image or mask, unless it is opened already. Raises what `open_picture` raises."""
     if isinstance(source, Opened):
         return source
+    if not isinstance(source, Source):
+        name, found = "mask" if for_mask else "image", type(source).__name__
+        raise ValueError(f"{name} must be a PIL image, a file or its bytes, not {found}")
     return Opened.of(open_picture(source, for_mask=for_mask), for_mask=for_mask)
 
 
@@ -128,15 +131,11 @@ def spread(columns: dict[str, Any], num_images: int) -> tuple[list[Request], lis
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each of count prompts: those of a list, or one value for all. Checks that images are images."""
+    """One value for each of count prompts: those of a list, or one value for all."""
     several = isinstance(value, list | tuple) and not isinstance(value, Opened)
     values = list(value) if several else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one for each")
-    if name in ("image", "mask", "images", "masks"):
-        for source in values:
-            if source is not None and not isinstance(source, Source | Opened):
-                raise ValueError(f"{name} must be a PIL image, a file or its bytes, not {type(source).__name__}")
     return values
 
 

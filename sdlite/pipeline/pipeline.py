@@ -102,9 +102,8 @@ class Pipeline:
         fast = pipe.with_parts(denoiser=Faster(pipe.denoiser), about=replace(pipe.about, backend="faster"))
         """
         other = copy.copy(self)
-        for name, part in (("text", text), ("denoiser", denoiser), ("codec", codec), ("about", about)):
-            if part is not None:
-                setattr(other, name, part)
+        parts = {"text": text, "denoiser": denoiser, "codec": codec, "about": about}
+        vars(other).update({name: part for name, part in parts.items() if part is not None})
         other._measure()
         return other
 
@@ -176,9 +175,9 @@ class Pipeline:
         """Draws `num_images` images of every prompt, with seeds counting up from the prompt's seed.
 
         image: start from this image (img2img) and change it by `strength`; a PIL image, a file or its bytes. mask:
-        black-and-white image; white parts of `image` are redrawn (inpainting). progress: as for `generate`. fields:
-        those of Request. A list gives one value for each prompt. Warns if a prompt or an image may not be read as you
-        expect (`Job.remarks`). Raises ValueError with one line for a request that cannot be drawn.
+        black-and-white image; white parts of `image` are redrawn (inpainting). fields: those of Request. A list gives
+        one value for each prompt. Warns of prompts and images that may not be read as you expect (`Job.remarks`).
+        progress, errors: as for `generate`.
         """
         columns = {"prompt": prompt, "seed": seed, "image": image, "mask": mask} | fields
         jobs = self.jobs(*spread(columns, num_images))
@@ -216,8 +215,7 @@ class Pipeline:
     def jobs(self, requests: Request | Sequence[Request], images: Sources = None, masks: Sources = None) -> list[Job]:
         """Resolves requests against this model: what `draw` draws. Opens each image once.
 
-        images, masks: as for `generate`. Raises ValueError for a request that this model cannot draw and for images
-        that do not fit the requests.
+        images, masks: as for `generate`. Raises ValueError for requests that cannot be drawn or do not fit the images.
         """
         requests = [requests] if isinstance(requests, Request) else list(requests)
         if not requests:
@@ -283,10 +281,10 @@ class Pipeline:
         images: Sources = None,
         masks: Sources = None,
     ) -> list[Image]:
-        """Decodes final latents (B, C, H/f, W/f) to images, one after the other, each with its metadata in `.info`.
+        """Decodes final latents (B, C, H/f, W/f), one after the other, to images with their metadata in `.info`.
 
-        images, masks: as for `generate`; if a request's paste is true, the part of the image outside the mask is put
-        back. Raises FloatingPointError if an image is not finite.
+        images, masks: as for `generate`; where request.paste is true, the part outside the mask is put back. Raises
+        FloatingPointError if an image is not finite.
         """
         requests = [requests] if isinstance(requests, Request) else requests
         rows = zip(latents.chunk(len(latents)), requests, *opened_columns(images, masks, len(requests)), strict=True)
@@ -296,9 +294,8 @@ class Pipeline:
         """Latents (1, C, H/f, W/f) to an image with its metadata."""
         decoded = self.codec.decode(z.float())  # (1, 3, H, W)
         if not decoded.isfinite().all():
-            raise FloatingPointError(
-                f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
-            )
+            reason = "the image is not finite (inf or nan); try dtype float32 or another solver"
+            raise FloatingPointError(f"seed={request.seed}: {reason}")
         picture = to_pil(decoded)[0]
         paste = request.paste and image is not None and mask is not None
         if paste:
