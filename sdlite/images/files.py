@@ -144,14 +144,16 @@ def _damage(error: Exception) -> str:
 def read_texts(path: str | Path) -> dict[str, str]:
     """The "parameters" and "sdlite" texts of an image file, unchecked, whoever wrote them."""
     image = decoded(path)
-    texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
-    return texts or _exif_texts(image)
+    return _texts(image) or _exif_texts(image)
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    return {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
 
 
 def read_metadata(path: str | Path) -> Recipe:
     """What `metadata` wrote. Raises ValueError when there is none or it does not hold together."""
-    text = read_texts(path).get("sdlite")
-    if text is None:
+    if (text := read_texts(path).get("sdlite")) is None:
         raise ValueError(f"{path} holds no sdlite metadata (not drawn by sdlite, drawn with --no-metadata, or edited)")
     try:
         return parse_recipe(text)
@@ -187,8 +189,7 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
 
 def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
     """Options of PIL's `save` that write the texts in image.info into a file of that kind."""
-    texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
-    if not texts or kind not in QUALITY:
+    if not (texts := _texts(image)) or kind not in QUALITY:
         return {}
     if kind == "PNG":
         info = PngInfo()
