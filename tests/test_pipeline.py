@@ -19,7 +19,7 @@ from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleCo
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import About, Finished, Pipeline, Step
-from sdlite.pipeline.start import conditioning
+from sdlite.pipeline.run import conditioning
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 

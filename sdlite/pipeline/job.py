@@ -25,7 +25,7 @@ from sdlite.diffusion.solvers import solver_for
 from sdlite.images.files import open_picture
 from sdlite.images.pixels import Opened, mask_from_pil, mask_notes
 from sdlite.models.prompt import foreign_marks
-from sdlite.pipeline.about import total_memory
+from sdlite.pipeline.about import About, total_memory
 from sdlite.request import Request
 
 Source = Image | str | Path | bytes  # what `open_picture` reads
@@ -67,11 +67,10 @@ class Model(Protocol):
     denoiser: Denoiser
     codec: Codec
     schedule: Schedule
+    about: About
     inpainting: bool  # the denoiser also takes mask and masked image
     size_unit: int  # sides of images are multiples of it, in pixels
 
-    @property
-    def name(self) -> str: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -181,7 +180,9 @@ def _num_timesteps(settings: Request, schedule: Schedule, prediction: Prediction
 def size_of(model: Model, request: Request, image: Opened | Image | None, mask: object) -> tuple[int, int]:
     """(width, height) in pixels. Raises ValueError if this model cannot draw it."""
     if model.inpainting and mask is None:
-        raise ValueError(f"{model.name or 'this'} is an inpainting model, which only repaints: give image and mask")
+        raise ValueError(
+            f"{model.about.name or 'this'} is an inpainting model, which only repaints: give image and mask"
+        )
     size = fitted_size(request, None if image is None else image.size, model.default_size, model.size_unit)
     factor, unit = model.codec.factor, model.size_unit
     for name, side in zip(("width", "height"), size, strict=True):

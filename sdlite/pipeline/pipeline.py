@@ -23,12 +23,11 @@ from sdlite.config import LoadOptions, Prediction
 from sdlite.contracts import Codec, Denoiser, TextModel
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import Images
-from sdlite.images.pixels import Opened, pasted, to_pil
-from sdlite.images.recipe import metadata
+from sdlite.images.pixels import Opened
 from sdlite.pipeline.about import About, device_of, find_device, num_weights
 from sdlite.pipeline.job import Job, Source, Sources, batches, make_job, opened_columns, size_of, spread
 from sdlite.pipeline.progress import Progress, watched
-from sdlite.pipeline.start import Finished, Step, picture_of, sample
+from sdlite.pipeline.run import Finished, Step, finished, sample
 from sdlite.request import Request
 
 
@@ -258,7 +257,7 @@ class Pipeline:
             done += count
             assert latents is not None, "a run has at least one step"
             for i, job, z in zip(group, mine, latents.chunk(len(latents)), strict=True):
-                yield Finished(i, self._finish(z, job.request, job.image, job.mask))
+                yield Finished(i, finished(self, z, job.request, job.image, job.mask))
 
     def sample_latents(
         self, requests: Request | Sequence[Request], *, images: Sources = None, masks: Sources = None
@@ -288,24 +287,4 @@ class Pipeline:
         """
         requests = [requests] if isinstance(requests, Request) else requests
         rows = zip(latents.chunk(len(latents)), requests, *opened_columns(images, masks, len(requests)), strict=True)
-        return [self._finish(*row) for row in rows]
-
-    def _finish(self, z: Tensor, request: Request, image: Opened | None, mask: Opened | None) -> Image:
-        """Latents (1, C, H/f, W/f) to an image with its metadata."""
-        decoded = self.codec.decode(z.float())  # (1, 3, H, W)
-        if not decoded.isfinite().all():
-            reason = "the image is not finite (inf or nan); try dtype float32 or another solver"
-            raise FloatingPointError(f"seed={request.seed}: {reason}")
-        picture = to_pil(decoded)[0]
-        paste = request.paste and image is not None and mask is not None
-        if paste:
-            picture = pasted(picture, picture_of(image), picture_of(mask), request.mask_blur)
-        texts = metadata(
-            request.replace(paste=paste, width=picture.width, height=picture.height),
-            model=self.name,
-            model_hash=self.model_hash,
-            prediction=self.denoiser.prediction,
-            **self.about.bits,
-        )
-        picture.info.update(texts.items())
-        return picture
+        return [finished(self, *row) for row in rows]

@@ -1,4 +1,4 @@
-"""The run of a batch, and where it begins: at noise, or part of the way from noise to an image (img2img, inpainting).
+"""The run of a batch from where it begins, noise or part of the way from noise to an image, to images with metadata.
 
 Noise is drawn in diffusers' order, so that a seed gives the same image there: for the image's latents, for the run, for
 the masked image's latents.
@@ -14,8 +14,10 @@ from torch import Tensor
 from sdlite.contracts import Codec, Conditioning, Denoiser, Solver
 from sdlite.diffusion.sampling import Constrain, Guided, ImageNoise, WithChannels, denoise, keep_known
 from sdlite.diffusion.solvers import solver_for
-from sdlite.images.pixels import Opened, from_pil, mask_from_pil
+from sdlite.images.pixels import Opened, from_pil, mask_from_pil, pasted, to_pil
+from sdlite.images.recipe import metadata
 from sdlite.pipeline.job import Job, Model, mask_cells
+from sdlite.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,22 @@ def sample(model: Model, jobs: Sequence[Job]) -> Iterator[Tensor]:
         denoiser = Guided(denoiser, *(torch.tensor(c, device=model.device).view(-1, 1, 1, 1) for c in columns))
     memory = denoiser.prepare(conditioning(model, jobs))
     yield from denoise(denoiser, solver, x, memory, noise.draw, start=first.start, constrain=constrain)
+
+
+def finished(model: Model, z: Tensor, request: Request, image: Opened | None, mask: Opened | None) -> Image:
+    """Latents (1, C, h, w) to an image with its metadata. Raises FloatingPointError if it is not finite."""
+    decoded = model.codec.decode(z.float())  # (1, 3, H, W)
+    if not decoded.isfinite().all():
+        reason = "the image is not finite (inf or nan); try dtype float32 or another solver"
+        raise FloatingPointError(f"seed={request.seed}: {reason}")
+    picture = to_pil(decoded)[0]
+    paste = request.paste and image is not None and mask is not None
+    if paste:
+        picture = pasted(picture, picture_of(image), picture_of(mask), request.mask_blur)
+    drawn = request.replace(paste=paste, width=picture.width, height=picture.height)
+    facts = {"model": model.about.name, "model_hash": model.about.hash, **model.about.bits}
+    picture.info.update(metadata(drawn, prediction=model.denoiser.prediction, **facts).items())
+    return picture
 
 
 def conditioning(model: Model, jobs: Sequence[Job]) -> Conditioning:
