@@ -273,12 +273,7 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(
-        self,
-        latents: Tensor,
-        requests: Request | Sequence[Request],
-        *,
-        images: Sources = None,
-        masks: Sources = None,
+        self, latents: Tensor, requests: Request | Sequence[Request], *, images: Sources = None, masks: Sources = None
     ) -> list[Image]:
         """Decodes final latents (B, C, H/f, W/f), one after the other, to images with their metadata in `.info`.
 
