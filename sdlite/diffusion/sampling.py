@@ -68,8 +68,7 @@ def guide(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
 def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
     """Takes guided outputs part of the way back to the spread of cond (Lin et al. 2023, section 3.4, eq. 15 and 16).
 
-    guided, cond: (B, C, H, W). rescale: 0 changes nothing, 1 gives guided the standard deviation of cond. Lin et al.
-    use 0.7 with a zero terminal SNR.
+    guided, cond: (B, C, H, W). rescale: 0 changes nothing, 1 gives the standard deviation of cond; the paper uses 0.7.
     """
     tiny = torch.finfo(guided.dtype).tiny  # constant outputs, as of an untrained network, have no spread to divide by
     spread = cond.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=tiny)  # (B,)

@@ -47,8 +47,7 @@ def spaced_timesteps(num_train_steps: int, steps: int, spacing: str, offset: int
 
     "leading": multiples of num_train_steps // steps, plus offset; the usual grid of Stable Diffusion. "trailing": the
     ends of equal intervals, beginning at the last timestep; needed for a zero terminal SNR. "linspace": equal distances
-    from the first to the last timestep. Source: Lin et al. 2023, table 2. Raises ValueError if steps is not in
-    1..num_train_steps.
+    from the first to the last. Source: Lin et al. 2023, table 2. ValueError for steps not in 1..num_train_steps.
     """
     if not 1 <= steps <= num_train_steps:
         raise ValueError(f"steps={steps} must be from 1 to {num_train_steps}, the timesteps of the training schedule")

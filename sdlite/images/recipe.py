@@ -31,8 +31,7 @@ A1111_FEWEST = 3  # settings in a line, or it belongs to the prompt; also its ru
 class Recipe(Record):
     """All that an image records about itself. The request has its size filled in, and checksums for image and mask.
 
-    prediction: None where another program drew it, which does not say. backend: what computed the image, if that is not
-    PyTorch.
+    prediction: None where another program drew it, which does not say. backend: what computed it, if not PyTorch.
     """
 
     request: Request

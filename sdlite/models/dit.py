@@ -10,8 +10,7 @@ Chen et al. 2023, section 2.3): shift, scale and gate for the self-attention and
 its own table to them. Cross-attention has neither norm nor modulation.
 Attribute names are those of diffusers' PixArtTransformer2DModel: renaming an attribute breaks every file
 (tests/test_dit.py compares the keys).
-Letters: B batch, G prompts per image, C channels, H W latent cells, P patch side, L tokens (H/P * W/P), D token width,
-T text tokens.
+Letters: B batch, G prompts per image, C channels, H W latent cells, P patch side, L tokens, D width, T text tokens.
 """
 
 import torch

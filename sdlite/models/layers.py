@@ -82,8 +82,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour enlargement to a given size, then a convolution.
 
-    `size` is that of the next skip: twice the input's, or one less where Downsample rounded up. So every latent size
-    works, not only multiples of 2 ** stages.
+    `size` is that of the next skip: twice the input's, or one less where Downsample rounded up. So every size works.
     """
 
     def __init__(self, channels: int) -> None:

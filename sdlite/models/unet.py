@@ -35,8 +35,7 @@ TIME_FACTOR = 4  # width of the time vector over that of the first stage (CompVi
 class UNetMemory(NamedTuple):
     """What does not change between steps.
 
-    kv: K and V for every transformer block, in the order of use. vector: (R, E), or (1, E) for all rows, is added to
-    the time vector.
+    kv: K and V for every transformer block, in order of use. vector: (R or 1, E), is added to the time vector.
     """
 
     kv: tuple[KV, ...]

@@ -109,8 +109,7 @@ def opened_columns(images: Sources, masks: Sources, count: int) -> list[list[Ope
 def spread(columns: dict[str, Any], num_images: int) -> tuple[list[Request], list[Opened | None], list[Opened | None]]:
     """Requests, images and masks of a call such as pipe(["a", "b"], seed=[1, 2], steps=20).
 
-    columns: fields of Request, each one value or one for each prompt. num_images: for each prompt, with seeds that
-    count up. Raises ValueError.
+    columns: fields of Request, each one value or one per prompt. num_images: per prompt, with seeds that count up.
     """
     prompts = columns["prompt"]
     count = len(prompts) if isinstance(prompts, list | tuple) else 1

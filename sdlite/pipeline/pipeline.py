@@ -1,8 +1,7 @@
 """From requests to images: text model, denoiser and codec in the order of the README's data-flow line.
 
-A Pipeline holds the parts of a model and no seed. `jobs` resolves requests, and `draw` is the one loop that samples,
-decodes and finishes images. The noise of an image comes from its own seed, so the image does not depend on its batch,
-except for rounding.
+A Pipeline holds the parts of a model and no seed. `jobs` resolves requests, and `draw` is the one loop that draws them.
+The noise of an image comes from its own seed, so that the image does not depend on its batch, except for rounding.
 """
 
 import copy
@@ -32,10 +31,7 @@ from sdlite.request import Request
 
 
 class Pipeline:
-    """Text model, denoiser, codec and noise schedule, which draw images together.
-
-    Any objects with the methods of `sdlite.contracts` can be parts.
-    """
+    """Text model, denoiser, codec and noise schedule: any objects with the methods of `sdlite.contracts`."""
 
     def __init__(
         self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About | None = None
@@ -195,9 +191,8 @@ class Pipeline:
         """Draws one image for each request, in their order, each with its metadata in `.info`.
 
         images, masks: one image, file or None per request, for img2img and inpainting. progress: True shows a line with
-        the time left, None shows it in a terminal or notebook only; a function is called with the number of steps done
-        and the total. Raises ValueError with one line for a request that cannot be drawn, FloatingPointError if an
-        image is not finite.
+        the time left, None only in a terminal or notebook, False never; a function is called with the steps done and
+        the total. Raises ValueError with one line for a request that cannot be drawn, FloatingPointError if one is not finite.
         """
         return self._all(self.jobs(requests, images, masks), progress)
 

@@ -1,7 +1,6 @@
 """The run of a batch from where it begins, noise or part of the way from noise to an image, to images with metadata.
 
-Noise is drawn in diffusers' order, so that a seed gives the same image there: for the image's latents, for the run, for
-the masked image's latents.
+Noise is drawn in diffusers' order, so that seeds give the same images: for the image, the run, the masked image.
 """
 
 from collections.abc import Iterator, Sequence
