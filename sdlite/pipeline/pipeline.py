@@ -192,7 +192,7 @@ class Pipeline:
 
         images, masks: one image, file or None per request, for img2img and inpainting. progress: True shows a line with
         the time left, None only in a terminal or notebook, False never; a function is called with the steps done and
-        the total. Raises ValueError with one line for a request that cannot be drawn, FloatingPointError if one is not finite.
+        the total. Raises ValueError for a request that cannot be drawn, FloatingPointError for an infinite image.
         """
         return self._all(self.jobs(requests, images, masks), progress)
 
