@@ -18,8 +18,8 @@ from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import Part
 from sdlite.checkpoints.weights import FLOATS, Weights, from_files
 from sdlite.config import UNTRAINED_NOTE, ModelConfig, ScheduleConfig, Sides
+from sdlite.models import Network, network
 from sdlite.models.codec import LatentCodec
-from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
