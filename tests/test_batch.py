@@ -26,10 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from sdlite import batch, images
-from sdlite.batch import disk, drawer, local, manifest
+from sdlite.batch import drawer, local, manifest
 from sdlite.batch.drawer import Drawer, Result
-from sdlite.batch.parts import groups
-from sdlite.batch.plan import Item
+from sdlite.batch.plan import Item, groups
 from sdlite.batch.store import Store
 from sdlite.batch.workers import Processes, carried, spread
 from sdlite.config import ScheduleConfig
@@ -77,7 +76,7 @@ def complete(folder: Path, reference: Content) -> None:
     assert kept == {*reference, "run.json", "metadata.jsonl"}
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows] == sorted(reference)
-    assert all(row["sha256"] == disk.sha256(reference[row["file_name"]]) for row in rows)
+    assert all(row["sha256"] == manifest.sha256(reference[row["file_name"]]) for row in rows)
     check = batch.verify(folder)
     assert check.good == sorted(reference) and not (check.missing or check.corrupt or check.extra)
 

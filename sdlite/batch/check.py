@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from sdlite.batch.disk import read_file, sha256
+from sdlite.batch.manifest import read_file, sha256
 from sdlite.batch.names import checked
 from sdlite.batch.shards import DAMAGED, hash_of, members, stats_of
 from sdlite.batch.sheet import is_sheet
@@ -84,15 +85,13 @@ def _images(path: Path) -> Iterator[tuple[str, bytes | None]]:
 
 def _hash(path: Path) -> str:
     """SHA-256 of a file; empty for a link and for a file that cannot be read."""
-    try:
+    with suppress(OSError):
         return sha256(read_file(path))
-    except OSError:
-        return ""
+    return ""
 
 
 def _is_drawn_by(path: Path, model_hash: object) -> bool:
     """Whether an image that no manifest lists is whole and was drawn by the batch's model."""
-    try:
+    with suppress(ValueError, OSError):
         return not path.is_symlink() and read_metadata(path).model_hash == model_hash
-    except (ValueError, OSError):
-        return False
+    return False

@@ -1,13 +1,11 @@
 """A batch on this machine: requests checked, missing images drawn, the folder's index written.
 
-    prepare: options -> model -> plan     Batch.run: missing items -> groups -> Drawer here, or in workers -> index
-
-The same call again draws only the missing images, whatever ended the last one.
+prepare: options -> model -> plan     Batch.run: missing items -> groups -> Drawer here, or in workers -> index
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -18,11 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sdlite.batch.drawer import EXACT_BATCH, Drawer, Result, draw
-from sdlite.batch.keys import SCHEMA, model_facts
-from sdlite.batch.names import DEFAULT
-from sdlite.batch.options import Options
-from sdlite.batch.parts import groups, in_part, parse_part
-from sdlite.batch.plan import Item, Plan, Resolved, make_plan
+from sdlite.batch.names import DEFAULT, SCHEMA
+from sdlite.batch.plan import Item, Options, Plan, Resolved, groups, in_part, make_plan, parse_part
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
@@ -97,7 +92,8 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
         import_module("sdlite.batch.ray_runner")  # raises if Ray is missing
     if pipe is None:
         pipe = Pipeline.load(chosen.model, **chosen.keywords())
-    plan = make_plan(requests, chosen, resolve=partial(_resolve, pipe), model=model_facts(pipe, chosen.exact))
+    model = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact, **pipe.about.bits}
+    plan = make_plan(requests, chosen, resolve=partial(_resolve, pipe), model=model)
     mine = [item for item in plan.items if part is None or in_part(item, part)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
@@ -183,21 +179,22 @@ class Batch:
         first = next(groups(missing, self.size), None)
         if first is None:
             return Estimate(0, 0.0, 0)
+        start = perf_counter()
         with _threads(self.threads):
-            start = perf_counter()
-            sizes = [len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size)]
-            seconds = perf_counter() - start
-        per_work = seconds / sum(map(_work, first)) / self.options.workers
-        per_pixel = sum(sizes) / sum(map(_pixels, first))
-        return Estimate(
-            len(missing), per_work * sum(map(_work, missing)), round(per_pixel * sum(map(_pixels, missing)))
-        )
+            size = sum(len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size))
+        seconds = (perf_counter() - start) / self.options.workers
+        work, pixels = (sum(map(of, missing)) / sum(map(of, first)) for of in (_work, _pixels))
+        return Estimate(len(missing), seconds * work, round(size * pixels))
 
     def _results(self, items: Sequence[Item], halted: Callable[[], bool]) -> Iterator[Result]:
         handed = groups(items, self.size)
         if not items or (not self.options.on_ray and (self.options.workers == 1 or len(items) <= self.size)):
-            drawer = Drawer(self.pipe, self.store, self.size, self.options.exact)
-            yield from _here(drawer, handed, halted, self.threads)
+            with closing(Drawer(self.pipe, self.store, self.size, self.options.exact)) as drawer:
+                while not halted() and (group := next(handed, None)):
+                    with _threads(self.threads):
+                        drawer.submit(group)
+                    yield from drawer.results()
+                yield from drawer.results(wait=True)
             return
         count = min(self.options.workers, len(items))
         with self._team(count) as team:
@@ -206,7 +203,9 @@ class Batch:
 
     def _team(self, count: int) -> AbstractContextManager[Any]:
         """Where workers come from: processes of this machine, or actors of a Ray cluster."""
-        make = partial(_drawer, self._absolute(), self.store.root.absolute(), self.size)
+        model = self.options.model  # workers may run in another working folder
+        absolute = self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
+        make = partial(_drawer, absolute, self.store.root.absolute(), self.size)
         if not self.options.on_ray:
             return nullcontext(Processes(partial(make, threads=self.threads)))
         from sdlite.batch.ray_runner import cluster
@@ -214,11 +213,6 @@ class Batch:
         address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"
         threads = None if address and not self.options.exact else self.threads
         return cluster(make, address=address, count=count, threads=threads, on_gpu=on_gpu)
-
-    def _absolute(self) -> Options:
-        """Options that mean the same in another working folder."""
-        model = self.options.model
-        return self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
 
 
 def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opened | None) -> Resolved:
@@ -236,20 +230,6 @@ def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opene
 def _event(result: Result, file_name: str, done: int, total: int) -> Event:
     sha256, seconds = (result.entry.sha256, result.entry.seconds) if result.entry else (None, None)
     return Event(result.index, file_name, sha256, seconds, result.error, done, total)
-
-
-def _here(
-    drawer: Drawer, handed: Iterator[Sequence[Item]], halted: Callable[[], bool], threads: int
-) -> Iterator[Result]:
-    """Draws in this process."""
-    try:
-        while not halted() and (group := next(handed, None)):
-            with _threads(threads):
-                drawer.submit(group)
-            yield from drawer.results()
-        yield from drawer.results(wait=True)
-    finally:
-        drawer.close()
 
 
 def _drawer(options: Options, root: Path, size: int, number: int, threads: int) -> Drawer:

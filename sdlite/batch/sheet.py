@@ -1,7 +1,4 @@
-"""The contact sheet of a batch: images of a grid file under labelled axes, all others with their prompts.
-
-`sdlite.images.sheet` lays the images out.
-"""
+"""The contact sheet of a batch: images of a grid file under labelled axes, all others with their prompts."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -76,13 +73,11 @@ def _labels(axes: Mapping[str, Sequence[Any]], items: Sequence[Item]) -> tuple[s
     """
     if not axes or "num_images" in axes:
         return None
-    *others, (name, values) = axes.items()
-    rows = [
-        dict(zip((other for other, _ in others), chosen, strict=True))
-        for chosen in itertools.product(*(column for _, column in others))
-    ]
-    differing = [other for other, column in others if len(column) > 1] or [other for other, _ in others]
-    differing.sort(key=lambda other: other == "prompt")  # last: a long one would push out the rest
+    *others, name = axes
+    values = axes[name]
+    rows = [dict(zip(others, row, strict=True)) for row in itertools.product(*(axes[other] for other in others))]
+    differing = [other for other in others if len(axes[other]) > 1] or others
+    differing = sorted(differing, key=lambda other: other == "prompt")  # last: a long one would push out the rest
     down = [", ".join(f"{row[n]}" if n == "prompt" else f"{n} {row[n]}" for n in differing) for row in rows]
     each = len(items) // (len(rows) * len(values))
     return f"{name}:", down, [f"{value} #{k + 1}" if each > 1 else f"{value}" for value in values for k in range(each)]

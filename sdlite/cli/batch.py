@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdlite.batch.options import Options
+from sdlite.batch.plan import Options
 from sdlite.batch.rows import Repeated
 from sdlite.checkpoints.places import SHIPPED
 from sdlite.cli.app import DISK_FULL, INTERRUPTED, WRONG_INPUT, AsJson, Quiet, Threads, app, examples
