@@ -106,23 +106,21 @@ class Drawer:
     def _drawn(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
         """Each item with its image or the reason of its failure: a batch that fails is drawn again one by one.
 
-        Whatever a library raises for one item fails that item only.
+        Whatever a library raises for one item fails that item only. When memory runs out, batches of half the size are
+        drawn, once; then, and with `exact`, their items fail.
         """
+        step = 1
         try:
             return list(zip(items, draw(self.pipe, items, size), strict=True))
         except Exception as error:
             if _is_out_of_memory(error):
-                return self._halved(items, size)
-            if len(items) == 1:
+                if self.exact or size < self.size or size == 1:
+                    return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
+                step = size = size // 2
+            elif len(items) == 1:
                 return [(items[0], reason(error))]
-        return [pair for item in items for pair in self._drawn([item], size)]
-
-    def _halved(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
-        """The items drawn in batches of half the size, once; then, and with `exact`, they fail."""
-        half = size // 2
-        if self.exact or size < self.size or not half:
-            return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
-        return [pair for first in range(0, len(items), half) for pair in self._drawn(items[first : first + half], half)]
+        starts = range(0, len(items), step)
+        return [pair for first in starts for pair in self._drawn(items[first : first + step], size)]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

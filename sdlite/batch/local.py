@@ -21,14 +21,12 @@ from sdlite.batch.plan import Item, Options, Plan, Resolved, groups, in_part, ma
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Processes, spread
+from sdlite.batch.workers import Process, Worker, spread
 from sdlite.images.files import png_bytes
 from sdlite.images.pixels import Opened
 from sdlite.images.recipe import versions
 from sdlite.pipeline import Pipeline
 from sdlite.request import Request
-
-FORMER = {"shard": "part"}  # former names of options
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,8 @@ def run(
 
 def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = None, **options: Any) -> "Batch":
     """Loads the model and checks everything; writes nothing. See `run`."""
-    chosen = Options(**{FORMER.get(name, name): value for name, value in options.items()})
+    former = {"part": options.pop("shard")} if "shard" in options else {}  # the option's former name
+    chosen = Options(**options, **former)
     part = None if chosen.part is None else parse_part(chosen.part)
     if pipe is not None and (chosen.workers > 1 or chosen.on_ray):
         raise ValueError("workers and actors load the model by its name; give model instead of pipe")
@@ -183,8 +182,9 @@ class Batch:
         with _threads(self.threads):
             size = sum(len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size))
         seconds = (perf_counter() - start) / self.options.workers
-        work, pixels = (sum(map(of, missing)) / sum(map(of, first)) for of in (_work, _pixels))
-        return Estimate(len(missing), seconds * work, round(size * pixels))
+        pixels = sum(item.pixels for item in missing) / sum(item.pixels for item in first)
+        work, measured = (sum(item.pixels * item.request.steps for item in some) for some in (missing, first))
+        return Estimate(len(missing), seconds * work / measured, round(size * pixels))
 
     def _results(self, items: Sequence[Item], halted: Callable[[], bool]) -> Iterator[Result]:
         handed = groups(items, self.size)
@@ -197,17 +197,17 @@ class Batch:
                 yield from drawer.results(wait=True)
             return
         count = min(self.options.workers, len(items))
-        with self._team(count) as team:
-            for results in spread(team, handed, count, halted):
+        with self._workers(count) as start:
+            for results in spread(start, handed, count, halted):
                 yield from results
 
-    def _team(self, count: int) -> AbstractContextManager[Any]:
-        """Where workers come from: processes of this machine, or actors of a Ray cluster."""
+    def _workers(self, count: int) -> AbstractContextManager[Callable[[int], Worker]]:
+        """Starts workers: processes of this machine, or actors of a Ray cluster."""
         model = self.options.model  # workers may run in another working folder
         absolute = self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
         make = partial(_drawer, absolute, self.store.root.absolute(), self.size)
         if not self.options.on_ray:
-            return nullcontext(Processes(partial(make, threads=self.threads)))
+            return nullcontext(partial(Process, partial(make, threads=self.threads)))
         from sdlite.batch.ray_runner import cluster
 
         address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"
@@ -254,11 +254,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _pixels(item: Item) -> int:
-    return (item.request.width or 0) * (item.request.height or 0)
-
-
-def _work(item: Item) -> int:
-    return item.request.steps * _pixels(item)

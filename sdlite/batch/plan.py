@@ -81,6 +81,10 @@ class Item:
     image: Path | None = None
     mask: Path | None = None
 
+    @property
+    def pixels(self) -> int:
+        return (self.request.width or 0) * (self.request.height or 0)
+
 
 class Plan(NamedTuple):
     """Items in the order of the output. axes: of a grid file, the last varying fastest. notes: for the user."""

@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,12 +29,17 @@ ANSWER_SECONDS = 10.0  # of a cluster's head
 STORE_BYTES = 80 * 1024 * 1024  # of Ray's own object store, near its minimum: no image passes through it
 
 
-@dataclass(eq=False)
 class Actor:
-    """A RemoteDrawer of the cluster, as its driver sees it. pending: its next answer."""
+    """A worker on the cluster, as its driver sees it. kind: of Ray's actors. pending: the worker's next answer."""
 
-    handle: Any
-    pending: Any
+    def __init__(self, kind: Any, make_drawer: Callable[[int], Drawer], number: int) -> None:
+        self.handle = kind.remote(make_drawer, number)
+        self.send([])
+
+    @staticmethod
+    def wait(workers: Sequence["Actor"]) -> Sequence["Actor"]:
+        ready, _ = ray.wait([worker.pending for worker in workers])
+        return [worker for worker in workers if worker.pending in ready]
 
     def send(self, group: Sequence[Item] | None) -> None:
         self.pending = self.handle.draw.remote(group)
@@ -50,27 +54,11 @@ class Actor:
         ray.kill(self.handle)
 
 
-class Actors:
-    """Starts actors. resources: what each takes of the cluster."""
-
-    def __init__(self, make_drawer: Callable[[int], Drawer], resources: dict[str, float]) -> None:
-        self.make_drawer = make_drawer
-        self.kind = ray.remote(**resources, max_restarts=0, max_task_retries=0)(RemoteDrawer)
-
-    def start(self, number: int) -> Actor:
-        handle = self.kind.remote(self.make_drawer, number)
-        return Actor(handle, handle.draw.remote([]))
-
-    def wait(self, workers: Sequence[Actor]) -> Sequence[Actor]:
-        ready, _ = ray.wait([worker.pending for worker in workers])
-        return [worker for worker in workers if worker.pending in ready]
-
-
 @contextmanager
 def cluster(
     make_drawer: Callable[..., Drawer], *, address: str | None, count: int, threads: int | None, on_gpu: bool
-) -> Iterator[Actors]:
-    """Actors on the cluster at an address, or on one of this machine that ends with them.
+) -> Iterator[Callable[[int], Actor]]:
+    """Starts actors on the cluster at an address, or on one of this machine that ends with them.
 
     make_drawer: called with a number and `threads`. threads: None shares out the cluster's cores. Raises ValueError if
     the cluster cannot be reached or has no room for `count` actors.
@@ -80,11 +68,13 @@ def cluster(
         _connect(address, count * (threads or 1))
     try:
         cores = threads or _share(count)
-        kind, needed = ("GPU", count) if on_gpu else ("CPU", count * cores)
-        there = int(ray.cluster_resources().get(kind, 0))
+        unit, needed = ("GPU", count) if on_gpu else ("CPU", count * cores)
+        there = int(ray.cluster_resources().get(unit, 0))
         if there < needed:
-            raise ValueError(f"workers={count} need {needed} {kind}s, the cluster has {there}; give fewer --workers")
-        yield Actors(partial(make_drawer, threads=cores), {"num_gpus": 1} if on_gpu else {"num_cpus": cores})
+            raise ValueError(f"workers={count} need {needed} {unit}s, the cluster has {there}; give fewer --workers")
+        resources = {"num_gpus": 1} if on_gpu else {"num_cpus": cores}
+        kind = ray.remote(**resources, max_restarts=0, max_task_retries=0)(RemoteDrawer)
+        yield partial(Actor, kind, partial(make_drawer, threads=cores))
     finally:
         if ours:
             ray.shutdown()

@@ -28,7 +28,6 @@ SHARD = 10_000  # images; four digits of a stem
 MEMBERS = 3 * SHARD  # of a tar file
 ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # from odd JSON or headers
 DAMAGED = (tarfile.TarError, EOFError, *ODD)
-LOCK = ".lock"
 Row = dict[str, Any]  # the JSON of an image
 
 
@@ -97,7 +96,7 @@ class Shards:
             return
         import fcntl
 
-        handle = os.open(self.loose / LOCK, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
+        handle = os.open(self.loose / ".lock", os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

@@ -52,9 +52,8 @@ class Store:
         """Makes the folder, or finds it made by the same settings. Raises ValueError naming each that differs."""
         with guarded(self.root):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.root / RUN).exists():
-                with suppress(FileExistsError):  # another process was first; it is compared like any other
-                    self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
+            with suppress(FileExistsError):  # by another process or run; it is compared
+                self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
         found = read_settings(self.root)
         if not found.get("exact"):
             found.pop("compute_batch", None)  # folders of earlier versions have it

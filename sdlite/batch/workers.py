@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from sdlite.batch.drawer import Drawer, Result
@@ -30,18 +29,16 @@ class Gone(Exception):
 
 
 class Worker(Protocol):
-    """A RemoteDrawer in another process. It first answers [], and then every group. send and receive raise Gone."""
+    """A RemoteDrawer in another process. It first answers [], and then every group. send and receive raise Gone.
+
+    wait: gives those of several workers that have an answer, at least one.
+    """
 
     def send(self, group: Sequence[Item] | None) -> None: ...
     def receive(self) -> Answer: ...
     def stop(self) -> None: ...
-
-
-class Team(Protocol):
-    """Where workers come from. wait: those that have an answer, at least one."""
-
-    def start(self, number: int) -> Any: ...
-    def wait(self, workers: Sequence[Any]) -> Sequence[Any]: ...
+    @staticmethod
+    def wait(workers: Sequence[Any]) -> Sequence[Any]: ...
 
 
 class RemoteDrawer:
@@ -89,19 +86,19 @@ class _Hand:
 
 
 def spread(
-    team: Team, groups: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
+    start: Callable[[int], Worker], groups: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
 ) -> Iterator[list[Result]]:
     """Results of all groups, drawn by `count` workers; no more are handed out once `halted`.
 
-    Raises what a worker raised, and RuntimeError if workers die before they draw.
+    start: of a worker, by number. Raises what a worker raised, and RuntimeError if workers die before they draw.
     """
     rest, again = iter(groups), deque[Sequence[Item]]()
     deaths: Counter[int] = Counter()
     lost_starts = 0
-    hands = [_Hand(team.start(number), number) for number in range(count)]
+    hands = [_Hand(start(number), number) for number in range(count)]
     try:
         while hands:
-            ready = team.wait([hand.worker for hand in hands])
+            ready = hands[0].worker.wait([hand.worker for hand in hands])
             for hand in [hand for hand in hands if hand.worker in ready]:
                 try:
                     yield hand.results()
@@ -126,35 +123,26 @@ def spread(
                         if deaths[index] >= MAX_TRIES
                     ]
                     again += [[item] for index, item in hand.items.items() if deaths[index] < MAX_TRIES]
-                    hands.append(_Hand(team.start(hand.number), hand.number))
+                    hands.append(_Hand(start(hand.number), hand.number))
     finally:
         for hand in hands:
             hand.worker.stop()
 
 
-@dataclass
-class Processes:
-    """Workers on this machine. make_drawer: called in each process, with its number; it must be picklable."""
+class Process:
+    """A worker on this machine. make_drawer: called in the process, with the worker's number; it must be picklable."""
 
-    make_drawer: Callable[[int], Drawer]
-
-    def start(self, number: int) -> "Process":
+    def __init__(self, make_drawer: Callable[[int], Drawer], number: int) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self.make_drawer, number, theirs), daemon=True)
-        process.start()
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_work, args=(make_drawer, number, theirs), daemon=True)
+        self.process.start()
         theirs.close()
-        return Process(process, ours)
 
-    def wait(self, workers: Sequence["Process"]) -> Sequence["Process"]:
+    @staticmethod
+    def wait(workers: Sequence["Process"]) -> Sequence["Process"]:
         ready = wait([worker.pipe for worker in workers])
         return [worker for worker in workers if worker.pipe in ready]
-
-
-@dataclass(eq=False)
-class Process:
-    process: BaseProcess
-    pipe: "Connection[Any, Any]"
 
     def send(self, group: Sequence[Item] | None) -> None:
         try:
