@@ -519,6 +519,7 @@ def test_an_error_reaches_another_process():
 @pytest.mark.slow
 def test_what_kills_its_process_fails_after_three():
     items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
+    start = functools.partial(Process, dies_on)
     results = [r for some in spread(start, [items[:2], items[2:]], 1, lambda: False) for r in some]
     assert sorted(result.index for result in results) == [0, 1, 2, 3]
     assert [(result.index, result.error) for result in results if result.error] == [
