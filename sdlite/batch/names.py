@@ -70,10 +70,8 @@ def fill(template: Template, request: Request, **given: int | str) -> str:
     """The file name of an item, checked. request: with its size filled in. Raises ValueError for an unsafe name."""
     pieces = []
     for literal, field, size in template:
-        pieces.append(literal)
-        if field is not None:
-            value = str(given[field] if field in given else _value(request, field))
-            pieces.append(value.zfill(size) if field in NUMBERS else value[: size or None])
+        value = "" if field is None else str(given[field] if field in given else _value(request, field))
+        pieces += [literal, value.zfill(size) if field in NUMBERS else value[: size or None]]
     return checked("".join(pieces))
 
 

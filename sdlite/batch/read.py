@@ -17,6 +17,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -153,22 +154,23 @@ def _is_header(line: str) -> bool:
     return "prompt" in plain.values() and all(plain[name] in Request.model_fields or " " not in name for name in plain)
 
 
-def _prompts(lines: Lines, faults: Faults) -> Iterator[Row]:
+def _by_line(columns_of: Callable[[str, int, Faults], Columns], lines: Lines, faults: Faults) -> Iterator[Row]:
+    """A row of each line that is not blank."""
     for number, line in lines:
-        if "\r" in line.strip():
-            faults.add(number, "there is a carriage return inside the line; end lines with a newline")
-        elif line.strip():
-            try:
-                yield Row(number, _with_options(line.strip(), number, faults))
-            except ValueError as error:
-                faults.add(number, error)
+        try:
+            if line.strip():
+                yield Row(number, columns_of(line.strip(), number, faults))
+        except ValueError as error:
+            faults.add(number, error)
 
 
-def _with_options(line: str, number: int, faults: Faults) -> Columns:
+def _prompt(line: str, number: int, faults: Faults) -> Columns:
     """A prompt and the options behind it, or options of which one is --prompt (Automatic1111). Raises ValueError.
 
     A line with an unknown option is a prompt as a whole, with a note.
     """
+    if "\r" in line:
+        raise ValueError("there is a carriage return inside the line; end lines with a newline")
     text, *rest = OPTION.split(line)
     pairs = list(zip(rest[::2], map(_unquoted, rest[1::2]), strict=True))
     unknown = next((f"--{name}" for name, _ in pairs if name not in OPTIONS), None)
@@ -191,15 +193,6 @@ def _with_options(line: str, number: int, faults: Faults) -> Columns:
 def _unquoted(value: str) -> str:
     value = value.strip()
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
-
-
-def _jsonl(lines: Lines, faults: Faults) -> Iterator[Row]:
-    for number, line in lines:
-        try:
-            if line.strip():
-                yield Row(number, _object(line))
-        except ValueError as error:
-            faults.add(number, error)
 
 
 def _csv(lines: Lines, faults: Faults) -> Iterator[Row]:
@@ -225,6 +218,8 @@ def _csv(lines: Lines, faults: Faults) -> Iterator[Row]:
 
 
 Reader = Callable[[Lines, Faults], Iterator[Row]]
+_prompts: Reader = partial(_by_line, _prompt)
+_jsonl: Reader = partial(_by_line, lambda line, *_: _object(line))
 READERS: dict[str, Reader] = {".txt": _by_first_line, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}
 
 

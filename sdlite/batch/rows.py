@@ -76,8 +76,8 @@ class Faults:
 
     def check(self) -> None:
         """Raises ValueError if there was any fault."""
+        more = [f"and {self.count - SHOWN_FAULTS} more"] if self.count > SHOWN_FAULTS else []
         if self.count:
-            more = [f"and {self.count - SHOWN_FAULTS} more"] if self.count > SHOWN_FAULTS else []
             raise ValueError("\n".join(self.lines + more))
 
 

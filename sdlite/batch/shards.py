@@ -49,8 +49,8 @@ class Shards:
     def paths(self) -> list[Path]:
         return sorted(path for path in self.root.glob("[0-9]" * 5 + ".tar") if not path.is_symlink())
 
-    def path_of(self, number: int) -> Path:
-        return self.root / f"{number:05}.tar"
+    def path_of(self, index: int) -> Path:
+        return self.root / f"{shard_of(index):05}.tar"
 
     def rows(self) -> dict[str, Row]:
         """The JSON of every packed image, by its stem. Raises ValueError for a damaged shard."""
@@ -61,12 +61,11 @@ class Shards:
                 self._read[path] = stamp, _rows(path)
         return {row["key"]: row for path in self.paths() for row in self._read[path][1]}
 
-    def write(self, number: int, rows: Iterable[Row]) -> None:
+    def write(self, path: Path, rows: Iterable[Row]) -> None:
         """Packs loose images together with those that the shard holds already; these stay as they are.
 
         Raises ValueError for an image whose bytes are not those of its row.
         """
-        path = self.path_of(number)
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
         samples = sorted(({row["key"]: row for row in rows} | held).items())
         with atomic_file(path, force=True) as making, making.open("w+b") as file, closing(members(path)) as old:

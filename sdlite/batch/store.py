@@ -18,7 +18,7 @@ from typing import Any
 
 from sdlite.batch.manifest import Entry, Manifest, guarded, read_file, read_rows, sha256
 from sdlite.batch.plan import Item
-from sdlite.batch.shards import Shards, shard_of, stem_of
+from sdlite.batch.shards import Shards, stem_of
 from sdlite.files import parse_json, sweep, write_file
 from sdlite.images.files import read_metadata
 
@@ -151,16 +151,17 @@ class Store:
 
         Raises DiskFull, or ValueError for an image whose bytes have changed.
         """
-        if self.shards is None:
+        shards = self.shards
+        if shards is None:
             return
-        with guarded(self.root), self.shards.lock():
+        with guarded(self.root), shards.lock():
             found, names = self.done(items), self.names()
-            for number, group in groupby(items, lambda item: shard_of(item.index)):
+            for path, group in groupby(items, lambda item: shards.path_of(item.index)):
                 inside = list(group)
                 loose = [item for item in inside if item.file_name in names]
                 if loose and all(item.index in found or item.index in failed for item in inside):
                     rows = [{"key": stem_of(item.index), **_row(item, found[item.index])} for item in loose]
-                    self.shards.write(number, rows)
+                    shards.write(path, rows)
                     for item in loose:
                         (self.folder / item.file_name).unlink()
 
