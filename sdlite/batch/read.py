@@ -159,7 +159,7 @@ def _by_line(columns_of: Callable[[str, int, Faults], Columns], lines: Lines, fa
     for number, line in lines:
         try:
             if line.strip():
-                yield Row(number, columns_of(line.strip(), number, faults))
+                yield Row(number, columns_of(line, number, faults))
         except ValueError as error:
             faults.add(number, error)
 
@@ -169,6 +169,7 @@ def _prompt(line: str, number: int, faults: Faults) -> Columns:
 
     A line with an unknown option is a prompt as a whole, with a note.
     """
+    line = line.strip()
     if "\r" in line:
         raise ValueError("there is a carriage return inside the line; end lines with a newline")
     text, *rest = OPTION.split(line)
