@@ -26,12 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from sdlite import batch, images
-from sdlite.batch import disk, drawer, local, manifest
+from sdlite.batch import drawer, local, manifest
 from sdlite.batch.drawer import Drawer, Result
-from sdlite.batch.parts import groups
-from sdlite.batch.plan import Item
+from sdlite.batch.plan import Item, groups
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Processes, carried, spread
+from sdlite.batch.workers import Process, carried, spread
 from sdlite.config import ScheduleConfig
 from sdlite.contracts import Conditioning, TextFeatures
 from sdlite.diffusion.schedule import Schedule
@@ -77,7 +76,7 @@ def complete(folder: Path, reference: Content) -> None:
     assert kept == {*reference, "run.json", "metadata.jsonl"}
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows] == sorted(reference)
-    assert all(row["sha256"] == disk.sha256(reference[row["file_name"]]) for row in rows)
+    assert all(row["sha256"] == manifest.sha256(reference[row["file_name"]]) for row in rows)
     check = batch.verify(folder)
     assert check.good == sorted(reference) and not (check.missing or check.corrupt or check.extra)
 
@@ -520,15 +519,16 @@ def test_an_error_reaches_another_process():
 @pytest.mark.slow
 def test_what_kills_its_process_fails_after_three():
     items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
-    results = [r for some in spread(Processes(dies_on), [items[:2], items[2:]], 1, lambda: False) for r in some]
+    start = functools.partial(Process, dies_on)
+    results = [r for some in spread(start, [items[:2], items[2:]], 1, lambda: False) for r in some]
     assert sorted(result.index for result in results) == [0, 1, 2, 3]
     assert [(result.index, result.error) for result in results if result.error] == [
         (2, "the process that drew it died, 3 times")
     ]
     with pytest.raises(ValueError, match="no such model"):
-        list(spread(Processes(refuses), [items], 1, lambda: False))
+        list(spread(functools.partial(Process, refuses), [items], 1, lambda: False))
     with pytest.raises(RuntimeError, match=r"end before they draw \(exit code 3\)"):
-        list(spread(Processes(dies_at_start), [items], 1, lambda: False))
+        list(spread(functools.partial(Process, dies_at_start), [items], 1, lambda: False))
 
 
 # ------------------------------------------------------------------------------------------- full disks

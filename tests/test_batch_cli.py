@@ -18,7 +18,7 @@ import torch
 
 from sdlite import batch, cli, images
 from sdlite.batch import local, sheet
-from sdlite.batch.disk import sha256
+from sdlite.batch.manifest import sha256
 from sdlite.config import UNTRAINED_NOTE
 from sdlite.pipeline import Pipeline
 from tests.test_batch import poison

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sdlite.batch.keys import sample_key
+from sdlite.batch.names import sample_key
 from sdlite.request import Request
 from tests.test_batch_plan import plan
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdlite.batch.parts import in_part, parse_part
+from sdlite.batch.plan import in_part, parse_part
 from tests.test_batch_plan import plan
 
 

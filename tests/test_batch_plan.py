@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdlite.batch.keys import derived_seed
-from sdlite.batch.options import Options
-from sdlite.batch.plan import Item, Plan, Resolved, make_plan
+from sdlite.batch.names import derived_seed
+from sdlite.batch.plan import Item, Options, Plan, Resolved, make_plan
 from sdlite.images.pixels import digest
 from sdlite.request import Request
 

@@ -42,7 +42,7 @@ def actors(parent: int) -> list[int]:
         try:
             pid, text = int(stat.parent.name), stat.read_text()
             parents[pid] = int(text[text.rindex(")") :].split()[2])
-            if stat.with_name("cmdline").read_text().startswith("ray::RayDrawer"):
+            if stat.with_name("cmdline").read_text().startswith("ray::RemoteDrawer"):
                 found.append(pid)
         except OSError:
             pass  # it ended

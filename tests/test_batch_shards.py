@@ -16,7 +16,7 @@ import pytest
 
 from sdlite import batch
 from sdlite.batch import local, shards
-from sdlite.batch.disk import sha256
+from sdlite.batch.manifest import sha256
 from sdlite.batch.store import LOOSE, Store
 from sdlite.pipeline import Pipeline
 from tests.test_batch import poison

@@ -15,9 +15,8 @@ from PIL import Image
 
 from sdlite import images
 from sdlite.batch import DiskFull, store as store_module, verify
-from sdlite.batch.disk import append, sha256
-from sdlite.batch.options import Options
-from sdlite.batch.plan import Item, Resolved, make_plan
+from sdlite.batch.manifest import append, sha256
+from sdlite.batch.plan import Item, Options, Resolved, make_plan
 from sdlite.batch.store import Store
 from sdlite.files import HOST
 from sdlite.images import recipe

@@ -2,7 +2,7 @@ r"""Draws many images from a file of requests. The same command again draws only
 
     read (file -> rows) -> plan (rows -> items) -> drawer (items -> images) -> store (images -> files)
     local runs them on this machine, in one process or in several (workers); ray_runner runs them on a Ray cluster
-    rows: what a row may hold; keys: what is hashed; names: file names; parts: who draws what; check: --verify
+    rows: what a row may hold; names: keys and file names; shards: tar files; manifest: the index; check: --verify
 
 Every field of a request is a column, `num_images` repeats a row, and other columns go into the metadata. Options such
 as `--steps` apply to rows without that column. A row without a seed gets one from `--seed` and its place in the file;
@@ -30,27 +30,12 @@ from typing import TYPE_CHECKING
 
 from sdlite.package import fetching
 
-_HOME = {
-    "Batch": "sdlite.batch.local",
-    "BatchReport": "sdlite.batch.local",
-    "DiskFull": "sdlite.files",
-    "Event": "sdlite.batch.local",
-    "Options": "sdlite.batch.options",
-    "prepare": "sdlite.batch.local",
-    "run": "sdlite.batch.local",
-    "verify": "sdlite.batch.check",
-}
-__all__ = sorted(_HOME)
-__getattr__, __dir__ = fetching("sdlite.batch", _HOME)
+__all__ = ["Batch", "BatchReport", "DiskFull", "Event", "Options", "prepare", "run", "verify"]
+_OTHERS = {"DiskFull": "sdlite.files", "Options": "sdlite.batch.plan", "verify": "sdlite.batch.check"}
+__getattr__, __dir__ = fetching("sdlite.batch", dict.fromkeys(__all__, "sdlite.batch.local") | _OTHERS)
 
 if TYPE_CHECKING:
-    from sdlite.batch.check import verify as verify
-    from sdlite.batch.local import (
-        Batch as Batch,
-        BatchReport as BatchReport,
-        Event as Event,
-        prepare as prepare,
-        run as run,
-    )
-    from sdlite.batch.options import Options as Options
-    from sdlite.files import DiskFull as DiskFull
+    from sdlite.batch.check import verify
+    from sdlite.batch.local import Batch, BatchReport, Event, prepare, run
+    from sdlite.batch.plan import Options
+    from sdlite.files import DiskFull

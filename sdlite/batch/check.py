@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from sdlite.batch.disk import read_file, sha256
+from sdlite.batch.manifest import Entry, read_file, sha256
 from sdlite.batch.names import checked
 from sdlite.batch.shards import DAMAGED, hash_of, members, stats_of
 from sdlite.batch.sheet import is_sheet
@@ -38,13 +39,11 @@ def verify(root: Path) -> Check:
     for name in (on_disk | listed.keys()) - {*check.good, *check.corrupt}:
         if name not in on_disk:
             check.missing.append(name)
-        elif name in listed and _hash(folder / name) == listed[name].sha256:
+        elif _is_good(folder / name, listed.get(name), settings.get("model_hash")):
             check.good.append(name)
         elif name in listed:
             (folder / name).replace(folder / f"{name}.corrupt")
             check.corrupt.append(name)
-        elif _is_drawn_by(folder / name, settings.get("model_hash")):
-            check.good.append(name)
         elif not is_sheet(folder / name):
             check.extra.append(name)
     for names in check:
@@ -82,17 +81,10 @@ def _images(path: Path) -> Iterator[tuple[str, bytes | None]]:
         yield path.name, None
 
 
-def _hash(path: Path) -> str:
-    """SHA-256 of a file; empty for a link and for a file that cannot be read."""
-    try:
-        return sha256(read_file(path))
-    except OSError:
-        return ""
-
-
-def _is_drawn_by(path: Path, model_hash: object) -> bool:
-    """Whether an image that no manifest lists is whole and was drawn by the batch's model."""
-    try:
+def _is_good(path: Path, entry: Entry | None, model_hash: object) -> bool:
+    """Whether an image is as its entry says, or without one is whole and was drawn by the batch's model. No link is."""
+    with suppress(ValueError, OSError):
+        if entry is not None:
+            return sha256(read_file(path)) == entry.sha256
         return not path.is_symlink() and read_metadata(path).model_hash == model_hash
-    except (ValueError, OSError):
-        return False
+    return False

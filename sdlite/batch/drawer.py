@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from time import perf_counter
 
@@ -27,6 +28,7 @@ from sdlite.request import reason
 
 EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact image
 WAITING = 2  # batches drawn and not yet saved, at most
+SIDES = ("image", "mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +44,14 @@ def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
     """Images of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
     padded = [*items, *[items[-1]] * (size - len(items))]
     same: dict[Path | None, Path | None] = {}  # one object for equal paths, so that `jobs` opens each file once
-    images, masks = ([same.setdefault(path, path) for path in side] for side in zip(*map(_starts, padded), strict=True))
+    images, masks = ([same.setdefault(path, path) for path in map(attrgetter(side), padded)] for side in SIDES)
     jobs = pipe.jobs([item.request for item in padded], images, masks)
     for item, job in zip(items, jobs, strict=False):
-        for name, path in (("image", item.image), ("mask", item.mask)):
-            if getattr(job.request, name) != getattr(item.request, name):
-                raise ValueError(f"{name}={path} was changed while the batch ran")
+        for side in SIDES:
+            if getattr(job.request, side) != getattr(item.request, side):
+                raise ValueError(f"{side}={getattr(item, side)} was changed while the batch ran")
     finished = (event.picture for event in pipe.draw(jobs) if isinstance(event, Finished))
     return list(islice(finished, len(items)))
-
-
-def _starts(item: Item) -> tuple[Path | None, Path | None]:
-    return item.image, item.mask
 
 
 class Drawer:
@@ -108,25 +106,23 @@ class Drawer:
     def _drawn(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
         """Each item with its image or the reason of its failure: a batch that fails is drawn again one by one.
 
-        Whatever a library raises for one item fails that item only.
+        Whatever a library raises for one item fails that item only. When memory runs out, batches of half the size are
+        drawn, once; then, and with `exact`, their items fail.
         """
+        step = 1
         try:
             return list(zip(items, draw(self.pipe, items, size), strict=True))
         except Exception as error:
             if _is_out_of_memory(error):
-                return self._halved(items, size)
-            if len(items) == 1:
+                if self.exact or size < self.size or size == 1:
+                    return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
+                step = size = size // 2
+            elif len(items) == 1:
                 return [(items[0], reason(error))]
-        return [pair for item in items for pair in self._drawn([item], size)]
-
-    def _halved(self, items: Sequence[Item], size: int) -> list[tuple[Item, Image | str]]:
-        """The items drawn in batches of half the size, once; then, and with `exact`, they fail."""
-        half = size // 2
-        if self.exact or size < self.size or not half:
-            return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
-        return [pair for first in range(0, len(items), half) for pair in self._drawn(items[first : first + half], half)]
+        starts = range(0, len(items), step)
+        return [pair for first in starts for pair in self._drawn(items[first : first + step], size)]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    said = isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))
-    return isinstance(error, MemoryError) or bool(said)
+    said = re.search("out of memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)

@@ -1,13 +1,11 @@
 """A batch on this machine: requests checked, missing images drawn, the folder's index written.
 
-    prepare: options -> model -> plan     Batch.run: missing items -> groups -> Drawer here, or in workers -> index
-
-The same call again draws only the missing images, whatever ended the last one.
+prepare: options -> model -> plan     Batch.run: missing items -> groups -> Drawer here, or in workers -> index
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -18,22 +16,17 @@ from typing import Any, NamedTuple
 import torch
 
 from sdlite.batch.drawer import EXACT_BATCH, Drawer, Result, draw
-from sdlite.batch.keys import SCHEMA, model_facts
-from sdlite.batch.names import DEFAULT
-from sdlite.batch.options import Options
-from sdlite.batch.parts import groups, in_part, parse_part
-from sdlite.batch.plan import Item, Plan, Resolved, make_plan
+from sdlite.batch.names import DEFAULT, SCHEMA
+from sdlite.batch.plan import Item, Options, Plan, Resolved, groups, in_part, make_plan, parse_part
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Processes, spread
+from sdlite.batch.workers import Process, Worker, spread
 from sdlite.images.files import png_bytes
 from sdlite.images.pixels import Opened
 from sdlite.images.recipe import versions
 from sdlite.pipeline import Pipeline
 from sdlite.request import Request
-
-FORMER = {"shard": "part"}  # former names of options
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +82,8 @@ def run(
 
 def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = None, **options: Any) -> "Batch":
     """Loads the model and checks everything; writes nothing. See `run`."""
-    chosen = Options(**{FORMER.get(name, name): value for name, value in options.items()})
+    former = {"part": options.pop("shard")} if "shard" in options else {}  # the option's former name
+    chosen = Options(**options, **former)
     part = None if chosen.part is None else parse_part(chosen.part)
     if pipe is not None and (chosen.workers > 1 or chosen.on_ray):
         raise ValueError("workers and actors load the model by its name; give model instead of pipe")
@@ -97,7 +91,8 @@ def prepare(requests: Source, output: str | Path, *, pipe: Pipeline | None = Non
         import_module("sdlite.batch.ray_runner")  # raises if Ray is missing
     if pipe is None:
         pipe = Pipeline.load(chosen.model, **chosen.keywords())
-    plan = make_plan(requests, chosen, resolve=partial(_resolve, pipe), model=model_facts(pipe, chosen.exact))
+    model = {"model": pipe.model_hash, "prediction": pipe.denoiser.prediction, "exact": chosen.exact, **pipe.about.bits}
+    plan = make_plan(requests, chosen, resolve=partial(_resolve, pipe), model=model)
     mine = [item for item in plan.items if part is None or in_part(item, part)]
     return Batch(pipe, plan, mine, _store(chosen, Path(output)), chosen)
 
@@ -183,42 +178,41 @@ class Batch:
         first = next(groups(missing, self.size), None)
         if first is None:
             return Estimate(0, 0.0, 0)
+        start = perf_counter()
         with _threads(self.threads):
-            start = perf_counter()
-            sizes = [len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size)]
-            seconds = perf_counter() - start
-        per_work = seconds / sum(map(_work, first)) / self.options.workers
-        per_pixel = sum(sizes) / sum(map(_pixels, first))
-        return Estimate(
-            len(missing), per_work * sum(map(_work, missing)), round(per_pixel * sum(map(_pixels, missing)))
-        )
+            size = sum(len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size))
+        seconds = (perf_counter() - start) / self.options.workers
+        pixels = sum(item.pixels for item in missing) / sum(item.pixels for item in first)
+        work, measured = (sum(item.pixels * item.request.steps for item in some) for some in (missing, first))
+        return Estimate(len(missing), seconds * work / measured, round(size * pixels))
 
     def _results(self, items: Sequence[Item], halted: Callable[[], bool]) -> Iterator[Result]:
         handed = groups(items, self.size)
         if not items or (not self.options.on_ray and (self.options.workers == 1 or len(items) <= self.size)):
-            drawer = Drawer(self.pipe, self.store, self.size, self.options.exact)
-            yield from _here(drawer, handed, halted, self.threads)
+            with closing(Drawer(self.pipe, self.store, self.size, self.options.exact)) as drawer:
+                while not halted() and (group := next(handed, None)):
+                    with _threads(self.threads):
+                        drawer.submit(group)
+                    yield from drawer.results()
+                yield from drawer.results(wait=True)
             return
         count = min(self.options.workers, len(items))
-        with self._team(count) as team:
-            for results in spread(team, handed, count, halted):
+        with self._workers(count) as start:
+            for results in spread(start, handed, count, halted):
                 yield from results
 
-    def _team(self, count: int) -> AbstractContextManager[Any]:
-        """Where workers come from: processes of this machine, or actors of a Ray cluster."""
-        make = partial(_drawer, self._absolute(), self.store.root.absolute(), self.size)
+    def _workers(self, count: int) -> AbstractContextManager[Callable[[int], Worker]]:
+        """Starts workers: processes of this machine, or actors of a Ray cluster."""
+        model = self.options.model  # workers may run in another working folder
+        absolute = self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
+        make = partial(_drawer, absolute, self.store.root.absolute(), self.size)
         if not self.options.on_ray:
-            return nullcontext(Processes(partial(make, threads=self.threads)))
+            return nullcontext(partial(Process, partial(make, threads=self.threads)))
         from sdlite.batch.ray_runner import cluster
 
         address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"
         threads = None if address and not self.options.exact else self.threads
         return cluster(make, address=address, count=count, threads=threads, on_gpu=on_gpu)
-
-    def _absolute(self) -> Options:
-        """Options that mean the same in another working folder."""
-        model = self.options.model
-        return self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
 
 
 def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opened | None) -> Resolved:
@@ -236,20 +230,6 @@ def _resolve(pipe: Pipeline, request: Request, image: Opened | None, mask: Opene
 def _event(result: Result, file_name: str, done: int, total: int) -> Event:
     sha256, seconds = (result.entry.sha256, result.entry.seconds) if result.entry else (None, None)
     return Event(result.index, file_name, sha256, seconds, result.error, done, total)
-
-
-def _here(
-    drawer: Drawer, handed: Iterator[Sequence[Item]], halted: Callable[[], bool], threads: int
-) -> Iterator[Result]:
-    """Draws in this process."""
-    try:
-        while not halted() and (group := next(handed, None)):
-            with _threads(threads):
-                drawer.submit(group)
-            yield from drawer.results()
-        yield from drawer.results(wait=True)
-    finally:
-        drawer.close()
 
 
 def _drawer(options: Options, root: Path, size: int, number: int, threads: int) -> Drawer:
@@ -274,11 +254,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _pixels(item: Item) -> int:
-    return (item.request.width or 0) * (item.request.height or 0)
-
-
-def _work(item: Item) -> int:
-    return item.request.steps * _pixels(item)

@@ -1,25 +1,50 @@
-"""File names of a batch: a template of fixed fields, and what a name may be on every system.
+"""Names of a batch's images: the key of all that decides one, its seed, and its file name.
 
-A template is read with string.Formatter().parse and never handed to str.format, so it can name fields and nothing
-behind them. Numbers take a width (`{seed:010}`), texts a length (`{key:8}` is the first eight letters).
+Two samples with equal keys have equal bytes. The key is in the manifest and, unless --name says otherwise, in the file
+name; it decides which images of a folder are done. Old folders must stay valid: leave whatever is added later out of
+the key as long as it has its default.
+
+A template of file names is read with string.Formatter().parse and never handed to str.format, so it can name fields and
+nothing behind them. Numbers take a width (`{seed:010}`), texts a length (`{key:8}` is the first eight letters).
 """
 
 import hashlib
+import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from string import Formatter
+from typing import Any
 
 from sdlite.request import Request
 
+SCHEMA = 1  # of keys and folders; add 1 if their meaning changes
 DEFAULT = "{index:06}-{key:16}.png"
 MAX_NAME_BYTES = 200  # file systems take 255; the rest is for what temporary names add
-MAX_SLUG_BYTES = 120
+MAX_SLUG_BYTES = 120  # of the words of a prompt, with hyphens between; letters of every script are kept
 NUMBERS = ("index", "seed", "row", "steps", "width", "height")
 TEXTS = ("key", "guidance_scale", "solver", "prompt", "prompt_hash")
 FORBIDDEN = set('/\\:*?"<>|')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 
 Template = list[tuple[str, str | None, int]]  # literal text, then a field, its width or length (0: none)
+
+
+def sample_key(request: Request, model: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of everything that decides an image.
+
+    request: with its size, and checksums in place of start image and mask. `Request.deciding` leaves out fields without
+    effect. Texts count in Unicode's composed form (NFC). model: weights, what they predict, numerics, any backend.
+    """
+    fields = request.deciding()
+    fields |= {name: unicodedata.normalize("NFC", fields[name]) for name in ("prompt", "negative_prompt")}
+    hashed = {"request": fields, "engine": dict(model), "schema": SCHEMA}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def derived_seed(base: int, row: int) -> int:
+    """The seed of a row that gives none: 31 bits of a SHA-256, so that rows added at the end change no other."""
+    return int.from_bytes(hashlib.sha256(f"{base}:{row}".encode()).digest()[:4]) >> 1
 
 
 def parse_template(text: str) -> Template:
@@ -45,25 +70,18 @@ def fill(template: Template, request: Request, **given: int | str) -> str:
     """The file name of an item, checked. request: with its size filled in. Raises ValueError for an unsafe name."""
     pieces = []
     for literal, field, size in template:
-        pieces.append(literal)
-        if field is not None:
-            value = str(given[field] if field in given else _value(request, field))
-            pieces.append(value.zfill(size) if field in NUMBERS else value[: size or None])
+        value = "" if field is None else str(given[field] if field in given else _value(request, field))
+        pieces += [literal, value.zfill(size) if field in NUMBERS else value[: size or None]]
     return checked("".join(pieces))
 
 
 def _value(request: Request, field: str) -> object:
     if field == "prompt":
-        return slug(request.prompt)
+        words = re.sub(r"[^\w]+", "-", unicodedata.normalize("NFC", request.prompt)).strip("-_")
+        return words.encode()[:MAX_SLUG_BYTES].decode(errors="ignore") or "empty"
     if field == "prompt_hash":
         return hashlib.sha256(unicodedata.normalize("NFC", request.prompt).encode()).hexdigest()
     return f"{request.guidance_scale:g}" if field == "guidance_scale" else getattr(request, field)
-
-
-def slug(text: str) -> str:
-    """The words of a prompt with hyphens between, letters of every script kept, at most 120 bytes."""
-    words = re.sub(r"[^\w]+", "-", unicodedata.normalize("NFC", text)).strip("-_")
-    return words.encode()[:MAX_SLUG_BYTES].decode(errors="ignore") or "empty"
 
 
 def checked(name: str) -> str:

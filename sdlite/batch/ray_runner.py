@@ -2,8 +2,7 @@
 
     driver: groups of items --> actor: Drawer --> Store on the shared folder; only numbers and hashes come back
 
-An actor is a worker, as a process of this machine is (`workers`): if it dies, it is replaced and its items are handed
-out again. Ray itself retries nothing, so an item is tried as often here as there.
+An actor is a worker, as a process of this machine is (`workers`). Ray itself retries nothing.
 """
 
 import os
@@ -13,11 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-from sdlite.batch.drawer import Drawer, Result
+from sdlite.batch.drawer import Drawer
 from sdlite.batch.plan import Item
-from sdlite.batch.workers import Gone, carried
+from sdlite.batch.workers import Answer, Gone, RemoteDrawer
 
 try:
     import ray as library
@@ -30,73 +29,36 @@ ANSWER_SECONDS = 10.0  # of a cluster's head
 STORE_BYTES = 80 * 1024 * 1024  # of Ray's own object store, near its minimum: no image passes through it
 
 
-class RayDrawer:
-    """The actor, around a Drawer. It returns errors as results, because Ray wraps those that are raised."""
-
-    def begin(self, make_drawer: Callable[[int], Drawer], number: int) -> list[Result] | Exception:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the driver decides
-        try:
-            self.drawer = make_drawer(number)
-        except Exception as error:
-            return carried(error)
-        return []
-
-    def draw(self, items: Sequence[Item] | None) -> list[Result] | Exception:
-        """Draws a group; None: waits until everything is saved."""
-        try:
-            if items is not None:
-                self.drawer.submit(items)
-            return self.drawer.results(wait=items is None)
-        except Exception as error:
-            return carried(error)
-
-
 class Actor:
-    """A RayDrawer as its driver sees it. pending: its next results."""
+    """A worker on the cluster, as its driver sees it. kind: of Ray's actors. pending: the worker's next answer."""
 
-    def __init__(self, handle: Any, pending: Any) -> None:
-        self.handle, self.pending, self.last = handle, pending, False
+    def __init__(self, kind: Any, make_drawer: Callable[[int], Drawer], number: int) -> None:
+        self.handle = kind.remote(make_drawer, number)
+        self.send([])
+
+    @staticmethod
+    def wait(workers: Sequence["Actor"]) -> Sequence["Actor"]:
+        ready, _ = ray.wait([worker.pending for worker in workers])
+        return [worker for worker in workers if worker.pending in ready]
 
     def send(self, group: Sequence[Item] | None) -> None:
-        self.last = group is None
         self.pending = self.handle.draw.remote(group)
 
-    def receive(self) -> list[Result]:
+    def receive(self) -> Answer:
         try:
-            message = ray.get(self.pending)
+            return ray.get(self.pending)
         except RayError as error:
-            _gone(error)
-        if isinstance(message, Exception):
-            raise message
-        if self.last and not message:
-            raise Gone(ended=True)
-        return message
+            raise Gone((str(error).splitlines() or [type(error).__name__])[0]) from None
 
     def stop(self) -> None:
         ray.kill(self.handle)
 
 
-class Actors:
-    """Starts actors. resources: what each takes of the cluster."""
-
-    def __init__(self, make_drawer: Callable[[int], Drawer], resources: dict[str, float]) -> None:
-        self.make_drawer = make_drawer
-        self.kind = ray.remote(**resources, max_restarts=0, max_task_retries=0)(RayDrawer)
-
-    def start(self, number: int) -> Actor:
-        handle = self.kind.remote()
-        return Actor(handle, handle.begin.remote(self.make_drawer, number))
-
-    def wait(self, workers: Sequence[Actor]) -> Sequence[Actor]:
-        ready, _ = ray.wait([worker.pending for worker in workers])
-        return [worker for worker in workers if worker.pending in ready]
-
-
 @contextmanager
 def cluster(
     make_drawer: Callable[..., Drawer], *, address: str | None, count: int, threads: int | None, on_gpu: bool
-) -> Iterator[Actors]:
-    """Actors on the cluster at an address, or on one of this machine that ends with them.
+) -> Iterator[Callable[[int], Actor]]:
+    """Starts actors on the cluster at an address, or on one of this machine that ends with them.
 
     make_drawer: called with a number and `threads`. threads: None shares out the cluster's cores. Raises ValueError if
     the cluster cannot be reached or has no room for `count` actors.
@@ -106,11 +68,13 @@ def cluster(
         _connect(address, count * (threads or 1))
     try:
         cores = threads or _share(count)
-        kind, needed = ("GPU", count) if on_gpu else ("CPU", count * cores)
-        there = int(ray.cluster_resources().get(kind, 0))
+        unit, needed = ("GPU", count) if on_gpu else ("CPU", count * cores)
+        there = int(ray.cluster_resources().get(unit, 0))
         if there < needed:
-            raise ValueError(f"workers={count} need {needed} {kind}s, the cluster has {there}; give fewer --workers")
-        yield Actors(partial(make_drawer, threads=cores), {"num_gpus": 1} if on_gpu else {"num_cpus": cores})
+            raise ValueError(f"workers={count} need {needed} {unit}s, the cluster has {there}; give fewer --workers")
+        resources = {"num_gpus": 1} if on_gpu else {"num_cpus": cores}
+        kind = ray.remote(**resources, max_restarts=0, max_task_retries=0)(RemoteDrawer)
+        yield partial(Actor, kind, partial(make_drawer, threads=cores))
     finally:
         if ours:
             ray.shutdown()
@@ -138,7 +102,3 @@ def _share(count: int) -> int:
     """Cores of each of `count` actors, which are spread over machines with as many as the smallest of them."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, min(cores) // -(-count // len(cores)))
-
-
-def _gone(error: RayError) -> NoReturn:
-    raise Gone(False, (str(error).splitlines() or [type(error).__name__])[0]) from None

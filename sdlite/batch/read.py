@@ -3,7 +3,7 @@
     a prompt a line (.txt) | an object a line (.jsonl) | a header and cells (.csv, .tsv) | a table (.parquet)
     one object; every value of one list is combined with every value of the others, the last varying fastest (.json)
 
-`rows` gives the columns their meaning. Stdin and .txt are read alike: the first line decides between prompts, objects
+Stdin and .txt are read alike: the first line decides between prompts, objects
 and a header. A line of prompts may end in options, as in the prompt files of Automatic1111 and kohya. Files are
 untrusted: their size, lines, rows, cells and depth have limits, text is strict UTF-8 (or UTF-16 with a byte order mark)
 without NUL, numbers are finite, and no name appears twice.
@@ -17,12 +17,12 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sdlite.batch.parquet import parquet_rows
-from sdlite.batch.rows import MAX_CELLS, MAX_ROWS, Columns, Faults, Row, check_flat, column_of
+from sdlite.batch.rows import MAX_CELLS, MAX_ROWS, Columns, Faults, Row, column_of
 from sdlite.files import csv_delimiter, parse_json
 from sdlite.request import SOLVERS, Request
 
@@ -63,7 +63,7 @@ def read_table(source: Source, faults: Faults) -> Table:
     path = Path(source)
     kind = _checked_kind(path)
     if kind == ".parquet":
-        return Table(_limited(parquet_rows(path, MAX_BYTES), faults), None, path.parent)
+        return Table(_limited(_parquet(path), faults), None, path.parent)
     with path.open("rb") as file:
         lines = _text_lines(file, faults.name)
         if kind == ".json":
@@ -154,22 +154,24 @@ def _is_header(line: str) -> bool:
     return "prompt" in plain.values() and all(plain[name] in Request.model_fields or " " not in name for name in plain)
 
 
-def _prompts(lines: Lines, faults: Faults) -> Iterator[Row]:
+def _by_line(columns_of: Callable[[str, int, Faults], Columns], lines: Lines, faults: Faults) -> Iterator[Row]:
+    """A row of each line that is not blank."""
     for number, line in lines:
-        if "\r" in line.strip():
-            faults.add(number, "there is a carriage return inside the line; end lines with a newline")
-        elif line.strip():
-            try:
-                yield Row(number, _with_options(line.strip(), number, faults))
-            except ValueError as error:
-                faults.add(number, error)
+        try:
+            if line.strip():
+                yield Row(number, columns_of(line, number, faults))
+        except ValueError as error:
+            faults.add(number, error)
 
 
-def _with_options(line: str, number: int, faults: Faults) -> Columns:
+def _prompt(line: str, number: int, faults: Faults) -> Columns:
     """A prompt and the options behind it, or options of which one is --prompt (Automatic1111). Raises ValueError.
 
     A line with an unknown option is a prompt as a whole, with a note.
     """
+    line = line.strip()
+    if "\r" in line:
+        raise ValueError("there is a carriage return inside the line; end lines with a newline")
     text, *rest = OPTION.split(line)
     pairs = list(zip(rest[::2], map(_unquoted, rest[1::2]), strict=True))
     unknown = next((f"--{name}" for name, _ in pairs if name not in OPTIONS), None)
@@ -194,15 +196,6 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-def _jsonl(lines: Lines, faults: Faults) -> Iterator[Row]:
-    for number, line in lines:
-        try:
-            if line.strip():
-                yield Row(number, check_flat(_object(line)))
-        except ValueError as error:
-            faults.add(number, error)
-
-
 def _csv(lines: Lines, faults: Faults) -> Iterator[Row]:
     """Cells are text; an empty one counts as left out."""
     lines = iter(lines)
@@ -225,12 +218,10 @@ def _csv(lines: Lines, faults: Faults) -> Iterator[Row]:
         raise ValueError(f"{faults.name}:{reader.line_num + start - 1}: not CSV: {error}") from None
 
 
-READERS: dict[str, Callable[[Lines, Faults], Iterator[Row]]] = {
-    ".txt": _by_first_line,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".tsv": _csv,
-}
+Reader = Callable[[Lines, Faults], Iterator[Row]]
+_prompts: Reader = partial(_by_line, _prompt)
+_jsonl: Reader = partial(_by_line, lambda line, *_: _object(line))
+READERS: dict[str, Reader] = {".txt": _by_first_line, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}
 
 
 def _grid(lines: Lines, name: str) -> tuple[list[Row], dict[str, list[Any]]]:
@@ -239,18 +230,14 @@ def _grid(lines: Lines, name: str) -> tuple[list[Row], dict[str, list[Any]]]:
     try:
         columns = _object(text)
         axes = {column: values for column, values in columns.items() if isinstance(values, list)}
-        for column, value in columns.items():
-            for cell in axes.get(column, [value]):
-                check_flat({column: cell})
-            if value == []:
-                raise ValueError(f"{column}=[] must hold at least one value")
+        empty = next((column for column in axes if not axes[column]), None)
+        if empty is not None:
+            raise ValueError(f"{empty}=[] must hold at least one value")
+        count = math.prod(map(len, axes.values()))
+        if count > MAX_ROWS or count * len(columns) > MAX_CELLS:
+            raise ValueError(f"the lists combine to more than {MAX_ROWS:,} rows or {MAX_CELLS:,} cells; shorten them")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    count = math.prod(map(len, axes.values()))
-    if count > MAX_ROWS or count * len(columns) > MAX_CELLS:
-        raise ValueError(
-            f"{name}: the lists combine to more than {MAX_ROWS:,} rows or {MAX_CELLS:,} cells; shorten them"
-        )
     products = itertools.product(*axes.values())
     return [Row(i + 1, columns | dict(zip(axes, chosen, strict=True))) for i, chosen in enumerate(products)], axes
 
@@ -266,3 +253,56 @@ def _object(text: str) -> Columns:
         except UnicodeEncodeError:
             raise ValueError("the text holds half of a surrogate pair") from None
     return value
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    """Rows of a table. Its texts are counted before they are unpacked: a dictionary repeats a long one in a few bytes.
+
+    Raises ValueError.
+    """
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'sdlite[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            texts = _checked_texts(path, file.schema_arrow, file.metadata)
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            numbers, size = itertools.count(1), 0
+            for batch in file.iter_batches(1024):
+                size += sum(map(_text_bytes, batch.columns))
+                if size > MAX_BYTES:
+                    raise ValueError(f"{path} unpacks to more than {MAX_BYTES >> 20} MiB of text; split it")
+                yield from (Row(next(numbers), columns) for columns in batch.to_pylist())
+    except ArrowException as error:
+        raise ValueError(f"{path} is not Parquet: {(str(error).splitlines() or ['damaged'])[0]}") from None
+
+
+def _checked_texts(path: Path, schema: Any, table: Any) -> list[str]:
+    """Names of the columns of texts. Raises ValueError for a column of anything but texts and numbers, and for size."""
+    from pyarrow import types
+
+    for field in schema:
+        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+        if not (_is_text(kind) or types.is_primitive(kind) or types.is_null(kind)):
+            raise ValueError(f"{path}: column {field.name!r:.80} holds {kind!s:.40}; give texts and numbers")
+    groups = [table.row_group(i) for i in range(min(table.num_row_groups, MAX_ROWS))]
+    if table.num_rows * table.num_columns > MAX_CELLS or sum(group.total_byte_size for group in groups) > MAX_BYTES:
+        raise ValueError(f"{path} unpacks to more than {MAX_CELLS:,} cells or {MAX_BYTES >> 20} MiB; split it")
+    return [field.name for field in schema if _is_text(field.type)]
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of all cells of a column once each has its own text; 0 for numbers."""
+    from pyarrow import DictionaryArray, compute
+
+    if not isinstance(column, DictionaryArray) or not _is_text(column.dictionary.type):
+        return 0
+    lengths = compute.binary_length(column.dictionary)
+    return compute.sum(compute.cast(lengths.take(column.indices), "int64")).as_py() or 0

@@ -41,7 +41,6 @@ class Repeated(Request):
 
 
 FIELDS = set(Repeated.model_fields)
-KNOWN = {*FIELDS, *ELSEWHERE}
 
 
 class Row(NamedTuple):
@@ -77,23 +76,14 @@ class Faults:
 
     def check(self) -> None:
         """Raises ValueError if there was any fault."""
+        more = [f"and {self.count - SHOWN_FAULTS} more"] if self.count > SHOWN_FAULTS else []
         if self.count:
-            more = [f"and {self.count - SHOWN_FAULTS} more"] if self.count > SHOWN_FAULTS else []
             raise ValueError("\n".join(self.lines + more))
 
 
 def column_of(name: str) -> str:
     """The name of a column, written as a field is: "Negative Prompt" is negative_prompt."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
-
-
-def check_flat(columns: Columns) -> Columns:
-    """The same columns. Raises ValueError if one holds a list or an object."""
-    for name, value in columns.items():
-        if isinstance(value, list | dict):
-            kind = "a list" if isinstance(value, list) else "an object"
-            raise ValueError(f"{name:.80} is {kind}; it {A_CELL}")
-    return columns
 
 
 def read_row(columns: Columns, defaults: Mapping[str, Any]) -> tuple[Request, int, Columns]:
@@ -105,33 +95,34 @@ def read_row(columns: Columns, defaults: Mapping[str, Any]) -> tuple[Request, in
     if columns.get("seed") in ANY_SEED:
         columns["seed"] = None
     extra = {name: value for name, value in columns.items() if name not in FIELDS}
-    _check_extra(extra)
+    for name, value in extra.items():
+        _check_extra(name, value)
     own = {name: value for name, value in columns.items() if name in FIELDS and value is not None}
     read = Repeated(**{**defaults, **own})
     return Request(**{name: getattr(read, name) for name in Request.model_fields}), read.num_images, extra
 
 
 def _named(columns: Columns) -> Columns:
-    """Columns under the names of fields. Raises ValueError if two have one name."""
+    """Columns under the names of fields. Raises ValueError if two have one name, or one holds a list or an object."""
     named: Columns = {}
     for name, value in columns.items():
         if not isinstance(name, str):
             raise ValueError(f"{name!r:.40} must be a text, as every column's name")
+        if isinstance(value, list | dict):
+            raise ValueError(f"{name:.80} is {'a list' if isinstance(value, list) else 'an object'}; it {A_CELL}")
         plain = column_of(name)
-        plain = plain if plain in KNOWN else name
+        plain = plain if plain in FIELDS or plain in ELSEWHERE else name
         if plain in named:
             raise ValueError(f"two columns mean {plain!r}, one of them {name!r:.40}")
         named[plain] = value
     return named
 
 
-def _check_extra(columns: Columns) -> None:
+def _check_extra(name: str, value: Any) -> None:
     """Raises ValueError for a column that is no field and that metadata.jsonl cannot hold."""
-    for name, value in columns.items():
-        if name in ELSEWHERE:
-            raise ValueError(f"{name}={value!r:.40}: the column is called {ELSEWHERE[name]!r} here")
-        if name in RESERVED:
-            raise ValueError(f"{name}={value!r:.40}: metadata.jsonl has a column of that name; rename yours")
-        plain = value is None or isinstance(value, str | bool | int)
-        if not plain and not (isinstance(value, float) and math.isfinite(value)):
-            raise ValueError(f"{name}={value!r:.40} {A_CELL}")
+    if name in ELSEWHERE:
+        raise ValueError(f"{name}={value!r:.40}: the column is called {ELSEWHERE[name]!r} here")
+    if name in RESERVED:
+        raise ValueError(f"{name}={value!r:.40}: metadata.jsonl has a column of that name; rename yours")
+    if not (value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError(f"{name}={value!r:.40} {A_CELL}")

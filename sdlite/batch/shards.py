@@ -14,29 +14,21 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from sdlite.batch.disk import MAX_FILE_BYTES, NO_LINKS
+from sdlite.batch.manifest import MAX_FILE_BYTES, NO_LINKS, read_file, sha256
 from sdlite.files import atomic_file, write_file
 
 SHARD = 10_000  # images; four digits of a stem
 MEMBERS = 3 * SHARD  # of a tar file
 ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # from odd JSON or headers
 DAMAGED = (tarfile.TarError, EOFError, *ODD)
-LOCK = ".lock"
-Row = dict[str, Any]
-
-
-class Sample(NamedTuple):
-    """One image of a shard. row: its JSON. png: reads the bytes of its file when they are wanted."""
-
-    row: Row
-    png: Callable[[], bytes]
+Row = dict[str, Any]  # the JSON of an image
 
 
 def shard_of(index: int) -> int:
@@ -48,17 +40,17 @@ def stem_of(index: int) -> str:
 
 
 class Shards:
-    """The tar files of a folder. Each is read once as long as it does not change."""
+    """The tar files of a folder. Each is read once as long as it does not change. loose: images not packed yet."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, loose: Path) -> None:
+        self.root, self.loose = root, loose
         self._read: dict[Path, tuple[tuple[int, int], list[Row]]] = {}
 
     def paths(self) -> list[Path]:
         return sorted(path for path in self.root.glob("[0-9]" * 5 + ".tar") if not path.is_symlink())
 
-    def path_of(self, number: int) -> Path:
-        return self.root / f"{number:05}.tar"
+    def path_of(self, index: int) -> Path:
+        return self.root / f"{shard_of(index):05}.tar"
 
     def rows(self) -> dict[str, Row]:
         """The JSON of every packed image, by its stem. Raises ValueError for a damaged shard."""
@@ -69,26 +61,31 @@ class Shards:
                 self._read[path] = stamp, _rows(path)
         return {row["key"]: row for path in self.paths() for row in self._read[path][1]}
 
-    def write(self, number: int, samples: Mapping[str, Sample]) -> None:
-        """Packs samples, by stem, together with those that the shard holds already; these stay as they are."""
-        path = self.path_of(number)
+    def write(self, path: Path, rows: Iterable[Row]) -> None:
+        """Packs loose images together with those that the shard holds already; these stay as they are.
+
+        Raises ValueError for an image whose bytes are not those of its row.
+        """
         held = {row["key"]: row for row in _rows(path)} if path.exists() else {}
-        stems = sorted(held.keys() | samples.keys())
-        with atomic_file(path, force=True) as making, making.open("w+b") as file:
-            with (
-                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-                closing(members(path)) as old,
-            ):
-                for stem in stems:
-                    row = held[stem] if stem in held else samples[stem].row
+        samples = sorted(({row["key"]: row for row in rows} | held).items())
+        with atomic_file(path, force=True) as making, making.open("w+b") as file, closing(members(path)) as old:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for stem, row in samples:
                     _add(tar, f"{stem}.json", (json.dumps(row) + "\n").encode())
-                    _add(tar, f"{stem}.png", _png(path, old, stem) if stem in held else samples[stem].png())
+                    _add(tar, f"{stem}.png", _packed_png(path, old, stem) if stem in held else self._loose_png(row))
                     _add(tar, f"{stem}.txt", row["prompt"].encode())
-            stats = {"count": len(stems), "sha256": hash_of(file)}
+            stats = {"count": len(samples), "sha256": hash_of(file)}
         write_file(stats_of(path), (json.dumps(stats) + "\n").encode(), force=True)
 
+    def _loose_png(self, row: Row) -> bytes:
+        path = self.loose / row["file_name"]
+        data = read_file(path)
+        if sha256(data) != row["sha256"]:
+            raise _damaged(path, self.root)
+        return data
+
     @contextmanager
-    def lock(self, folder: Path) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Only one process packs at a time; the lock of a process that dies is free.
 
         Windows has no such lock: pack in one process there.
@@ -98,7 +95,7 @@ class Shards:
             return
         import fcntl
 
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
+        handle = os.open(self.loose / ".lock", os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -119,18 +116,10 @@ def hash_of(file: BinaryIO) -> str:
 def members(path: Path) -> Generator[tuple[str, Callable[[], bytes]], None, None]:
     """Name of each file in a shard, in order, and what reads it. Raises one of DAMAGED if the shard is damaged."""
     with tarfile.open(path, "r:") as tar:
-        for member in _files(tar):
+        for number, member in enumerate(tar):
+            if number >= MEMBERS or not member.isreg() or member.issparse() or member.size > MAX_FILE_BYTES:
+                raise tarfile.ReadError("too many files, one too large, or no plain file")
             yield member.name, partial(_bytes, tar, member)
-
-
-def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of a shard, each checked before it is read. Raises tarfile.ReadError."""
-    for number, member in enumerate(tar):
-        if number >= MEMBERS:
-            raise tarfile.ReadError(f"more than {MEMBERS:,} files")
-        if not member.isreg() or member.issparse() or member.size > MAX_FILE_BYTES:
-            raise tarfile.ReadError(f"{member.name!r:.80} is no plain file, or too large")
-        yield member
 
 
 def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -143,24 +132,22 @@ def _rows(path: Path) -> list[Row]:
     try:
         rows = [json.loads(read()) for name, read in members(path) if name.endswith(".json")]
         texts = [row[name] for row in rows for name in ("key", "file_name", "sha256", "prompt")]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError
-        if not all(re.fullmatch(r"\d{9}", row["key"], re.ASCII) for row in rows):
-            raise ValueError
-        return rows
+        if all(isinstance(text, str) for text in texts) and all(re.fullmatch("[0-9]{9}", row["key"]) for row in rows):
+            return rows
     except DAMAGED:
-        raise _damaged(path) from None
+        pass
+    raise _damaged(path, path.parent)
 
 
-def _damaged(path: Path) -> ValueError:
-    return ValueError(f"{path} is damaged; `sdlite batch --verify {path.parent}` puts it aside")
+def _damaged(path: Path, root: Path) -> ValueError:
+    return ValueError(f"{path} is damaged; `sdlite batch --verify {root}` puts it aside")
 
 
-def _png(path: Path, old: Iterator[tuple[str, Callable[[], bytes]]], stem: str) -> bytes:
+def _packed_png(path: Path, old: Iterator[tuple[str, Callable[[], bytes]]], stem: str) -> bytes:
     """The PNG of a stem, read from what is left of a shard's members, which are sorted."""
     data = next((read() for name, read in old if name == f"{stem}.png"), None)
     if data is None:
-        raise _damaged(path)
+        raise _damaged(path, path.parent)
     return data
 
 

@@ -1,10 +1,8 @@
-"""The contact sheet of a batch: images of a grid file under labelled axes, all others with their prompts.
-
-`sdlite.images.sheet` lays the images out.
-"""
+"""The contact sheet of a batch: images of a grid file under labelled axes, all others with their prompts."""
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
 from math import sqrt
 from pathlib import Path
@@ -35,10 +33,9 @@ def check_place(place: Path, plan: Plan, folder: Path) -> None:
 
 def is_sheet(path: Path) -> bool:
     """Whether a file is a contact sheet that `write_sheet` wrote."""
-    try:
+    with suppress(ValueError, OSError):
         return decoded(path).info.get("Software") == MARK
-    except (ValueError, OSError):
-        return False
+    return False
 
 
 def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
@@ -47,8 +44,7 @@ def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
     Raises as `check_place` does.
     """
     check_place(place, plan, folder)
-    pixels = sum((item.request.width or 0) * (item.request.height or 0) for item in plan.items)
-    scale = min(1.0, sqrt(MAX_PIXELS / pixels))
+    scale = min(1.0, sqrt(MAX_PIXELS / sum(item.pixels for item in plan.items)))
     pictures = [_small(folder / item.file_name, scale) for item in plan.items]
     if not any(pictures):
         raise ValueError(f"{folder} holds no image of this batch to put on a contact sheet")
@@ -61,10 +57,9 @@ def write_sheet(plan: Plan, folder: Path, place: Path) -> None:
 
 
 def _small(path: Path, scale: float) -> Image | None:
-    if not path.is_file():
-        return None
-    picture = open_picture(path)
-    picture.thumbnail((max(LEAST_SIDE, picture.width * scale), max(LEAST_SIDE, picture.height * scale)))
+    picture = open_picture(path) if path.is_file() else None
+    if picture is not None:
+        picture.thumbnail((max(LEAST_SIDE, picture.width * scale), max(LEAST_SIDE, picture.height * scale)))
     return picture
 
 
@@ -76,13 +71,11 @@ def _labels(axes: Mapping[str, Sequence[Any]], items: Sequence[Item]) -> tuple[s
     """
     if not axes or "num_images" in axes:
         return None
-    *others, (name, values) = axes.items()
-    rows = [
-        dict(zip((other for other, _ in others), chosen, strict=True))
-        for chosen in itertools.product(*(column for _, column in others))
-    ]
-    differing = [other for other, column in others if len(column) > 1] or [other for other, _ in others]
-    differing.sort(key=lambda other: other == "prompt")  # last: a long one would push out the rest
+    *others, name = axes
+    values = axes[name]
+    rows = [dict(zip(others, row, strict=True)) for row in itertools.product(*(axes[other] for other in others))]
+    others.sort(key=lambda other: other == "prompt")  # last: a long one would push out the rest
+    differing = [other for other in others if len(axes[other]) > 1] or others
     down = [", ".join(f"{row[n]}" if n == "prompt" else f"{n} {row[n]}" for n in differing) for row in rows]
     each = len(items) // (len(rows) * len(values))
     return f"{name}:", down, [f"{value} #{k + 1}" if each > 1 else f"{value}" for value in values for k in range(each)]

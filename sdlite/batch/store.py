@@ -16,10 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sdlite.batch.disk import guarded, read_file, sha256
-from sdlite.batch.manifest import Entry, Manifest, read_rows
+from sdlite.batch.manifest import Entry, Manifest, guarded, read_file, read_rows, sha256
 from sdlite.batch.plan import Item
-from sdlite.batch.shards import Sample, Shards, shard_of, stem_of
+from sdlite.batch.shards import Shards, stem_of
 from sdlite.files import parse_json, sweep, write_file
 from sdlite.images.files import read_metadata
 
@@ -46,16 +45,15 @@ class Store:
     ) -> None:
         self.root, self.exact, self.reached = root, exact, reached
         self.folder = root / LOOSE if packs else root
-        self.shards = Shards(root) if packs else None
+        self.shards = Shards(root, self.folder) if packs else None
         self.manifest = Manifest(self.folder, worker)
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Makes the folder, or finds it made by the same settings. Raises ValueError naming each that differs."""
         with guarded(self.root):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.root / RUN).exists():
-                with suppress(FileExistsError):  # another process was first; it is compared like any other
-                    self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
+            with suppress(FileExistsError):  # by another process or run; it is compared
+                self._write(RUN, json.dumps(settings, indent=2) + "\n", force=False)
         found = read_settings(self.root)
         if not found.get("exact"):
             found.pop("compute_batch", None)  # folders of earlier versions have it
@@ -76,9 +74,7 @@ class Store:
         Raises ValueError for a file that has an item's name and is not its image.
         """
         items, listed, names = list(items), self.manifest.entries(), self.names()
-        packed = (
-            self.shards.rows() if self.shards else {}
-        )  # after the names, so that nothing packed meanwhile is missed
+        packed = self.shards.rows() if self.shards else {}  # after the names: nothing packed meanwhile is missed
         found: dict[int, Entry] = {}
         for item in items:
             if (row := packed.get(stem_of(item.index))) is not None:
@@ -112,7 +108,7 @@ class Store:
         Raises DiskFull, or ValueError if another image has the name, or with `exact` other bytes.
         """
         path = self.folder / item.file_name
-        entry = self._entry(item, data, seconds)
+        entry = _entry(item, data, seconds)
         with guarded(self.root):
             try:
                 write_file(path, data, reached=self.reached)
@@ -120,7 +116,7 @@ class Store:
                 try:
                     there = sha256(read_file(path))
                     if there != entry.sha256 and (self.exact or not _shows(path, item)):
-                        raise ValueError(_not_ours(path)) from None
+                        raise _not_ours(path) from None
                 except FileNotFoundError:  # another process drew it too, and has packed it since
                     return self.save(item, data, seconds)
                 entry = entry.replace(sha256=there)
@@ -139,15 +135,13 @@ class Store:
         old = {index: error for index, error in listed if isinstance(index, int) and isinstance(error, str)}
         left = {i: error for i, error in sorted({**old, **failures}.items()) if i in by_index and i not in found}
         with guarded(self.root):
-            if self.shards:
-                self.pack(items, left)
-            else:
-                done = [(by_index[index], entry) for index, entry in sorted(found.items())]
-                rows = [{**_row(item), "sha256": entry.sha256, "seconds": entry.seconds} for item, entry in done]
-                self._write(INDEX, _json_lines(rows))
+            self.pack(items, left)
+            if self.shards is None:
+                rows = [_row(by_index[i], entry) | {"seconds": entry.seconds} for i, entry in found.items()]
+                self._write(INDEX, _lines(rows))
             if left:
                 rows = [{"index": i, "key": by_index[i].sample_key, "error": error} for i, error in left.items()]
-                self._write(ERRORS, _json_lines(rows))
+                self._write(ERRORS, _lines(rows))
             else:
                 (self.root / ERRORS).unlink(missing_ok=True)
         return found
@@ -157,40 +151,26 @@ class Store:
 
         Raises DiskFull, or ValueError for an image whose bytes have changed.
         """
-        if self.shards is None:
+        shards = self.shards
+        if shards is None:
             return
-        with guarded(self.root), self.shards.lock(self.folder):
+        with guarded(self.root), shards.lock():
             found, names = self.done(items), self.names()
-            for number, group in groupby(items, lambda item: shard_of(item.index)):
+            for path, group in groupby(items, lambda item: shards.path_of(item.index)):
                 inside = list(group)
                 loose = [item for item in inside if item.file_name in names]
                 if loose and all(item.index in found or item.index in failed for item in inside):
-                    samples = {stem_of(item.index): self._sample(item, found[item.index].sha256) for item in loose}
-                    self.shards.write(number, samples)
+                    rows = [{"key": stem_of(item.index), **_row(item, found[item.index])} for item in loose]
+                    shards.write(path, rows)
                     for item in loose:
                         (self.folder / item.file_name).unlink()
-
-    def _sample(self, item: Item, expected: str) -> Sample:
-        """An image for a shard. expected: SHA-256 of its file."""
-        path = self.folder / item.file_name
-
-        def png() -> bytes:
-            data = read_file(path)
-            if sha256(data) != expected:
-                raise ValueError(f"{path} is damaged; `sdlite batch --verify {self.root}` puts it aside")
-            return data
-
-        return Sample({"key": stem_of(item.index), **_row(item), "sha256": expected}, png)
-
-    def _entry(self, item: Item, data: bytes, seconds: float) -> Entry:
-        return Entry(file_name=item.file_name, key=item.sample_key, sha256=sha256(data), seconds=round(seconds, 4))
 
     def _adopt(self, item: Item) -> Entry:
         """Lists an image that no manifest lists, if it is the item's. Raises FileNotFoundError if it is gone."""
         path = self.folder / item.file_name
         if not _shows(path, item):
-            raise ValueError(_not_ours(path))
-        entry = self._entry(item, read_file(path), 0.0)
+            raise _not_ours(path)
+        entry = _entry(item, read_file(path), 0.0)
         with guarded(self.root):
             self.manifest.add(entry)
         return entry
@@ -210,14 +190,14 @@ def read_settings(root: Path) -> dict[str, Any]:
         raise ValueError(f"{root} holds no batch: there is no {RUN} in it")
     try:
         settings = parse_json(read_file(root / RUN, MAX_RUN_BYTES))
-        if not isinstance(settings, dict):
-            raise ValueError
-        return settings
+        if isinstance(settings, dict):
+            return settings
     except ValueError:
-        raise ValueError(f"{root / RUN} is damaged; give another folder") from None
+        pass
+    raise ValueError(f"{root / RUN} is damaged; give another folder")
 
 
-def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -227,8 +207,12 @@ def _fields(item: Item) -> dict[str, Any]:
     return {starts.get(name, name): value for name, value in item.request.deciding().items()}
 
 
-def _row(item: Item) -> dict[str, Any]:
-    return {"file_name": item.file_name, **_fields(item), **item.extra}
+def _row(item: Item, entry: Entry) -> dict[str, Any]:
+    return {"file_name": item.file_name, **_fields(item), **item.extra, "sha256": entry.sha256}
+
+
+def _entry(item: Item, data: bytes, seconds: float) -> Entry:
+    return Entry(file_name=item.file_name, key=item.sample_key, sha256=sha256(data), seconds=round(seconds, 4))
 
 
 def _packed_entry(item: Item, row: Mapping[str, Any]) -> Entry:
@@ -248,5 +232,6 @@ def _shows(path: Path, item: Item) -> bool:
         return False
 
 
-def _not_ours(path: Path) -> str:
-    return f"{path} is not the image that goes there; move it away, or see `sdlite batch --verify {path.parent}`"
+def _not_ours(path: Path) -> ValueError:
+    advice = f"move it away, or see `sdlite batch --verify {path.parent}`"
+    return ValueError(f"{path} is not the image that goes there; {advice}")

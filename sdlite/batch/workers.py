@@ -9,10 +9,11 @@ import multiprocessing
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from sdlite.batch.drawer import Drawer, Result
 from sdlite.batch.plan import Item
@@ -20,76 +21,97 @@ from sdlite.request import reason
 
 MAX_TRIES = 3  # of an item on which processes die
 MAX_STARTS_LOST = 3  # processes that died before they had an item
+Answer = list[Result] | Exception
 
 
 class Gone(Exception):
-    """A worker has ended or died. ended: in order, because there were no more groups."""
-
-    def __init__(self, ended: bool, why: str = "") -> None:
-        super().__init__(why)
-        self.ended = ended
+    """A worker has died."""
 
 
 class Worker(Protocol):
-    """Draws in another process. It first gives an empty list of results, then a list for every group."""
+    """A RemoteDrawer in another process. It first answers [], and then every group. send and receive raise Gone.
 
-    def send(self, group: Sequence[Item] | None) -> None:
-        """Hands out a group; None: there are no more. Raises Gone."""
+    wait: gives those of several workers that have an answer, at least one.
+    """
 
-    def receive(self) -> list[Result]:
-        """Results of items handed out. Raises Gone, or what was raised while drawing."""
-
-    def stop(self) -> None:
-        """Ends the worker at once, if it runs."""
-
-
-W = TypeVar("W", bound=Worker)
+    def send(self, group: Sequence[Item] | None) -> None: ...
+    def receive(self) -> Answer: ...
+    def stop(self) -> None: ...
+    @staticmethod
+    def wait(workers: Sequence[Any]) -> Sequence[Any]: ...
 
 
-class Team(Protocol[W]):
-    """Where workers come from."""
+class RemoteDrawer:
+    """A Drawer in a worker. It answers with an error instead of raising it, so that no library in between wraps it."""
 
-    def start(self, number: int) -> W: ...
-    def wait(self, workers: Sequence[W]) -> Sequence[W]:
-        """Those that have something to receive, at least one."""
+    def __init__(self, make_drawer: Callable[[int], Drawer], number: int) -> None:
+        self.make = partial(make_drawer, number)
+        self.drawer: Drawer | None = None
+
+    def draw(self, group: Sequence[Item] | None) -> Answer:
+        """Draws a group; None: waits until all is saved. The first call, with an empty group, loads the model."""
+        try:
+            if self.drawer is None:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides
+                self.drawer = self.make()
+            if group is not None:
+                self.drawer.submit(group)
+            return self.drawer.results(wait=group is None)
+        except Exception as error:
+            return carried(error)
+
+
+def carried(error: Exception) -> Exception:
+    """An error that another process can unpickle; classes of libraries often cannot be."""
+    return error if isinstance(error, ValueError | OSError) else RuntimeError(reason(error))
 
 
 @dataclass
-class _Hand(Generic[W]):
-    """One worker, and the items that it was given and has not reported."""
+class _Hand:
+    """One worker, and the items that it was given and has not reported. ending: it was told that there are no more."""
 
-    worker: W
+    worker: Worker
     number: int
     items: dict[int, Item] = field(default_factory=dict)
+    ending: bool = False
+
+    def results(self) -> list[Result]:
+        """Raises Gone, or what was raised while drawing."""
+        answer = self.worker.receive()
+        if isinstance(answer, Exception):
+            raise answer
+        for result in answer:
+            del self.items[result.index]
+        return answer
 
 
 def spread(
-    team: Team[W], groups: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
+    start: Callable[[int], Worker], groups: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
 ) -> Iterator[list[Result]]:
     """Results of all groups, drawn by `count` workers; no more are handed out once `halted`.
 
-    Raises what a worker raised, and RuntimeError if workers die before they draw.
+    start: of a worker, by number. Raises what a worker raised, and RuntimeError if workers die before they draw.
     """
     rest, again = iter(groups), deque[Sequence[Item]]()
     deaths: Counter[int] = Counter()
     lost_starts = 0
-    hands = [_Hand(team.start(number), number) for number in range(count)]
+    hands = [_Hand(start(number), number) for number in range(count)]
     try:
         while hands:
-            ready = team.wait([hand.worker for hand in hands])
+            ready = hands[0].worker.wait([hand.worker for hand in hands])
             for hand in [hand for hand in hands if hand.worker in ready]:
                 try:
-                    results = hand.worker.receive()
-                    for result in results:
-                        del hand.items[result.index]
-                    yield results
+                    yield hand.results()
                     group = None if halted() else (again.popleft() if again else next(rest, None))
+                    if group is None and hand.ending:
+                        raise Gone
                     hand.items |= {item.index: item for item in group or ()}
+                    hand.ending = group is None
                     hand.worker.send(group)
                 except Gone as gone:
                     hands.remove(hand)
                     hand.worker.stop()
-                    if gone.ended and not hand.items:
+                    if hand.ending and not hand.items:
                         continue
                     deaths.update(hand.items.keys())
                     lost_starts += not hand.items
@@ -101,34 +123,26 @@ def spread(
                         if deaths[index] >= MAX_TRIES
                     ]
                     again += [[item] for index, item in hand.items.items() if deaths[index] < MAX_TRIES]
-                    hands.append(_Hand(team.start(hand.number), hand.number))
+                    hands.append(_Hand(start(hand.number), hand.number))
     finally:
         for hand in hands:
             hand.worker.stop()
 
 
-class Processes:
-    """Workers on this machine. make_drawer: called in each process, with its number; it must be picklable."""
+class Process:
+    """A worker on this machine. make_drawer: called in the process, with the worker's number; it must be picklable."""
 
-    def __init__(self, make_drawer: Callable[[int], Drawer]) -> None:
-        self.make_drawer = make_drawer
-
-    def start(self, number: int) -> "Process":
+    def __init__(self, make_drawer: Callable[[int], Drawer], number: int) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self.make_drawer, number, theirs), daemon=True)
-        process.start()
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_work, args=(make_drawer, number, theirs), daemon=True)
+        self.process.start()
         theirs.close()
-        return Process(process, ours)
 
-    def wait(self, workers: Sequence["Process"]) -> Sequence["Process"]:
+    @staticmethod
+    def wait(workers: Sequence["Process"]) -> Sequence["Process"]:
         ready = wait([worker.pipe for worker in workers])
         return [worker for worker in workers if worker.pipe in ready]
-
-
-class Process:
-    def __init__(self, process: BaseProcess, pipe: "Connection[Any, Any]") -> None:
-        self.process, self.pipe = process, pipe
 
     def send(self, group: Sequence[Item] | None) -> None:
         try:
@@ -136,47 +150,25 @@ class Process:
         except ConnectionError:
             raise self._gone() from None
 
-    def receive(self) -> list[Result]:
+    def receive(self) -> Answer:
         try:
-            message = self.pipe.recv()
+            return self.pipe.recv()
         except (EOFError, ConnectionError):
             raise self._gone() from None
-        if isinstance(message, Exception):
-            raise message
-        return message
 
     def stop(self) -> None:
         self.process.kill()
 
     def _gone(self) -> Gone:
         self.process.join()
-        return Gone(self.process.exitcode == 0, f"exit code {self.process.exitcode}")
+        return Gone(f"exit code {self.process.exitcode}")
 
 
 def _work(make_drawer: Callable[[int], Drawer], number: int, pipe: "Connection[Any, Any]") -> None:
-    """The main function of a process: asks for a group by sending results, until there are no more."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # a terminal sends them to all; the first process decides
-    try:
-        drawer = make_drawer(number)
-        results: list[Result] = []
+    """The main function of a process, until it is stopped or the first process is gone; saved images stay saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    drawer = RemoteDrawer(make_drawer, number)
+    with suppress(EOFError, ConnectionError):
+        pipe.send(drawer.draw([]))
         while True:
-            pipe.send(results)
-            group = pipe.recv()
-            if group is None:
-                break
-            drawer.submit(group)
-            results = drawer.results()
-        results = drawer.results(wait=True)
-        if results:
-            pipe.send(results)
-            pipe.recv()
-    except (EOFError, ConnectionError):
-        pass  # the first process is gone; saved images stay saved
-    except Exception as error:
-        pipe.send(carried(error))
-
-
-def carried(error: Exception) -> Exception:
-    """An error that another process can unpickle; classes of libraries often cannot be."""
-    return error if isinstance(error, ValueError | OSError) else RuntimeError(reason(error))
+            pipe.send(drawer.draw(pipe.recv()))

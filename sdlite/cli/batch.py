@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdlite.batch.options import Options
+from sdlite.batch.plan import Options
 from sdlite.batch.rows import Repeated
 from sdlite.checkpoints.places import SHIPPED
 from sdlite.cli.app import DISK_FULL, INTERRUPTED, WRONG_INPUT, AsJson, Quiet, Threads, app, examples
@@ -30,40 +30,29 @@ OPTION_WORDS = {
     "name": typer.Option(metavar="TEMPLATE", show_default="index and key"),
     "ray_address": typer.Option(metavar="ADDR"),
 }
-ROW_WORDS = {
-    **WORDS,
-    "num_images": typer.Option(help="Number of images."),
-    "strength": typer.Option(help="How much to change the start image."),
-}
 COLUMNS = ("negative_prompt", "steps", "solver", "guidance_scale", "num_images", "strength", "width", "height")
-
-
-def _check_requests(name: str) -> None:
-    if name != "-":
-        check_there(name)
+COLUMN_HELP = {"num_images": "Number of images.", "strength": "How much to change the start image."}
 
 
 def _for_rows(name: str) -> Any:
     """The words of a flag that stands for a column."""
-    words = copy(ROW_WORDS[name])
-    assert words.help is not None, name
-    words.help = f"For rows without this column: {words.help[0].lower()}{words.help[1:]}"
+    words = copy(WORDS.get(name) or typer.Option())
+    told = COLUMN_HELP.get(name) or words.help or ""
+    words.help = f"For rows without this column: {told[0].lower()}{told[1:]}"
     return words
 
 
-@app.command(
-    epilog=examples(
-        "sdlite batch prompts.txt -o out --steps 30",
-        "sdlite batch grid.json -o grid --contact-sheet grid.png",
-    )
-)
+EXAMPLES = ("sdlite batch prompts.txt -o out --steps 30", "sdlite batch grid.json -o grid --contact-sheet grid.png")
+
+
+@app.command(epilog=examples(*EXAMPLES))
 @options
 def batch(
     *,
     requests: Annotated[
         str | None,
         typer.Argument(
-            callback=checked(_check_requests),
+            callback=checked(lambda name: None if name == "-" else check_there(name)),
             help=".txt, .jsonl, .csv, .tsv, .parquet, a grid in .json, or - for stdin.",
         ),
     ] = None,
@@ -156,8 +145,6 @@ def _run(prepared: "Batch", contact_sheet: Path | None, report: Report) -> int:
 
 def _draw(prepared: "Batch", report: Report) -> int:
     """Shows a bar, or prints the paths. Returns the exit code."""
-    from sdlite.batch.shards import shard_of
-
     missing, start = len(prepared.missing()), perf_counter()
     pipe, folder, packed = prepared.pipe, prepared.store.folder, prepared.store.shards
     report.event("start", model=pipe.name, model_hash=pipe.model_hash, images=len(prepared.items), missing=missing)
@@ -168,7 +155,7 @@ def _draw(prepared: "Batch", report: Report) -> int:
     def progress(event: "Event") -> None:
         rate = event.done / (perf_counter() - start) * 60
         bar.update(task, completed=event.done, description=f"{event.done}/{event.total} images, {rate:.0f}/min")
-        path = packed.path_of(shard_of(event.index)) if packed else folder / event.file_name
+        path = packed.path_of(event.index) if packed else folder / event.file_name
         if event.error is not None:
             report.event("failed", index=event.index, path=str(path), error=event.error)
             report.note(f"image {event.index} failed: {event.error}")
