@@ -12,17 +12,15 @@ import typer
 from sdlite.batch.options import Options
 from sdlite.batch.rows import Repeated
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.cli.app import DISK_FULL, INTERRUPTED, WRONG_INPUT, AsJson, Quiet, Threads, app, examples
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import DISK_FULL, INTERRUPTED, SOME_FAILED, WRONG_INPUT, Threads, app, examples
+from sdlite.cli.flags import WORDS, Flags, check_there, checked, options
 from sdlite.cli.output import Interrupts, Report, shown
 from sdlite.cli.threads import use_threads
-from sdlite.cli.words import WORDS, check_there, checked
 from sdlite.config import LoadOptions
 
 if TYPE_CHECKING:
     from sdlite.batch import Batch, BatchReport, Event
 
-SOME_FAILED = 1  # exit code
 OWN = [name for name in Options.model_fields if name not in LoadOptions.model_fields and name != "defaults"]
 OPTION_WORDS = {
     "batch_size": typer.Option("--batch-size", "-b"),
@@ -87,8 +85,7 @@ def batch(
     ] = None,
     former_part: Annotated[str | None, typer.Option("--shards", "--shard", hidden=True)] = None,
     threads: Threads = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    report: Report,
 ) -> None:
     """Draw all requests of a file into a folder. Run the same command again to draw only the missing images.
 
@@ -100,7 +97,6 @@ def batch(
     --verify renames a damaged image to NAME.corrupt; the same batch command then draws it again. It exits with 1 if
     anything is damaged or missing.
     """
-    report = Report(quiet=quiet, as_json=as_json)
     if verify is not None:
         raise typer.Exit(_verify(verify, report))
     if requests is None or output is None:

@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sdlite.checkpoints.places import check_model
-from sdlite.cli.app import AllowLinks, Threads, app, examples
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import Threads, app, examples
+from sdlite.cli.flags import Flags, check_there, checked, options
 from sdlite.cli.output import Report
 from sdlite.cli.threads import use_threads
-from sdlite.cli.words import check_there, checked
+from sdlite.config import LoadOptions
 from sdlite.files import sweep
 from sdlite.training.options import INTERNAL, OPTIONS, EvaluationOptions, Stage
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+VARIED = "For foreground: number of images per drawing, with more kinds of backgrounds; 0: plain."
 
 
 @app.command(
@@ -36,12 +38,7 @@ def data(
         Path | None, typer.Option(help="Text file with the names of the concepts to use, one per line.")
     ] = None,
     emoji: Annotated[Path | None, typer.Option(help="For foreground: folder that `data emoji` made.")] = None,
-    varied: Annotated[
-        int,
-        typer.Option(
-            min=0, help="For foreground: number of images per drawing, with more kinds of backgrounds; 0: plain."
-        ),
-    ] = 0,
+    varied: Annotated[int, typer.Option(min=0, help=VARIED)] = 0,
 ) -> None:
     """Download open packages from npm and PyPI and make a data folder of them."""
     from sdlite.training.datasets.emoji import make
@@ -49,8 +46,8 @@ def data(
 
     if (kind == "foreground") != (emoji is not None):
         raise ValueError("--emoji FOLDER, made by `sdlite data emoji`, is what `sdlite data foreground` needs")
-    names = [] if concepts is None else concepts.read_text(encoding="utf-8").split("\n")
-    chosen = {name.strip() for name in names} - {""}
+    names = "" if concepts is None else concepts.read_text(encoding="utf-8")
+    chosen = {name.strip() for name in names.split("\n")} - {""}
     sweep(output.absolute().parent)
     if kind == "nuclei":
         counts = make_nuclei(output, sources=sources)
@@ -84,7 +81,9 @@ def train(
     ],
     folder: Annotated[
         Path,
-        typer.Option("--data", help="Images with captions: .txt files beside them, metadata.jsonl or .csv."),
+        typer.Option(
+            "--data", help="Folder of images with captions: .txt files beside them, metadata.jsonl or metadata.csv."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an existing run is resumed.")],
     fields: Annotated[dict[str, Any], Flags(records=OPTIONS, without=INTERNAL, words=WORDS)],
@@ -120,18 +119,18 @@ def evaluate(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the judge.")],
     how: EvaluationOptions,
-    allow_links: AllowLinks = None,
+    links: Annotated[LoadOptions, Flags(only=("allow_links",))],
     threads: Threads = None,
 ) -> None:
-    """Measure what a model draws against held-out images.
+    """Compare a model's images with real held-out images.
 
-    The judge, a classifier, is trained on the real images of --data only.
+    The judge, a classifier, is trained only on the real images of --data.
     """
     typer.echo(f"sdlite: loading {model}", err=True)
     from sdlite.training.evaluation.report import evaluate as run
 
     use_threads(threads)
-    bar = Report(quiet=False, as_json=False).bar()
+    bar = Report().bar()
     rows: dict[str, TaskID] = {}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -142,6 +141,6 @@ def evaluate(
         bar.update(rows[what], completed=done)
 
     try:
-        print(run(model, folder, output, how, allow_links=allow_links or (), progress=progress))
+        print(run(model, folder, output, how, allow_links=links.allow_links, progress=progress))
     finally:
         bar.stop()
