@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ import typer
 
 from sdlite import __version__
 from sdlite.checkpoints.places import SHIPPED
+from sdlite.cli.flags import options
 from sdlite.cli.output import Report, shown
 from sdlite.cli.threads import spin_briefly, use_threads
 from sdlite.config import ELSEWHERE, LoadOptions
@@ -61,9 +62,10 @@ def _options(
         print(context.get_help())
 
 
-def examples(*commands: str) -> str:
-    """The end of a command's help, one command a line."""
-    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds a command to the app. Its records become flags (see flags.py); its help ends with the examples."""
+    epilog = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
+    return lambda function: app.command(epilog=epilog)(options(function))
 
 
 def load(options: LoadOptions, report: Report, threads: int | None = None) -> "Pipeline":

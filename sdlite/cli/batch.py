@@ -12,8 +12,8 @@ import typer
 from sdlite.batch.options import Options
 from sdlite.batch.rows import Repeated
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.cli.app import DISK_FULL, INTERRUPTED, SOME_FAILED, WRONG_INPUT, Threads, app, examples
-from sdlite.cli.flags import WORDS, Flags, check_there, checked, options
+from sdlite.cli.app import DISK_FULL, INTERRUPTED, SOME_FAILED, WRONG_INPUT, Threads, command
+from sdlite.cli.flags import WORDS, Flags, check_there, checked
 from sdlite.cli.output import Interrupts, Report, shown
 from sdlite.cli.threads import use_threads
 from sdlite.config import LoadOptions
@@ -28,11 +28,7 @@ OPTION_WORDS = {
     "name": typer.Option(metavar="TEMPLATE", show_default="index and key"),
     "ray_address": typer.Option(metavar="ADDR"),
 }
-ROW_WORDS = {
-    **WORDS,
-    "num_images": typer.Option(help="Number of images."),
-    "strength": typer.Option(help="How much to change the start image."),
-}
+ROW_HELP = {"num_images": "Number of images.", "strength": "How much to change the start image."}
 COLUMNS = ("negative_prompt", "steps", "solver", "guidance_scale", "num_images", "strength", "width", "height")
 
 
@@ -43,19 +39,13 @@ def _check_requests(name: str) -> None:
 
 def _for_rows(name: str) -> Any:
     """The words of a flag that stands for a column."""
-    words = copy(ROW_WORDS[name])
-    assert words.help is not None, name
-    words.help = f"For rows without this column: {words.help[0].lower()}{words.help[1:]}"
+    words, text = copy(WORDS.get(name) or typer.Option()), ROW_HELP.get(name) or Repeated.model_fields[name].description
+    assert text is not None, name
+    words.help = f"For rows without this column: {text[0].lower()}{text[1:]}"
     return words
 
 
-@app.command(
-    epilog=examples(
-        "sdlite batch prompts.txt -o out --steps 30",
-        "sdlite batch grid.json -o grid --contact-sheet grid.png",
-    )
-)
-@options
+@command("sdlite batch prompts.txt -o out --steps 30", "sdlite batch grid.json -o grid --contact-sheet grid.png")
 def batch(
     *,
     requests: Annotated[

@@ -6,16 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from sdlite.cli.app import Force, Threads, app, examples, load
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import Force, Threads, command, load
+from sdlite.cli.flags import Flags
 from sdlite.cli.output import Report, check_free
 from sdlite.config import LoadOptions
 from sdlite.files import write_file
 from sdlite.request import Request
 
 
-@app.command(epilog=examples("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny -o timings.json"))
-@options
+@command("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny -o timings.json")
 def bench(
     request: Annotated[Request, Flags(only=("prompt", "steps", "width", "height"))] = Request(
         prompt="a red apple", steps=10

@@ -9,8 +9,8 @@ import typer
 
 from sdlite.checkpoints.concepts import knows_none, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
-from sdlite.cli.app import INTERRUPTED, Threads, app, examples, load
-from sdlite.cli.flags import Flags, check_there, checked, options
+from sdlite.cli.app import INTERRUPTED, Threads, command, load
+from sdlite.cli.flags import Flags, check_there, checked
 from sdlite.cli.output import LOSSY, Interrupts, Names, Report, SaveOptions, shown
 from sdlite.config import LoadOptions
 from sdlite.request import Request
@@ -28,15 +28,13 @@ RANDOM = ("random", "-1")  # as a seed; the second is Automatic1111's word for i
 DRAWN_BY = "An image that sdlite or Automatic1111 drew."
 DEFAULT = Request(prompt="")
 Sources = Mapping[str, "Opened"]  # "image" and "mask", as far as there are any
+Changes = Mapping[str, str | None]
 
 
-@app.command(
-    epilog=examples(
-        'sdlite generate "a red apple" -s 7 --num-images 4 -o apples/',
-        'sdlite generate "a dog face" --image sketch.png --strength 0.6 -o dog.png',
-    )
+@command(
+    'sdlite generate "a red apple" -s 7 --num-images 4 -o apples/',
+    'sdlite generate "a dog face" --image sketch.png --strength 0.6 -o dog.png',
 )
-@options
 def generate(
     request: Annotated[Request, Flags(without=("seed",))],
     *,
@@ -63,15 +61,12 @@ def generate(
     are NAME-1.png, NAME-2.png, ... No file is replaced without --force. Ctrl-C finishes the current image; a second one
     stops at once.
     """
-    request = request.replace(seed=_read_seed(seed))
+    request = request.replace(seed=_read_seed(seed, report))
     requests = [request.replace(seed=request.seed + i) for i in range(num_images)]
     names = Names(save_options, num_images)
-    for option, path in (("--contact-sheet", contact_sheet), ("--attention", attention)):
-        _check_sheet(option, path, names)
+    _check_sheets({"--contact-sheet": contact_sheet, "--attention": attention}, names)
     names.check_room(request)
     sources = _open_sources({"image": request.image, "mask": request.mask}, report)
-    if str(request.seed) != seed.strip():
-        report.note(f"seed {request.seed}")
     if request.image is None and request.strength != DEFAULT.strength:
         report.note("--strength has no effect without --image")
     pipe = load(load_options, report, threads)
@@ -87,15 +82,14 @@ def generate(
         from sdlite.inspect import attention_sheet, word_maps
 
         with report.busy("drawing where the model looked"):
-            sheet = attention_sheet(*word_maps(pipe, request, **_columns(sources, 1)))
+            columns = {f"{name}s": [source] for name, source in sources.items()}
+            sheet = attention_sheet(*word_maps(pipe, request, **columns))
         _save_sheet(sheet, attention, "attention", names, report)
-    _end(report, len(images), interrupted)
+    report.event("done", images=len(images), interrupted=interrupted)
+    raise typer.Exit(INTERRUPTED if interrupted else 0)
 
 
-@app.command(
-    epilog=examples("sdlite regen star.png", "sdlite regen star.png --set steps=50 --set solver=euler -o better.png")
-)
-@options
+@command("sdlite regen star.png", "sdlite regen star.png --set steps=50 --set solver=euler -o better.png")
 def regen(
     path: Annotated[Path, typer.Argument(metavar="IMAGE", callback=checked(check_there), help=DRAWN_BY)],
     *,
@@ -127,11 +121,9 @@ def regen(
     recipe, notes = read_any_metadata(path)
     _check_sources(path, recipe.request, changed, sources, anyway)
     if (seed := changed.get("seed")) is not None:
-        changed["seed"] = str(_read_seed(seed))
+        changed["seed"] = str(_read_seed(seed, report))
     request = recipe.request.replace(**changed)
     report.note(*notes)
-    if seed is not None and seed.strip().lower() in RANDOM:
-        report.note(f"seed {request.seed}")
     pipe = load(load_options.replace(prediction=load_options.prediction or recipe.prediction), report, threads)
     ours = recipe.prediction is not None  # Automatic1111 does not record it
     if ours and not anyway:
@@ -141,12 +133,15 @@ def regen(
     images, interrupted = _draw(pipe, [request], sources, names, report)
     if ours and not set(changed) - {"image", "mask"}:
         _compare(images[0], path, report)
-    _end(report, 1, interrupted)
+    report.event("done", images=1, interrupted=interrupted)
+    raise typer.Exit(INTERRUPTED if interrupted else 0)
 
 
-def _read_seed(text: str) -> int:
+def _read_seed(text: str, report: Report) -> int:
     if text.strip().lower() in RANDOM:
-        return secrets.randbelow(2**32)
+        seed = secrets.randbelow(2**32)
+        report.note(f"seed {seed}")
+        return seed
     try:
         return int(text)
     except ValueError:
@@ -170,7 +165,7 @@ def _draw(
     """Draws and saves the images of requests that share a batch. Returns them, and whether Ctrl-C ended it."""
     from sdlite.pipeline import Finished
 
-    jobs = pipe.jobs(requests, **_columns(sources, len(requests)))
+    jobs = pipe.jobs(requests, **{f"{name}s": [source] * len(requests) for name, source in sources.items()})
     report.note(*jobs[0].remarks)
     first = jobs[0].request.model_dump()
     report.event("start", model=pipe.name, model_hash=pipe.model_hash, images=len(jobs), request=first)
@@ -188,22 +183,11 @@ def _draw(
             if event.step == 0 and interrupts.asked:
                 break
             bar.start()
-            decoding = ", decoding" if event.step == event.of else ""
-            text = f"image {event.batch[0] + 1}/{len(jobs)}{decoding}"
+            text = f"image {event.batch[0] + 1}/{len(jobs)}" + (", decoding" if event.step == event.of else "")
             bar.update(task, description=text, completed=event.done, total=event.total)
             if event.step:
                 report.event("step", image=event.batch[0], step=event.step, of=event.of)
     return images, interrupts.asked
-
-
-def _end(report: Report, images: int, interrupted: bool) -> None:
-    report.event("done", images=images, interrupted=interrupted)
-    raise typer.Exit(INTERRUPTED if interrupted else 0)
-
-
-def _columns(sources: Sources, count: int) -> dict[str, list["Opened"]]:
-    """Keywords of `Pipeline.jobs`."""
-    return {f"{name}s": [source] * count for name, source in sources.items()}
 
 
 def _note_unknown_words(prompt: str, report: Report) -> None:
@@ -214,14 +198,13 @@ def _note_unknown_words(prompt: str, report: Report) -> None:
         report.note(f"{fact}; the nearest in spelling: {near}; `sdlite info {SHIPPED}` lists all")
 
 
-def _check_sheet(option: str, sheet: Path | None, names: Names) -> None:
-    """Raises in one line if the sheet cannot be written, or takes the place of an image."""
-    if sheet is None:
-        return
-    if Names(names.options.replace(output=str(sheet)), 1).paths != [sheet]:
-        raise ValueError(f"{option}={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
-    if sheet.absolute() in [path.absolute() for path in names.paths]:
-        raise ValueError(f"{option}={sheet} is also the name of an image of this run; choose another name")
+def _check_sheets(sheets: Mapping[str, Path | None], names: Names) -> None:
+    """Raises in one line if a sheet cannot be written, or takes the place of an image."""
+    for option, sheet in sheets.items():
+        if sheet is not None and Names(names.options.replace(output=str(sheet)), 1).paths != [sheet]:
+            raise ValueError(f"{option}={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
+        if sheet is not None and sheet.absolute() in [path.absolute() for path in names.paths]:
+            raise ValueError(f"{option}={sheet} is also the name of an image of this run; choose another name")
 
 
 def _save_sheet(sheet: "Image", path: Path, event: str, names: Names, report: Report) -> None:
@@ -240,9 +223,7 @@ def _pair(change: str) -> tuple[str, str | None]:
     return key.strip().replace("-", "_"), None if clears else value
 
 
-def _check_sources(
-    path: Path, recorded: Request, changed: Mapping[str, str | None], sources: Sources, anyway: bool
-) -> None:
+def _check_sources(path: Path, recorded: Request, changed: Changes, sources: Sources, anyway: bool) -> None:
     """Raises ValueError if a source image is missing or, unless anyway, is not the recorded one."""
     from sdlite.images.recipe import UNKNOWN_SOURCE
 
@@ -260,11 +241,9 @@ def _check_sources(
 
 def _check_model(path: Path, recipe: "Recipe", pipe: "Pipeline") -> None:
     if pipe.model_hash != recipe.model_hash:
-        first = f"{shown(recipe.model)!r} ({recipe.model_hash[:10]})"
-        ours = f"{pipe.name!r} ({pipe.model_hash[:10]})"
-        raise ValueError(
-            f"{path} was drawn by model {first}, not by {ours}; give the first with --model, or add --anyway"
-        )
+        first, ours = f"{shown(recipe.model)!r} ({recipe.model_hash[:10]})", f"{pipe.name!r} ({pipe.model_hash[:10]})"
+        rule = "give the first with --model, or add --anyway"
+        raise ValueError(f"{path} was drawn by model {first}, not by {ours}; {rule}")
 
 
 def _compare(image: "Image", path: Path, report: Report) -> None:
@@ -278,6 +257,5 @@ def _compare(image: "Image", path: Path, report: Report) -> None:
         report.note(f"same as {path}")
         return
     cause = "which is rounding" if difference == 1 else "from another device, --dtype, --prediction or version"
-    if path.suffix.lower() in LOSSY:
-        cause = "as JPEG changes pixels"
+    cause = "as JPEG changes pixels" if path.suffix.lower() in LOSSY else cause
     report.note(f"differs from {path} by up to {difference} of 255, {cause}; `sdlite info {path}` says more")

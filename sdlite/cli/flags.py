@@ -1,12 +1,11 @@
 """Makes flags of records: a command asks for a record, and each field of it becomes a flag.
 
-    @app.command()
-    @options
+    @command("sdlite draw --steps 3")
     def draw(load: LoadOptions, request: Annotated[Request, Flags(only=("steps", "width"))] = Request(prompt="x")): ...
 
-Name, type, default and bounds of a flag are those of the field. Short names, other names, metavar and help are in
-WORDS; a field without help there shows its own description. A parameter's default is a record that holds the flags'
-defaults and the values of the fields that are no flags.
+Name, type, default, bounds and help of a flag are those of the field. WORDS adds short names, other names, metavar and
+checks, by the name of the field in any record. A parameter's default is a record that holds the flags' defaults and the
+values of the fields that are no flags.
 """
 
 import inspect
@@ -49,62 +48,22 @@ def check_there(path: str | Path) -> None:
 
 
 WORDS: Mapping[str, ParameterInfo] = {
-    # Request
-    "prompt": typer.Argument(
-        help="What to draw. (word:1.3) and [word] change a word's weight, BREAK starts a new chunk."
-    ),
-    "negative_prompt": typer.Option("--negative-prompt", "-n", help="What the image should not show."),
+    "prompt": typer.Argument(),
+    "negative_prompt": typer.Option("--negative-prompt", "-n"),
     "seed": typer.Option("--seed", "-s"),
-    "height": typer.Option("--height", "-H", help="Height in pixels.", show_default="the model's"),
-    "width": typer.Option("--width", "-W", help="Width in pixels.", show_default="the model's"),
-    "steps": typer.Option(help="Denoising steps; more is slower."),
-    "guidance_scale": typer.Option(
-        "--guidance-scale", "--cfg-scale", help="How closely to follow the prompt; 1 turns guidance off."
-    ),
-    "guidance_rescale": typer.Option(help="Reduce the contrast that strong guidance adds."),
-    "solver": typer.Option(help="How to step from noise to image."),
-    "eta": typer.Option(help="How much noise ddim adds at each step."),
-    "clip_skip": typer.Option(help="Number of last text layers to skip."),
-    "image": typer.Option("--image", "-i", metavar="FILE", callback=checked(check_there), help="Image to start from."),
-    "mask": typer.Option(
-        metavar="FILE",
-        callback=checked(check_there),
-        help="Black-and-white image; white parts of --image are redrawn.",
-    ),
-    "strength": typer.Option(help="How much to change --image."),
-    "paste": typer.Option(help="Keep the rest of --image; --no-paste lets the model change it, as diffusers does."),
-    "mask_blur": typer.Option(help="Width in pixels of the soft edge around the white parts of --mask."),
-    # LoadOptions
-    "model": typer.Option(
-        "--model",
-        "-m",
-        callback=checked(check_model),
-        help="Folder, .safetensors file or hub id; 'tiny' is an untrained model for trials.",
-        show_default="the model that ships",
-    ),
-    "device": typer.Option(callback=checked(check_device), help="Where to compute: auto, cpu, cuda, cuda:1, mps."),
-    "dtype": typer.Option(help="Number type of text encoder and denoiser."),
-    "prediction": typer.Option(help="What the model predicts; overrides what its files say."),
-    "vae": typer.Option(
-        metavar="FILE|FOLDER|tiny",
-        callback=checked(check_vae),
-        help="Use this VAE instead of the model's; tiny is TAESD from the hub.",
-        show_default="the model's",
-    ),
-    "variant": typer.Option(
-        help="Which weights of a folder to use: fp16, non_ema, ...", show_default="plain, else fp16"
-    ),
-    "allow_links": typer.Option(metavar="ROOT", help="Allow links in a model's folder to lead into ROOT."),
-    # SaveOptions and Report
-    "output": typer.Option(
-        "--output", "-o", help="FILE.png or a folder.", show_default="000000-SEED.png here, counting up"
-    ),
-    "force": typer.Option(help="Replace existing files."),
-    "metadata": typer.Option(help="Write prompt and settings into the image file."),
-    "quiet": typer.Option(
-        "--quiet", "-q", help="Show no progress bar and no notes, except the note that a model is untrained."
-    ),
-    "as_json": typer.Option("--json", help="Print JSON on stdout instead of text: one object per line."),
+    "height": typer.Option("--height", "-H", show_default="the model's"),
+    "width": typer.Option("--width", "-W", show_default="the model's"),
+    "guidance_scale": typer.Option("--guidance-scale", "--cfg-scale"),
+    "image": typer.Option("--image", "-i", metavar="FILE", callback=checked(check_there)),
+    "mask": typer.Option(metavar="FILE", callback=checked(check_there)),
+    "model": typer.Option("--model", "-m", callback=checked(check_model), show_default="the model that ships"),
+    "device": typer.Option(callback=checked(check_device)),
+    "vae": typer.Option(metavar="FILE|FOLDER|tiny", callback=checked(check_vae), show_default="the model's"),
+    "variant": typer.Option(show_default="plain, else fp16"),
+    "allow_links": typer.Option(metavar="ROOT"),
+    "output": typer.Option("--output", "-o", show_default="000000-SEED.png here, counting up"),
+    "quiet": typer.Option("--quiet", "-q"),
+    "as_json": typer.Option("--json"),
 }
 
 

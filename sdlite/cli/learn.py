@@ -1,33 +1,27 @@
 """`sdlite data`, `sdlite train` and `sdlite evaluate`: the commands that make a model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sdlite.checkpoints.places import check_model
-from sdlite.cli.app import Threads, app, examples
-from sdlite.cli.flags import Flags, check_there, checked, options
+from sdlite.cli.app import Threads, command
+from sdlite.cli.flags import Flags, check_there, checked
 from sdlite.cli.output import Report
 from sdlite.cli.threads import use_threads
 from sdlite.config import LoadOptions
 from sdlite.files import sweep
 from sdlite.training.options import INTERNAL, OPTIONS, EvaluationOptions, Stage
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
+DataKind = Literal["emoji", "nuclei", "foreground"]
+DATA = "Folder of images with captions: .txt files beside them, metadata.jsonl or metadata.csv."
 VARIED = "For foreground: number of images per drawing, with more kinds of backgrounds; 0: plain."
 
 
-@app.command(
-    epilog=examples("sdlite data emoji -o emoji", "sdlite data foreground --emoji emoji --varied 2 -o foreground")
-)
+@command("sdlite data emoji -o emoji", "sdlite data foreground --emoji emoji --varied 2 -o foreground")
 def data(
-    kind: Annotated[
-        Literal["emoji", "nuclei", "foreground"],
-        typer.Argument(help="What to make; nuclei and foreground come with masks."),
-    ],
+    kind: Annotated[DataKind, typer.Argument(help="What to make; nuclei and foreground come with masks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder. Downloads stay in OUTPUT-sources.")],
     sources: Annotated[
         Path | None, typer.Option(help="Folder that already has the packages; then nothing is downloaded.")
@@ -60,31 +54,22 @@ def data(
 
 WORDS = {
     "start": typer.Option("--from", "--start", metavar="MODEL", callback=checked(check_model)),
-    "allow_links": typer.Option(metavar="ROOT"),
     **{name: typer.Option(callback=checked(check_there)) for name in ("codec", "text", "teacher")},
     "size": typer.Option(show_default="256, or the model's"),
-    **{name: typer.Option() for name in ("seed", "prediction")},
+    "seed": typer.Option(),  # without -s
     "class_weights": typer.Option(metavar="W,W,...", parser=str, show_default="all 1"),
 }
 
 
-@app.command(
-    epilog=examples(
-        "sdlite train denoiser --data images --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
-        "sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine",
-    )
+@command(
+    "sdlite train denoiser --data images --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
+    "sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine",
 )
-@options
 def train(
     stage: Annotated[
         Stage, typer.Argument(help="What to train; a model needs codec, text and denoiser, in this order.")
     ],
-    folder: Annotated[
-        Path,
-        typer.Option(
-            "--data", help="Folder of images with captions: .txt files beside them, metadata.jsonl or metadata.csv."
-        ),
-    ],
+    folder: Annotated[Path, typer.Option("--data", help=DATA)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an existing run is resumed.")],
     fields: Annotated[dict[str, Any], Flags(records=OPTIONS, without=INTERNAL, words=WORDS)],
     threads: Threads = None,
@@ -105,13 +90,10 @@ def train(
     run(stage, folder, output, **fields)
 
 
-@app.command(
-    epilog=examples(
-        "sdlite evaluate run/export --data emoji -o report",
-        "sdlite evaluate emoji-128 --data emoji -o report --pictures 20 --minutes 1",
-    )
+@command(
+    "sdlite evaluate run/export --data emoji -o report",
+    "sdlite evaluate emoji-128 --data emoji -o report --pictures 20 --minutes 1",
 )
-@options
 def evaluate(
     model: Annotated[str, typer.Argument(callback=checked(check_model), help="Folder, .safetensors file or hub id.")],
     folder: Annotated[
@@ -131,7 +113,7 @@ def evaluate(
 
     use_threads(threads)
     bar = Report().bar()
-    rows: dict[str, TaskID] = {}
+    rows: dict[str, Any] = {}
 
     def progress(what: str, done: int, total: int) -> None:
         bar.start()

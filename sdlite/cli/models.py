@@ -8,21 +8,21 @@ import typer
 
 from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
-from sdlite.cli.app import app, examples, load
-from sdlite.cli.flags import Flags, check_there, checked, options
+from sdlite.cli.app import command, load
+from sdlite.cli.flags import Flags, check_there, checked
 from sdlite.cli.output import SUFFIXES, Report, check_writable, shown
 from sdlite.config import LoadOptions
 from sdlite.files import exported, sweep
 
 ON_CPU = LoadOptions(device="cpu", dtype="float32")
 FILES = ("vae", "variant", "allow_links")
+TRUST = "Read .ckpt and .bin files. Use it only if you trust their maker: a pickle can hold code."
 Facts = dict[str, dict[str, Any]]
 SHOWN_NAMES = 10  # of a search
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 
 
-@app.command(epilog=examples("sdlite info star.png", "sdlite info emoji-128 --search clock"))
-@options
+@command("sdlite info star.png", "sdlite info emoji-128 --search clock")
 def info(
     subject: Annotated[
         str, typer.Argument(metavar="IMAGE|MODEL", help="An image, or a model: folder, .safetensors file or hub id.")
@@ -49,10 +49,7 @@ def info(
     print(json.dumps(facts) if report.as_json else _two_columns(facts))
 
 
-@app.command(
-    epilog=examples("sdlite convert v1-5.safetensors folder/", "sdlite convert --trust-pickle old.ckpt old.safetensors")
-)
-@options
+@command("sdlite convert v1-5.safetensors folder/", "sdlite convert --trust-pickle old.ckpt old.safetensors")
 def convert(
     source: Annotated[
         str,
@@ -66,13 +63,7 @@ def convert(
         Path, typer.Argument(metavar="DST", help="NAME.safetensors writes one file, any other name a folder.")
     ],
     *,
-    trust_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--trust-pickle",
-            help="Read .ckpt and .bin files. Use it only if you trust their maker: a pickle can hold code.",
-        ),
-    ] = False,
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help=TRUST)] = False,
     load_options: Annotated[LoadOptions, Flags(only=("prediction", *FILES))] = ON_CPU,
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the averaged weights of the UNet from a single file that has both.")

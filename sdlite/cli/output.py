@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import typer
+from pydantic import Field
 
 from sdlite.config import UNTRAINED_NOTE, Record
 from sdlite.files import check_file, sweep
@@ -50,11 +51,11 @@ def check_writable(folder: Path) -> None:
 
 
 class SaveOptions(Record):
-    """Where images go. output: a file or a folder."""
+    """Where images go."""
 
-    output: str | None = None
-    force: bool = False
-    metadata: bool = True
+    output: str | None = Field(None, description="FILE.png or a folder.")
+    force: bool = Field(False, description="Replace existing files.")
+    metadata: bool = Field(True, description="Write prompt and settings into the image file.")
 
 
 class Names:
@@ -101,8 +102,10 @@ class Names:
 class Report(Record):
     """The messages of a run: paths or events on stdout, notes and a bar on stderr."""
 
-    quiet: bool = False
-    as_json: bool = False
+    quiet: bool = Field(
+        False, description="Show no progress bar and no notes, except the note that a model is untrained."
+    )
+    as_json: bool = Field(False, description="Print JSON on stdout instead of text: one object per line.")
 
     def note(self, *texts: str) -> None:
         for text in texts:
@@ -136,9 +139,8 @@ class Report(Record):
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
         """Shows a bar without percentage while the block runs, and removes it afterwards."""
-        bar = self.bar()
-        bar.add_task(shown(what), total=None)
-        with bar:
+        with self.bar() as bar:
+            bar.add_task(shown(what), total=None)
             yield
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, app, examples
-from sdlite.cli.flags import check_there, checked, options
+from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, command
+from sdlite.cli.flags import check_there, checked
 from sdlite.cli.output import Interrupts, Report, check_free, shown
 from sdlite.cli.threads import use_threads
 from sdlite.files import DiskFull, sweep, write_file
@@ -16,13 +16,9 @@ from sdlite.request import reason
 Make = Callable[[Path, Callable[[float], None]], bytes]
 
 
-@app.command(
-    epilog=examples(
-        "sdlite segment photo.jpg -m run/export -o mask.png",
-        "sdlite segment photos/ -m run/export --cutout -o cut-out/",
-    )
+@command(
+    "sdlite segment photo.jpg -m run/export -o mask.png", "sdlite segment photos/ -m run/export --cutout -o cut-out/"
 )
-@options
 def segment(
     images: Annotated[
         list[Path],

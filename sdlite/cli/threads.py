@@ -1,16 +1,13 @@
-"""Sets how many threads a command computes with, and how they wait for each other.
-
-PyTorch's wheels for Linux bring GCC's OpenMP. At the end of each parallel part its threads spin until the last one
-arrives, which takes long if another program has that thread's core. tests/compare_threads.py measures this.
-"""
+"""How many threads a command computes with, and how they wait for each other; tests/compare_threads.py measures it."""
 
 import os
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 
-# Turns of the waiting loop before a thread sleeps: enough to bridge the gap between two operations, so few that busy
-# cores lose little. GCC's OpenMP itself takes 300,000, or 1,000 where it sees more threads than cores.
+# Turns of the loop in which the threads of GCC's OpenMP (in PyTorch's wheels for Linux) wait for the last one, before
+# they sleep. 10,000 bridge the gap between two operations and lose little time if another program has a thread's core.
+# GCC's default is 300,000, or 1,000 with more threads than cores.
 SPIN_COUNT = "10000"
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
