@@ -84,20 +84,21 @@ class Record(BaseModel):
 class LoadOptions(Record):
     """Which model to load, and how. The command line, batches, evaluation and training all take these options.
 
-    model: folder, single file, hub id or preset; None is the model that ships. device: "auto" takes a GPU if there is
-    one. dtype: of text encoder and denoiser; "auto" is float32 on a CPU and float16 on a GPU. prediction: overrides
-    what the files say or sdlite guesses. vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use instead of the
-    model's. variant: which weights of a folder, such as "fp16". allow_links: links in a model's folder may lead into
-    these folders. Paths become text, so that a record can be written as JSON.
+    model: None is the model that ships. device: "auto" takes a GPU if there is one. dtype: "auto" is float32 on a CPU
+    and float16 on a GPU. vae: file, folder, hub id or "tiny". Paths become text, to write a record as JSON.
     """
 
-    model: Place | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    prediction: Prediction | None = None
-    vae: Place | None = None
-    variant: str | None = None
-    allow_links: tuple[Place, ...] = ()
+    model: Place | None = Field(
+        None, description="Folder, .safetensors file or hub id; 'tiny' is an untrained model for trials."
+    )
+    device: str = Field("auto", description="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Number type of text encoder and denoiser."
+    )
+    prediction: Prediction | None = Field(None, description="What the model predicts; overrides what its files say.")
+    vae: Place | None = Field(None, description="Use this VAE instead of the model's; tiny is TAESD from the hub.")
+    variant: str | None = Field(None, description="Which weights of a folder to use: fp16, non_ema, ...")
+    allow_links: tuple[Place, ...] = Field((), description="Allow links in a model's folder to lead into ROOT.")
 
     def file_keywords(self) -> dict[str, Any]:
         """Keywords of `load_model` and `convert`, which leave weights on the CPU in float32."""

@@ -94,22 +94,33 @@ class Request(Record):
     "Mask blur"); False is what diffusers draws.
     """
 
-    prompt: str = Field(max_length=20_000)
-    negative_prompt: str = Field("", max_length=20_000)
+    prompt: str = Field(
+        max_length=20_000,
+        description="What to draw. (word:1.3) and [word] change a word's weight, BREAK starts a new chunk.",
+    )
+    negative_prompt: str = Field("", max_length=20_000, description="What the image should not show.")
     seed: int = Field(0, ge=0, lt=2**64)
-    height: Size | None = None
-    width: Size | None = None
-    steps: int = Field(20, ge=1, le=MAX_STEPS)
-    guidance_scale: float = Field(5.0, ge=0, le=100)
-    guidance_rescale: Fraction = 0.0
-    solver: Annotated[SolverName, WrapValidator(_solver)] = "ddim"
-    eta: Fraction = 0.0
-    clip_skip: int = Field(0, ge=0, le=47)
-    image: str | None = None
-    mask: str | None = None
-    strength: float = Field(0.8, gt=0, le=1)
-    paste: bool = True
-    mask_blur: float = Field(4.0, ge=0, le=64)
+    height: Size | None = Field(None, description="Height in pixels.")
+    width: Size | None = Field(None, description="Width in pixels.")
+    steps: int = Field(20, ge=1, le=MAX_STEPS, description="Denoising steps; more is slower.")
+    guidance_scale: float = Field(
+        5.0, ge=0, le=100, description="How closely to follow the prompt; 1 turns guidance off."
+    )
+    guidance_rescale: Fraction = Field(0.0, description="Reduce the contrast that strong guidance adds.")
+    solver: Annotated[SolverName, WrapValidator(_solver)] = Field(
+        "ddim", description="How to step from noise to image."
+    )
+    eta: Fraction = Field(0.0, description="How much noise ddim adds at each step.")
+    clip_skip: int = Field(0, ge=0, le=47, description="Number of last text layers to skip.")
+    image: str | None = Field(None, description="Image to start from.")
+    mask: str | None = Field(None, description="Black-and-white image; white parts of --image are redrawn.")
+    strength: float = Field(0.8, gt=0, le=1, description="How much to change --image.")
+    paste: bool = Field(
+        True, description="Keep the rest of --image; --no-paste lets the model change it, as diffusers does."
+    )
+    mask_blur: float = Field(
+        4.0, ge=0, le=64, description="Width in pixels of the soft edge around the white parts of --mask."
+    )
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:

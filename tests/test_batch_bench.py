@@ -15,7 +15,7 @@ def test_the_machinery_and_the_price_of_exact(tmp_path: Path):
     flags = ["bench", "--batch", "--dir", "disk", "-m", "tiny", "--device", "cpu", "--steps", "1", "--runs", "1"]
     command = [sys.executable, "-c", code, *flags, "-o", "bench.json"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert out.count("| batch machinery, an image |") == 1 and "ratio" not in out[: out.index("pictures: 6")]
+    assert out.count("| overhead of the batch, per image |") == 1 and "ratio" not in out[: out.index("pictures: 6")]
     assert "--exact on 1 thread, default on 1 |" in out
     result = json.loads((tmp_path / "bench.json").read_text())
     whole, png, file = (row["median"] for row in result["machinery"]["rows"])

@@ -217,7 +217,7 @@ BAD = {
     "a version for a name": (["generate", "x", "-o", "v1.5"], "use v1.5.png, or v1.5/ for a folder"),
     "mask black": (["generate", "x", "-i", "ok.png", "--mask", "ok.png"], "ok.png has nothing white"),
     "no room in a JPEG": (["generate", "猫" * 9_000, "-o", "a.jpg"], "write .png or add --no-metadata"),
-    "attention is the picture": (["generate", "x", "-o", "a.png", "--attention", "a.png"], "is where an image goes"),
+    "attention is the picture": (["generate", "x", "-o", "a.png", "--attention", "a.png"], "choose another name"),
     "contact sheet no file": (["generate", "x", "--contact-sheet", "new"], "e.g. new/sheet.png"),
     "folder is a file": (["generate", "x", "-o", "bad.png/a.png"], "cannot write into"),
     "folder read-only": (["generate", "x", "-o", "/proc/new/a.png"], "cannot write into /proc"),

@@ -2,7 +2,7 @@
 
 The sides run in turn in one process (A B, B A, A B, ...). What counts is the ratio within a pair: its median, least and
 most. Memory and cold start are those of a process of its own that loads the model and writes one PNG. Prompts differ
-from run to run, so that no side finds its text encoded already. A peer is one file (see `sides.Side`) and one line in
+from run to run, so that no side finds its text encoded already. A peer is one file with a `speed.Side` and one line in
 speed.PEERS.
 """
 

@@ -36,17 +36,21 @@ class Diffusers:
         if not isinstance(pipe.denoiser, UNet):
             kind = type(pipe.denoiser).__name__
             raise ValueError(f"diffusers has no pipeline for this {kind} with CLIP; measure it alone")
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
         self.model, self.dtype, self.device = model, pipe.about.dtype, pipe.device
-        self.pipe = _loaded(model, getattr(torch, self.dtype))
+        options: dict[str, Any] = {"torch_dtype": getattr(torch, self.dtype), "local_files_only": True}
+        with warnings.catch_warnings(action="ignore"):  # torch_dtype has a new name, which diffusers 0.36 does not know
+            self.pipe = StableDiffusionPipeline.from_pretrained(model, use_safetensors=True, **options)
+        self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(pipe.device)
         self.pipe.unet.load_state_dict(pipe.denoiser.state_dict(), assign=True)  # strict
 
     def evaluation(self, x: Tensor, t: Tensor, features: TextFeatures) -> Callable[[int], object]:
-        @torch.no_grad()
-        def evaluate(_: int) -> object:
-            return self.pipe.unet(x, t, encoder_hidden_states=features.context)
-
-        return evaluate
+        return torch.no_grad()(lambda _: self.pipe.unet(x, t, encoder_hidden_states=features.context))
 
     def image(self, request: Request) -> Image:
         fields = request.model_dump(include={"prompt", "negative_prompt", "width", "height", "guidance_scale"})
@@ -54,27 +58,6 @@ class Diffusers:
         return self.pipe(**fields, num_inference_steps=request.steps, generator=generator).images[0]
 
     def command(self, request: Request, out: Path) -> list[str]:
-        numbers = (request.steps, request.width, request.height)
-        return [
-            "-c",
-            PROGRAM,
-            str(self.model),
-            str(out),
-            request.prompt,
-            *map(str, numbers),
-            str(self.device),
-            self.dtype,
-        ]
-
-
-def _loaded(model: Path, dtype: torch.dtype) -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    with warnings.catch_warnings(action="ignore"):  # torch_dtype has a new name, which diffusers 0.36 does not know
-        options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
-        pipe = StableDiffusionPipeline.from_pretrained(model, **options)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        size = (request.width, request.height)
+        words = (self.model, out, request.prompt, request.steps, *size, self.device, self.dtype)
+        return ["-c", PROGRAM, *map(str, words)]

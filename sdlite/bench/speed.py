@@ -1,23 +1,61 @@
-"""One evaluation of the denoiser, one image, and a cold start: of sdlite alone or against a peer."""
+"""One evaluation of the denoiser, one image, and a cold start: of sdlite alone or against a peer (see `Side`)."""
 
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from sdlite.bench.diffusers import Diffusers
 from sdlite.bench.machine import machine_facts, run_python
-from sdlite.bench.sides import Sdlite, Side
 from sdlite.bench.timing import Timings, alternate, row
+from sdlite.contracts import Conditioning, TextFeatures
 from sdlite.images.pixels import largest_difference
 from sdlite.pipeline import Pipeline
 from sdlite.request import Request
 
 COLD_RUNS = 3
+
+
+class Side(Protocol):
+    """A program that draws with the weights of one model. PEERS makes one of (pipe, folder of its model)."""
+
+    def evaluation(self, x: Tensor, t: Tensor, features: TextFeatures) -> Callable[[int], object]:
+        """Evaluates the denoiser once per call. x: (B, C, H, W). t: (B,). features: of B prompts.
+
+        What a program does once per image, such as projecting the text, comes before the calls.
+        """
+
+    def image(self, request: Request) -> Image:
+        """Draws one image. request: with its size."""
+
+    def command(self, request: Request, out: Path) -> list[str]:
+        """Arguments of a Python process that loads the model, draws the request and writes it to `out`, a PNG."""
+
+
+class Sdlite:
+    def __init__(self, pipe: Pipeline, model: Path) -> None:
+        self.pipe, self.model = pipe, model
+
+    def evaluation(self, x: Tensor, t: Tensor, features: TextFeatures) -> Callable[[int], object]:
+        memory = self.pipe.denoiser.prepare(Conditioning(*features))
+        return torch.no_grad()(lambda _: self.pipe.denoiser(x, t, memory))
+
+    def image(self, request: Request) -> Image:
+        return self.pipe.generate(request, progress=False)[0]
+
+    def command(self, request: Request, out: Path) -> list[str]:
+        flags = {"model": self.model, "device": self.pipe.device, "dtype": self.pipe.about.dtype, "output": out}
+        flags |= {name: getattr(request, name) for name in ("steps", "width", "height")}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        return ["-m", "sdlite", "generate", request.prompt, "--force", "--quiet", *words]
+
+
 PEERS: dict[str, Callable[[Pipeline, Path], Side]] = {"diffusers": Diffusers}
 Sides = dict[str, Side]
 
@@ -42,11 +80,10 @@ def measure(
             row(f"one image, {request.steps} steps", "s", _images(request, sides, runs)),
             *(_cold_rows(request, sides, model.parent) if model.exists() else ()),
         ]
-        size, precision = f"{request.width}x{request.height}", pipe.about.dtype
-        setting: dict[str, Any] = {"model": pipe.name, "size": size, "precision": precision}
-        if versus:
-            setting["largest difference of 255"] = largest_difference(*(side.image(request) for side in sides.values()))
-    return {"machine": machine_facts(pipe.device, load), "setting": setting | {"runs": runs}, "rows": rows}
+        size, pictures = f"{request.width}x{request.height}", [side.image(request) for side in sides.values()]
+        difference = {"largest difference of 255": largest_difference(*pictures)} if versus else {}
+    setting = {"model": pipe.name, "size": size, "precision": pipe.about.dtype, **difference, "runs": runs}
+    return {"machine": machine_facts(pipe.device, load), "setting": setting, "rows": rows}
 
 
 def _evaluations(pipe: Pipeline, request: Request, sides: Sides, runs: int) -> Timings:

@@ -13,25 +13,8 @@ much time on busy cores, so the command sets GOMP_SPINCOUNT=10000, unless you ha
 own programs, set it before torch is imported. notebooks/06_faster.ipynb has the times.
 """
 
-import os
-import sys
-from collections.abc import Sequence
-from io import TextIOWrapper
-
-from sdlite.cli import draw, regen  # noqa: F401  each adds its commands to the app, in the order of --help
+from sdlite.cli import draw  # noqa: F401  each adds its commands to the app, in the order of --help
 
 # isort: split
 from sdlite.cli import batch, bench, learn, models, segment  # noqa: F401
-from sdlite.cli.app import run
-from sdlite.cli.threads import spin_briefly
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with its code; wrong input gives one line on stderr."""
-    spin_briefly()
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
-    sys.exit(run(arguments))
+from sdlite.cli.app import main as main

@@ -12,17 +12,15 @@ import typer
 from sdlite.batch.plan import Options
 from sdlite.batch.rows import Repeated
 from sdlite.checkpoints.places import SHIPPED
-from sdlite.cli.app import DISK_FULL, INTERRUPTED, WRONG_INPUT, AsJson, Quiet, Threads, app, examples
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import DISK_FULL, INTERRUPTED, SOME_FAILED, WRONG_INPUT, Threads, command
+from sdlite.cli.flags import WORDS, Flags, check_there, checked
 from sdlite.cli.output import Interrupts, Report, shown
 from sdlite.cli.threads import use_threads
-from sdlite.cli.words import WORDS, check_there, checked
 from sdlite.config import LoadOptions
 
 if TYPE_CHECKING:
     from sdlite.batch import Batch, BatchReport, Event
 
-SOME_FAILED = 1  # exit code
 OWN = [name for name in Options.model_fields if name not in LoadOptions.model_fields and name != "defaults"]
 OPTION_WORDS = {
     "batch_size": typer.Option("--batch-size", "-b"),
@@ -30,23 +28,19 @@ OPTION_WORDS = {
     "name": typer.Option(metavar="TEMPLATE", show_default="index and key"),
     "ray_address": typer.Option(metavar="ADDR"),
 }
+ROW_HELP = {"num_images": "Number of images.", "strength": "How much to change the start image."}
 COLUMNS = ("negative_prompt", "steps", "solver", "guidance_scale", "num_images", "strength", "width", "height")
-COLUMN_HELP = {"num_images": "Number of images.", "strength": "How much to change the start image."}
 
 
 def _for_rows(name: str) -> Any:
     """The words of a flag that stands for a column."""
-    words = copy(WORDS.get(name) or typer.Option())
-    told = COLUMN_HELP.get(name) or words.help or ""
-    words.help = f"For rows without this column: {told[0].lower()}{told[1:]}"
+    words, text = copy(WORDS.get(name) or typer.Option()), ROW_HELP.get(name) or Repeated.model_fields[name].description
+    assert text is not None, name
+    words.help = f"For rows without this column: {text[0].lower()}{text[1:]}"
     return words
 
 
-EXAMPLES = ("sdlite batch prompts.txt -o out --steps 30", "sdlite batch grid.json -o grid --contact-sheet grid.png")
-
-
-@app.command(epilog=examples(*EXAMPLES))
-@options
+@command("sdlite batch prompts.txt -o out --steps 30", "sdlite batch grid.json -o grid --contact-sheet grid.png")
 def batch(
     *,
     requests: Annotated[
@@ -76,8 +70,7 @@ def batch(
     ] = None,
     former_part: Annotated[str | None, typer.Option("--shards", "--shard", hidden=True)] = None,
     threads: Threads = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    report: Report,
 ) -> None:
     """Draw all requests of a file into a folder. Run the same command again to draw only the missing images.
 
@@ -89,7 +82,6 @@ def batch(
     --verify renames a damaged image to NAME.corrupt; the same batch command then draws it again. It exits with 1 if
     anything is damaged or missing.
     """
-    report = Report(quiet=quiet, as_json=as_json)
     if verify is not None:
         raise typer.Exit(_verify(verify, report))
     if requests is None or output is None:

@@ -6,16 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from sdlite.cli.app import Force, Threads, app, examples, load
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import Force, Threads, command, load
+from sdlite.cli.flags import Flags
 from sdlite.cli.output import Report, check_free
 from sdlite.config import LoadOptions
 from sdlite.files import write_file
 from sdlite.request import Request
 
 
-@app.command(epilog=examples("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny -o timings.json"))
-@options
+@command("sdlite bench --vs diffusers --runs 9", "sdlite bench --batch -m tiny -o timings.json")
 def bench(
     request: Annotated[Request, Flags(only=("prompt", "steps", "width", "height"))] = Request(
         prompt="a red apple", steps=10
@@ -48,11 +47,9 @@ def bench(
     if report.as_json and request.prompt.endswith(".json"):
         raise ValueError(f"--json prints to stdout and takes no file; to write one, use -o {request.prompt}")
     if output is not None:
-        if output.is_dir():
-            raise ValueError(f"--output={output} must be a file, e.g. {output / 'bench.json'}")
         check_free([output], force)
-    if batch and (vs or not folder.is_dir()):
-        raise ValueError(f"--batch goes without --vs and with a folder that exists, not --dir={folder}")
+    if batch and (vs is not None or not folder.is_dir()):
+        raise ValueError("--batch cannot be used with --vs" if vs else f"--dir={folder} must be an existing folder")
     with report.busy("measuring how busy the machine is"):
         from sdlite.bench import machine_load, measure, measure_batch, measure_exact, table
 
@@ -63,10 +60,11 @@ def bench(
         from sdlite.batch import run
         from sdlite.batch.drawer import EXACT_BATCH
 
-        machinery = measure_batch(pipe, request, run, folder, load=busy, runs=runs)
-        exact = measure_exact(pipe, request, run, EXACT_BATCH, load=busy, runs=runs)
-        result = {"machinery": machinery, "exact": exact}
-        text = f"{table(machinery)}\n\n{table(exact)}"
+        result = {
+            "machinery": measure_batch(pipe, request, run, folder, load=busy, runs=runs),
+            "exact": measure_exact(pipe, request, run, EXACT_BATCH, load=busy, runs=runs),
+        }
+        text = "\n\n".join(map(table, result.values()))
     else:
         result = measure(pipe, request, load=busy, versus=vs, runs=runs)
         text = table(result)

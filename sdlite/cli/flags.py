@@ -1,33 +1,70 @@
 """Makes flags of records: a command asks for a record, and each field of it becomes a flag.
 
-    @app.command()
-    @options
+    @command("sdlite draw --steps 3")
     def draw(load: LoadOptions, request: Annotated[Request, Flags(only=("steps", "width"))] = Request(prompt="x")): ...
 
-Name, type, default and bounds of a flag are those of the field. Short names, other names, metavar and help are in the
-table of words.py; a field without help there shows its own description. A parameter's default is a record that holds
-the flags' defaults and the values of the fields that are no flags.
+Name, type, default, bounds and help of a flag are those of the field. WORDS adds short names, other names, metavar and
+checks, by the name of the field in any record. A parameter's default is a record that holds the flags' defaults and the
+values of the fields that are no flags.
 """
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce, wraps
 from operator import or_
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo, ParameterInfo
 
-from sdlite.cli.words import WORDS
-from sdlite.config import Record
+from sdlite.checkpoints.places import check_model, check_vae
+from sdlite.config import Record, check_device
 
-T = TypeVar("T")
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def checked(check: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """A callback for an option: it runs the check before the command and so before PyTorch is loaded."""
+
+    def callback(value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None:
+                check(each)
+        return value
+
+    return callback
+
+
+def check_there(path: str | Path) -> None:
+    """Raises FileNotFoundError if the path does not exist."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist")
+
+
+WORDS: Mapping[str, ParameterInfo] = {
+    "prompt": typer.Argument(),
+    "negative_prompt": typer.Option("--negative-prompt", "-n"),
+    "seed": typer.Option("--seed", "-s"),
+    "height": typer.Option("--height", "-H", show_default="the model's"),
+    "width": typer.Option("--width", "-W", show_default="the model's"),
+    "guidance_scale": typer.Option("--guidance-scale", "--cfg-scale"),
+    "image": typer.Option("--image", "-i", metavar="FILE", callback=checked(check_there)),
+    "mask": typer.Option(metavar="FILE", callback=checked(check_there)),
+    "model": typer.Option("--model", "-m", callback=checked(check_model), show_default="the model that ships"),
+    "device": typer.Option(callback=checked(check_device)),
+    "vae": typer.Option(metavar="FILE|FOLDER|tiny", callback=checked(check_vae), show_default="the model's"),
+    "variant": typer.Option(show_default="plain, else fp16"),
+    "allow_links": typer.Option(metavar="ROOT"),
+    "output": typer.Option("--output", "-o", show_default="000000-SEED.png here, counting up"),
+    "quiet": typer.Option("--quiet", "-q"),
+    "as_json": typer.Option("--json"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,95 +78,85 @@ class Flags:
     """
 
     only: Sequence[str] = ()
-    without: Sequence[str] = ()
-    words: Mapping[str, ParameterInfo] | None = None
-    records: Mapping[str, type[Record]] | None = None
+    without: Collection[str] = ()
+    words: Mapping[str, ParameterInfo] = field(default_factory=dict)
+    records: Mapping[str, type[Record]] = field(default_factory=dict)
 
 
-def options(command: Callable[..., T]) -> Callable[..., T]:
+def options(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces each parameter of a command that is a record by flags, and calls the command with the record.
 
     Raises the record's one-line ValueError for values that do not fit, before the command runs.
     """
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: group for name, each in signature.parameters.items() if (group := _group(each)) is not None}
+    groups: dict[str, _Group] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        parameters += groups[name].parameters() if name in groups else [parameter.replace(kind=KEYWORD)]
+        kind, *notes = _unpacked(parameter.annotation)
+        rule = next((note for note in notes if isinstance(note, Flags)), Flags())
+        if rule.records or (isinstance(kind, type) and issubclass(kind, Record)):
+            groups[name] = _Group(rule, kind, parameter.default)
+            parameters += [groups[name].parameter(field) for field in groups[name].fields]
+        else:
+            parameters.append(parameter.replace(kind=KEYWORD))
 
     @wraps(command)
-    def run(**values: Any) -> T:
+    def run(**values: Any) -> None:
         given = {name: {field: values.pop(field) for field in group.fields} for name, group in groups.items()}
-        return command(**values, **{name: groups[name].build(fields) for name, fields in given.items()})
+        command(**values, **{name: groups[name].build(fields) for name, fields in given.items()})
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _group(parameter: inspect.Parameter) -> "_Group | None":
-    """The flags of a parameter that is a record or has `Flags`; None for any other."""
-    kind, *notes = get_args(parameter.annotation) if _is_annotated(parameter.annotation) else [parameter.annotation]
-    rule = next((note for note in notes if isinstance(note, Flags)), None)
-    is_record = isinstance(kind, type) and issubclass(kind, Record)
-    if rule is None and not is_record:
-        return None
-    start = None if parameter.default is parameter.empty else parameter.default
-    return _Group(rule or Flags(), kind if is_record else None, start)
-
-
 class _Group:
-    """The flags that stand for one parameter. kind: its record, or None for a dict. start: holds the defaults."""
+    """The flags that stand for one parameter. make: of the record, or dict. fields: by name and record."""
 
-    def __init__(self, rule: Flags, kind: type[Record] | None, start: Record | None) -> None:
-        self.words = {**WORDS, **(rule.words or {})}
-        self.kind, self.start = kind, start
-        self.records = {"": kind} if kind is not None else dict(rule.records or {})
+    def __init__(self, rule: Flags, kind: Any, default: Any) -> None:
+        self.words = {**WORDS, **rule.words}
+        self.start: Record | None = default if isinstance(default, Record) else None
+        self.make = dict if rule.records else kind if self.start is None else self.start.replace
+        self.records = rule.records or {"": kind}
         names = rule.only or dict.fromkeys(name for record in self.records.values() for name in record.model_fields)
-        self.fields = {name: self._owners(name) for name in names if name not in rule.without}
-
-    def _owners(self, name: str) -> dict[str, FieldInfo]:
-        fields = {owner: record.model_fields for owner, record in self.records.items()}
-        return {owner: fields[owner][name] for owner in fields if name in fields[owner]}
+        known = {owner: record.model_fields for owner, record in self.records.items()}
+        self.fields: dict[str, dict[str, FieldInfo]] = {
+            name: {owner: fields[name] for owner, fields in known.items() if name in fields}
+            for name in names
+            if name not in rule.without
+        }
 
     def build(self, values: Mapping[str, Any]) -> Any:
         """The record, or what the user gave as a dict."""
-        given = {name: value for name, value in values.items() if value is not None and value != []}
-        if self.kind is None:
-            return given
-        return self.kind(**given) if self.start is None else self.start.replace(**given)
+        return self.make(**{name: value for name, value in values.items() if value is not None and value != []})
 
-    def parameters(self) -> list[inspect.Parameter]:
-        return [self._parameter(name, fields) for name, fields in self.fields.items()]
-
-    def _parameter(self, name: str, fields: Mapping[str, FieldInfo]) -> inspect.Parameter:
-        """fields: of that name, by record."""
-        first = next(iter(fields.values()))
+    def parameter(self, name: str) -> inspect.Parameter:
+        fields = self.fields[name]
         info = copy(self.words.get(name) or typer.Option())
         info.help = self._help(fields, info.help)
-        default, kind = self._default(name, first), _joined([_type(field.annotation) for field in fields.values()])
+        kind, default = _joined([_type(each.annotation) for each in fields.values()]), self._default(name)
         if isinstance(info, OptionInfo) and info.default is ...:  # the place of the first name, in Annotated
             flag = name.replace("_", "-")
-            is_switch = kind is bool and {field.default for field in fields.values()} != {False}
+            is_switch = kind is bool and {each.default for each in fields.values()} != {False}
             info.default = f"--{flag}/--no-{flag}" if is_switch else f"--{flag}"
-        if self.kind is None and info.show_default is True:
+        if self.make is dict and info.show_default is True:
             info.show_default = _defaults(fields) or True
-        hint = kind if default is not None else kind | None
-        return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[hint, info])
+        return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[kind | None, info])
 
-    def _default(self, name: str, field: FieldInfo) -> Any:
-        if self.kind is None:
+    def _default(self, name: str) -> Any:
+        each = next(iter(self.fields[name].values()))
+        if self.make is dict:
             return None
-        if self.start is None and field.is_required():
+        if self.start is None and each.is_required():
             return inspect.Parameter.empty
-        default = field.get_default() if self.start is None else getattr(self.start, name)
+        default = each.get_default() if self.start is None else getattr(self.start, name)
         return None if isinstance(default, tuple) else default
 
     def _help(self, fields: Mapping[str, FieldInfo], words: str | None) -> str:
         """The help of the table or else of the fields, with the names of the records where they do not agree."""
         texts: dict[str, list[str]] = {}
-        for owner, field in fields.items():
-            text = (words or field.description or "").removesuffix(".") + f"{_limits(field)}."
+        for owner, each in fields.items():
+            text = (words or each.description or "").removesuffix(".") + f"{_limits(each)}."
             texts.setdefault(text, []).append(owner)
         if len(texts) == 1 and len(fields) == len(self.records):
             return next(iter(texts))
@@ -138,18 +165,18 @@ class _Group:
 
 def _defaults(fields: Mapping[str, FieldInfo]) -> str:
     """The default of each record, in words; those of most are "others"."""
-    shown = {owner: _shown(field.default) for owner, field in fields.items()}
-    most, count = Counter(shown.values()).most_common(1)[0]
-    if count == len(shown):
+
+    def shown(default: Any) -> str:
+        if isinstance(default, bool):
+            return "on" if default else "off"
+        return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+    texts = {owner: shown(each.default) for owner, each in fields.items()}
+    most, count = Counter(texts.values()).most_common(1)[0]
+    if count == len(texts):
         return most
-    parts = [f"{owner} {value}" for owner, value in shown.items() if count == 1 or value != most]
+    parts = [f"{owner} {text}" for owner, text in texts.items() if count == 1 or text != most]
     return ", ".join(parts if count == 1 else [*parts, f"others {most}"])
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return ("off", "on")[default]
-    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _joined(kinds: Sequence[Any]) -> Any:
@@ -158,14 +185,14 @@ def _joined(kinds: Sequence[Any]) -> Any:
     return Literal[tuple(choices)] if choices else kinds[0]
 
 
-def _is_annotated(annotation: Any) -> bool:
-    return get_origin(annotation) is Annotated
+def _unpacked(annotation: Any) -> tuple[Any, ...]:
+    """A type and its notes."""
+    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
 
 
 def _type(annotation: Any) -> Any:
     """The field's type as typer knows it: no None, no bounds, a list for a tuple, text for text or path."""
-    if _is_annotated(annotation):
-        return _type(get_args(annotation)[0])
+    annotation = _unpacked(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):
         kinds = [_type(each) for each in get_args(annotation) if each is not NoneType]
         return str if str in kinds else reduce(or_, kinds)
@@ -174,9 +201,8 @@ def _type(annotation: Any) -> Any:
 
 def _limits(field: FieldInfo) -> str:
     """The bounds of a number that has both, as " (0 to 1)"."""
-    notes = [*field.metadata]
-    for part in get_args(field.annotation):  # such as Size in Size | None
-        notes += [note for info in getattr(part, "__metadata__", ()) for note in getattr(info, "metadata", ())]
+    parts = [note for part in get_args(field.annotation) for note in _unpacked(part)[1:]]  # such as Size | None
+    notes = [*field.metadata, *(note for part in parts for note in getattr(part, "metadata", ()))]
     bounds = {name: getattr(note, name) for note in notes for name in ("ge", "gt", "le") if hasattr(note, name)}
     low = f"{bounds['ge']}" if "ge" in bounds else f"above {bounds['gt']}, up" if "gt" in bounds else ""
     return f" ({low} to {bounds['le']})" if low and "le" in bounds else ""

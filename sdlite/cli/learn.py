@@ -1,31 +1,29 @@
 """`sdlite data`, `sdlite train` and `sdlite evaluate`: the commands that make a model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sdlite.checkpoints.places import check_model
-from sdlite.cli.app import AllowLinks, Threads, app, examples
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import Threads, command
+from sdlite.cli.flags import Flags, check_there, checked
 from sdlite.cli.output import Report
 from sdlite.cli.threads import use_threads
-from sdlite.cli.words import check_there, checked
+from sdlite.config import LoadOptions
 from sdlite.files import sweep
 from sdlite.training.options import INTERNAL, OPTIONS, EvaluationOptions, Stage
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+DataKind = Literal["emoji", "nuclei", "foreground"]
+DATA = "Folder of images with captions: .txt files beside them, metadata.jsonl or metadata.csv."
+FIT = """What to do with images that are not square: crop cuts off the ends, pad adds white bars, bucket (denoiser only)
+uses the nearest of a few shapes."""
+VARIED = "For foreground: number of images per drawing, with more kinds of backgrounds; 0: plain."
 
 
-@app.command(
-    epilog=examples("sdlite data emoji -o emoji", "sdlite data foreground --emoji emoji --varied 2 -o foreground")
-)
+@command("sdlite data emoji -o emoji", "sdlite data foreground --emoji emoji --varied 2 -o foreground")
 def data(
-    kind: Annotated[
-        Literal["emoji", "nuclei", "foreground"],
-        typer.Argument(help="What to make; nuclei and foreground come with masks."),
-    ],
+    kind: Annotated[DataKind, typer.Argument(help="What to make; nuclei and foreground come with masks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder. Downloads stay in OUTPUT-sources.")],
     sources: Annotated[
         Path | None, typer.Option(help="Folder that already has the packages; then nothing is downloaded.")
@@ -36,12 +34,7 @@ def data(
         Path | None, typer.Option(help="Text file with the names of the concepts to use, one per line.")
     ] = None,
     emoji: Annotated[Path | None, typer.Option(help="For foreground: folder that `data emoji` made.")] = None,
-    varied: Annotated[
-        int,
-        typer.Option(
-            min=0, help="For foreground: number of images per drawing, with more kinds of backgrounds; 0: plain."
-        ),
-    ] = 0,
+    varied: Annotated[int, typer.Option(min=0, help=VARIED)] = 0,
 ) -> None:
     """Download open packages from npm and PyPI and make a data folder of them."""
     from sdlite.training.datasets.emoji import make
@@ -49,8 +42,8 @@ def data(
 
     if (kind == "foreground") != (emoji is not None):
         raise ValueError("--emoji FOLDER, made by `sdlite data emoji`, is what `sdlite data foreground` needs")
-    names = [] if concepts is None else concepts.read_text(encoding="utf-8").split("\n")
-    chosen = {name.strip() for name in names} - {""}
+    names = "" if concepts is None else concepts.read_text(encoding="utf-8")
+    chosen = {name.strip() for name in names.split("\n")} - {""}
     sweep(output.absolute().parent)
     if kind == "nuclei":
         counts = make_nuclei(output, sources=sources)
@@ -63,29 +56,23 @@ def data(
 
 WORDS = {
     "start": typer.Option("--from", "--start", metavar="MODEL", callback=checked(check_model)),
-    "allow_links": typer.Option(metavar="ROOT"),
     **{name: typer.Option(callback=checked(check_there)) for name in ("codec", "text", "teacher")},
     "size": typer.Option(show_default="256, or the model's"),
-    **{name: typer.Option() for name in ("seed", "prediction")},
+    "seed": typer.Option(),  # without -s
+    "fit": typer.Option(help=FIT),
     "class_weights": typer.Option(metavar="W,W,...", parser=str, show_default="all 1"),
 }
 
 
-@app.command(
-    epilog=examples(
-        "sdlite train denoiser --data images --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
-        "sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine",
-    )
+@command(
+    "sdlite train denoiser --data images --from emoji-128 -o mine --batch-size 8 --lr 2e-4 --minutes 10",
+    "sdlite train segmentation --data nuclei -o run --samples 1200 --decay cosine",
 )
-@options
 def train(
     stage: Annotated[
         Stage, typer.Argument(help="What to train; a model needs codec, text and denoiser, in this order.")
     ],
-    folder: Annotated[
-        Path,
-        typer.Option("--data", help="Images with captions: .txt files beside them, metadata.jsonl or .csv."),
-    ],
+    folder: Annotated[Path, typer.Option("--data", help=DATA)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an existing run is resumed.")],
     fields: Annotated[dict[str, Any], Flags(records=OPTIONS, without=INTERNAL, words=WORDS)],
     threads: Threads = None,
@@ -106,13 +93,10 @@ def train(
     run(stage, folder, output, **fields)
 
 
-@app.command(
-    epilog=examples(
-        "sdlite evaluate run/export --data emoji -o report",
-        "sdlite evaluate emoji-128 --data emoji -o report --pictures 20 --minutes 1",
-    )
+@command(
+    "sdlite evaluate run/export --data emoji -o report",
+    "sdlite evaluate emoji-128 --data emoji -o report --pictures 20 --minutes 1",
 )
-@options
 def evaluate(
     model: Annotated[str, typer.Argument(callback=checked(check_model), help="Folder, .safetensors file or hub id.")],
     folder: Annotated[
@@ -120,19 +104,19 @@ def evaluate(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the judge.")],
     how: EvaluationOptions,
-    allow_links: AllowLinks = None,
+    links: Annotated[LoadOptions, Flags(only=("allow_links",))],
     threads: Threads = None,
 ) -> None:
-    """Measure what a model draws against held-out images.
+    """Compare a model's images with real held-out images.
 
-    The judge, a classifier, is trained on the real images of --data only.
+    The judge, a classifier, is trained only on the real images of --data.
     """
     typer.echo(f"sdlite: loading {model}", err=True)
     from sdlite.training.evaluation.report import evaluate as run
 
     use_threads(threads)
-    bar = Report(quiet=False, as_json=False).bar()
-    rows: dict[str, TaskID] = {}
+    bar = Report().bar()
+    rows: dict[str, Any] = {}
 
     def progress(what: str, done: int, total: int) -> None:
         bar.start()
@@ -142,6 +126,6 @@ def evaluate(
         bar.update(rows[what], completed=done)
 
     try:
-        print(run(model, folder, output, how, allow_links=allow_links or (), progress=progress))
+        print(run(model, folder, output, how, allow_links=links.allow_links, progress=progress))
     finally:
         bar.stop()

@@ -8,22 +8,21 @@ import typer
 
 from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
-from sdlite.cli.app import app, examples, load
-from sdlite.cli.flags import Flags, options
+from sdlite.cli.app import command, load
+from sdlite.cli.flags import Flags, check_there, checked
 from sdlite.cli.output import SUFFIXES, Report, check_writable, shown
-from sdlite.cli.words import check_there, checked
 from sdlite.config import LoadOptions
 from sdlite.files import exported, sweep
 
 ON_CPU = LoadOptions(device="cpu", dtype="float32")
 FILES = ("vae", "variant", "allow_links")
+TRUST = "Read .ckpt and .bin files. Use it only if you trust their maker: a pickle can hold code."
 Facts = dict[str, dict[str, Any]]
 SHOWN_NAMES = 10  # of a search
 NOT_WRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".safetensor")  # model files of other kinds
 
 
-@app.command(epilog=examples("sdlite info star.png", "sdlite info emoji-128 --search clock"))
-@options
+@command("sdlite info star.png", "sdlite info emoji-128 --search clock")
 def info(
     subject: Annotated[
         str, typer.Argument(metavar="IMAGE|MODEL", help="An image, or a model: folder, .safetensors file or hub id.")
@@ -40,23 +39,17 @@ def info(
 
     For the model that ships it also lists the styles and the things that the model was trained to draw.
     """
+    is_image = Path(subject).suffix.lower() in SUFFIXES and search is None
+    (check_there if is_image else check_model)(subject)
     if search is not None:
         found = nearest(search, _names(subject), SHOWN_NAMES)
         print(json.dumps({"names": found}) if report.as_json else shown("\n".join(found)))
         return
-    if Path(subject).suffix.lower() in SUFFIXES:
-        check_there(subject)
-        facts = _image_facts(subject)
-    else:
-        check_model(subject)
-        facts = _model_facts(load_options.replace(model=subject))
+    facts = _image_facts(subject) if is_image else _model_facts(load_options.replace(model=subject))
     print(json.dumps(facts) if report.as_json else _two_columns(facts))
 
 
-@app.command(
-    epilog=examples("sdlite convert v1-5.safetensors folder/", "sdlite convert --trust-pickle old.ckpt old.safetensors")
-)
-@options
+@command("sdlite convert v1-5.safetensors folder/", "sdlite convert --trust-pickle old.ckpt old.safetensors")
 def convert(
     source: Annotated[
         str,
@@ -70,13 +63,7 @@ def convert(
         Path, typer.Argument(metavar="DST", help="NAME.safetensors writes one file, any other name a folder.")
     ],
     *,
-    trust_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--trust-pickle",
-            help="Read .ckpt and .bin files. Use it only if you trust their maker: a pickle can hold code.",
-        ),
-    ] = False,
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help=TRUST)] = False,
     load_options: Annotated[LoadOptions, Flags(only=("prediction", *FILES))] = ON_CPU,
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the averaged weights of the UNet from a single file that has both.")
@@ -100,11 +87,9 @@ def convert(
 
         from sdlite.checkpoints.load import convert
 
-        kind = None if dtype is None else getattr(torch, dtype)
-        files = load_options.file_keywords()
+        kind, files = dtype and getattr(torch, dtype), load_options.file_keywords()
         parts = convert(source, target, trust_pickle=trust_pickle, ema=ema, dtype=kind, **files)
-    for note in parts.notes:
-        report.note(note)
+    report.note(*parts.notes)
     print(target)
 
 
@@ -113,8 +98,9 @@ def _two_columns(facts: Facts) -> str:
     rows = {key: value for group in facts.values() for key, value in group.items() if value not in (None, "")}
     margin = max(map(len, rows), default=0) + 2
     texts = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in rows.items()}
-    lines = (f"{shown(key):{margin}}" + shown(text).replace("\n", "\n" + " " * margin) for key, text in texts.items())
-    return "\n".join(lines)
+    return "\n".join(
+        f"{shown(key):{margin}}" + shown(text).replace("\n", "\n" + " " * margin) for key, text in texts.items()
+    )
 
 
 def _image_facts(path: str) -> Facts:
@@ -133,7 +119,6 @@ def _image_facts(path: str) -> Facts:
 
 def _names(model: str) -> list[str]:
     """The names that a model lists. Raises ValueError for one that has no list."""
-    check_model(model)
     folder = shipped_folder() if model == SHIPPED and not Path(model).exists() else exported(Path(model), FILE)
     names = read_names(folder)
     if not names:
@@ -147,11 +132,10 @@ def _model_facts(options: LoadOptions) -> Facts:
 
     parts = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
     counts = {f"parameters of {name}": num_weights(part) for name, part in parts.items()}
-    width, height = pipe.default_size
-    kind = type(pipe.denoiser).__name__
+    model = {"model": pipe.name, "model_hash": pipe.model_hash, "draws": "{}x{}".format(*pipe.default_size)}
     known = {"styles": list(SHIPPED_STYLES), "names": read_names(shipped_folder())}
     return {
-        "model": {"model": pipe.name, "model_hash": pipe.model_hash, "draws": f"{width}x{height}", "denoiser": kind},
+        "model": model | {"denoiser": type(pipe.denoiser).__name__},
         "parts": {"prediction": pipe.denoiser.prediction} | counts,
         "schedule": pipe.schedule.config.model_dump(),
         "trained on": known if options.model == SHIPPED else {},

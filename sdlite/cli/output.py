@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import typer
+from pydantic import Field
 
 from sdlite.config import UNTRAINED_NOTE, Record
 from sdlite.files import check_file, sweep
@@ -50,11 +51,11 @@ def check_writable(folder: Path) -> None:
 
 
 class SaveOptions(Record):
-    """Where images go. output: a file or a folder."""
+    """Where images go."""
 
-    output: str | None = None
-    force: bool = False
-    metadata: bool = True
+    output: str | None = Field(None, description="FILE.png or a folder.")
+    force: bool = Field(False, description="Replace existing files.")
+    metadata: bool = Field(True, description="Write prompt and settings into the image file.")
 
 
 class Names:
@@ -66,17 +67,14 @@ class Names:
             raise ValueError("--output is empty; give FILE.png or a folder, or leave it out")
         path = Path("." if output is None else output)
         is_folder = path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep))
-        self.folder = path if is_folder else path.parent
-        self.options = options
-        self.paths: list[Path] = []
-        if not is_folder:
-            if path.suffix.lower() not in SUFFIXES:
-                raise ValueError(
-                    f"--output={output}: images are written as {', '.join(SUFFIXES)}; use {output}.png, or {output}/ "
-                    "for a folder"
-                )
-            many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
-            self.paths = [path] if count == 1 else many
+        if not is_folder and path.suffix.lower() not in SUFFIXES:
+            suffixes = ", ".join(SUFFIXES)
+            raise ValueError(
+                f"--output={output}: images are written as {suffixes}; use {output}.png, or {output}/ for a folder"
+            )
+        many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)] if not is_folder else []
+        self.paths = [path] if len(many) == 1 else many
+        self.folder, self.options = path if is_folder else path.parent, options
         check_free(self.paths or [self.folder / "*"], options.force)
 
     def check_room(self, request: Request) -> None:
@@ -85,9 +83,8 @@ class Names:
 
         lossy = self.options.metadata and self.paths and self.paths[0].suffix.lower() in LOSSY
         if lossy and not fits_jpeg((request.prompt, request.negative_prompt)):
-            raise ValueError(
-                f"{self.paths[0]}: a JPEG has no room for prompts of that length; write .png or add --no-metadata"
-            )
+            rule = "a JPEG has no room for prompts of that length"
+            raise ValueError(f"{self.paths[0]}: {rule}; write .png or add --no-metadata")
 
     def save(self, picture: "Image", index: int, seed: int) -> Path:
         """Writes image number `index` of the run and returns its path."""
@@ -95,22 +92,25 @@ class Names:
 
         if index == 0:
             sweep(self.folder)
+        options = self.options
         if not self.paths:
-            return save_numbered(picture, self.folder, seed, with_metadata=self.options.metadata)
-        path, options = self.paths[index], self.options
-        save_picture(picture, path, force=options.force, with_metadata=options.metadata)
-        return path
+            return save_numbered(picture, self.folder, seed, with_metadata=options.metadata)
+        save_picture(picture, self.paths[index], force=options.force, with_metadata=options.metadata)
+        return self.paths[index]
 
 
 class Report(Record):
     """The messages of a run: paths or events on stdout, notes and a bar on stderr."""
 
-    quiet: bool = False
-    as_json: bool = False
+    quiet: bool = Field(
+        False, description="Show no progress bar and no notes, except the note that a model is untrained."
+    )
+    as_json: bool = Field(False, description="Print JSON on stdout instead of text: one object per line.")
 
-    def note(self, text: str) -> None:
-        if not self.quiet or text == UNTRAINED_NOTE:  # or a typing error in --model would pass unseen
-            typer.echo(f"sdlite: note: {shown(text)}", err=True)
+    def note(self, *texts: str) -> None:
+        for text in texts:
+            if not self.quiet or text == UNTRAINED_NOTE:  # or a typing error in --model would pass unseen
+                typer.echo(f"sdlite: note: {shown(text)}", err=True)
 
     def failed(self, error: str, **fields: Any) -> None:
         """One of several things has failed; the run goes on."""
@@ -134,15 +134,13 @@ class Report(Record):
 
         hidden = self.quiet or self.as_json or not sys.stderr.isatty()
         columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(elapsed_when_finished=True))
-        console = Console(stderr=True)
-        return Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=hidden)
+        return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, disable=hidden)
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
         """Shows a bar without percentage while the block runs, and removes it afterwards."""
-        bar = self.bar()
-        bar.add_task(shown(what), total=None)
-        with bar:
+        with self.bar() as bar:
+            bar.add_task(shown(what), total=None)
             yield
 
 

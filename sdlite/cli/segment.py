@@ -2,31 +2,23 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, app, examples
-from sdlite.cli.flags import options
+from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, command
+from sdlite.cli.flags import check_there, checked
 from sdlite.cli.output import Interrupts, Report, check_free, shown
 from sdlite.cli.threads import use_threads
-from sdlite.cli.words import check_there, checked
 from sdlite.files import DiskFull, sweep, write_file
 from sdlite.request import reason
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Task = Callable[["Image", Callable[[float], None]], "Image"]
+Make = Callable[[Path, Callable[[float], None]], bytes]
 
 
-@app.command(
-    epilog=examples(
-        "sdlite segment photo.jpg -m run/export -o mask.png",
-        "sdlite segment photos/ -m run/export --cutout -o cut-out/",
-    )
+@command(
+    "sdlite segment photo.jpg -m run/export -o mask.png", "sdlite segment photos/ -m run/export --cutout -o cut-out/"
 )
-@options
 def segment(
     images: Annotated[
         list[Path],
@@ -65,7 +57,7 @@ def segment(
     finishes the current image. Exit codes: 0 all done, 1 some failed, 2 wrong input, 3 disk full, 130 interrupted.
     """
     if overlay and cutout:
-        raise ValueError("--overlay and --cutout make two different images; give one of them")
+        raise ValueError("--overlay and --cutout write different images; give one")
     with report.busy("loading"):
         sources = list(_sources(images))
     many = len(sources) > 1 or images[0].is_dir()
@@ -77,8 +69,8 @@ def segment(
         report.note(f"{len(places) - len(todo)} of {len(places)} are there already; --force makes them again")
     with report.busy(f"loading {model}"):
         use_threads(threads)
-        task = _task(model, overlay, cutout)
-    raise typer.Exit(_label(todo, task, force, report, many))
+        make = _maker(model, overlay, cutout, report)
+    raise typer.Exit(_label(todo, make, force, report, many))
 
 
 def _sources(given: Sequence[Path]) -> Iterator[Path]:
@@ -90,14 +82,11 @@ def _sources(given: Sequence[Path]) -> Iterator[Path]:
     Image.init()
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
     for path in given:
-        if not path.is_dir():
-            yield path
-            continue
-        names = sorted(path.iterdir())
+        names = sorted(path.iterdir()) if path.is_dir() else []
         found = [name for name in names if name.suffix.lower() in suffixes and not name.name.startswith(".")]
-        if not found:
+        if path.is_dir() and not found:
             raise ValueError(f"{path} holds {len(names)} names and no image; images end in .png, .jpg, .tif, ...")
-        yield from found
+        yield from found or [path]
 
 
 def _places(sources: Sequence[Path], output: Path | None, many: bool) -> list[tuple[Path, Path]]:
@@ -119,27 +108,35 @@ def _places(sources: Sequence[Path], output: Path | None, many: bool) -> list[tu
     return places
 
 
-def _task(model: Path, overlay: bool, cutout: bool) -> Task:
-    """What turns an image into the image to write; it reports its progress from 0 to 1."""
-    from sdlite.segmentation.pixels import cutout as cut, overlay as laid_over
+def _maker(model: Path, overlay: bool, cutout: bool, report: Report) -> Make:
+    """What makes the PNG of an image file; it reports its progress from 0 to 1."""
+    from sdlite.images.files import decoded, png_bytes
+    from sdlite.segmentation import pixels
     from sdlite.segmentation.segmenter import Segmenter
 
     segmenter = Segmenter.load(model)
 
-    def made(image: "Image", progress: Callable[[float], None]) -> "Image":
+    def make(source: Path, progress: Callable[[float], None]) -> bytes:
+        image = decoded(source, pixels.FORMATS, pixels.MAX_PIXELS)
+        if "pages" in image.info:
+            report.note(f"{source} has several pages; the first is labelled")
         mask = segmenter(image, progress)
-        return cut(image, mask) if cutout else laid_over(image, mask) if overlay else mask
+        result = pixels.cutout(image, mask) if cutout else pixels.overlay(image, mask) if overlay else mask
+        return png_bytes(result, with_metadata=False)
 
-    return made
+    return make
 
 
-def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
+def _label(todo: Sequence[tuple[Path, Path]], make: Make, force: bool, report: Report, many: bool) -> int:
     """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
-    failed = 0
+    bar, failed = report.bar(), 0
+    line = bar.add_task("", total=1.0)
     with Interrupts() as interrupts:
         for number, (source, place) in enumerate(todo, 1):
+            bar.reset(line, description=f"{number}/{len(todo)} {shown(source.name)}")
             try:
-                _make(source, place, task, force, report, f"{number}/{len(todo)} {shown(source.name)}")
+                with bar:  # gone while a path is printed
+                    write_file(place, make(source, lambda done: bar.update(line, completed=done)), force=force)
                 report.path(place)
             except Exception as error:
                 if not many or isinstance(error, DiskFull):
@@ -152,17 +149,3 @@ def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: R
     if failed:
         report.note(f"{failed} of {len(todo)} failed")
     return SOME_FAILED if failed else 0
-
-
-def _make(source: Path, place: Path, task: Task, force: bool, report: Report, title: str) -> None:
-    from sdlite.images.files import decoded, png_bytes
-    from sdlite.segmentation.pixels import FORMATS, MAX_PIXELS
-
-    bar = report.bar()
-    line = bar.add_task(title, total=1.0)
-    with bar:  # gone while a path is printed
-        image = decoded(source, FORMATS, MAX_PIXELS)
-        if "pages" in image.info:
-            report.note(f"{source} has several pages; the first is labelled")
-        result = task(image, lambda done: bar.update(line, completed=done))
-        write_file(place, png_bytes(result, with_metadata=False), force=force)

@@ -1,19 +1,15 @@
-"""Sets how many threads a command computes with, and how they wait for each other.
-
-PyTorch's wheels for Linux bring GCC's OpenMP. At the end of each parallel part its threads spin until the last one
-arrives, which takes long if another program has that thread's core. tests/compare_threads.py measures this.
-"""
+"""How many threads a command computes with, and how they wait for each other; tests/compare_threads.py measures it."""
 
 import os
 from collections.abc import Iterator
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
 
-# Turns of the waiting loop before a thread sleeps: enough to bridge the gap between two operations, so few that busy
-# cores lose little. GCC's OpenMP itself takes 300,000, or 1,000 where it sees more threads than cores.
+# Turns of the loop in which the threads of GCC's OpenMP (in PyTorch's wheels for Linux) wait for the last one, before
+# they sleep. 10,000 bridge the gap between two operations and lose little time if another program has a thread's core.
+# GCC's default is 300,000, or 1,000 with more threads than cores.
 SPIN_COUNT = "10000"
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def spin_briefly() -> None:
@@ -33,13 +29,10 @@ def use_threads(asked: int | None = None, cgroups: Path = CGROUPS, own: Path = O
     if asked is not None:
         torch.set_num_threads(asked)
     elif "OMP_NUM_THREADS" not in os.environ:
-        allowed = [torch.get_num_threads(), _cores(), *_quotas(cgroups, own)]
+        allowed = [torch.get_num_threads(), *_quotas(cgroups, own)]
+        if hasattr(os, "sched_getaffinity"):  # Linux: the cores that taskset or a container's cpuset leaves
+            allowed.append(len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, ceil(min(allowed))))
-
-
-def _cores() -> float:
-    """Cores that taskset or a container's cpuset leaves to this process; known on Linux only."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else inf
 
 
 def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
@@ -50,18 +43,12 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
     """
     for line in own.read_text().splitlines() if own.is_file() else ():
         _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        if controllers and "cpu" not in names:
+        if controllers and "cpu" not in controllers.split(","):
             continue
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for group in (Path(path), *Path(path).parents):
-            for mount in ("unified", "") if not controllers else {controllers, "cpu"}:
-                yield from _quota(cgroups / mount / group.relative_to("/"), is_v1=bool(controllers))
-
-
-def _quota(group: Path, is_v1: bool) -> Iterator[float]:
-    """quota / period of one control group, if it has a limit."""
-    files = [group / name for name in (("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",))]
-    if all(file.is_file() for file in files):
-        quota, period = " ".join(file.read_text() for file in files).split()
-        if quota not in ("max", "-1"):
-            yield int(quota) / int(period)
+            for mount in {controllers, "cpu"} if controllers else ("unified", ""):
+                files = [cgroups / mount / group.relative_to("/") / name for name in names]
+                values = " ".join(file.read_text() for file in files if file.is_file()).split()
+                if len(values) == 2 and values[0] not in ("max", "-1"):
+                    yield int(values[0]) / int(values[1])
