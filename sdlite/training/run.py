@@ -60,7 +60,15 @@ def write_checkpoint(out: Path, samples: int, tensors: Mapping[str, Tensor]) -> 
     folder = out / f"state-{samples:010}"
     check_finite(tensors, f"after {samples} samples")
     with atomic_folder(folder, force=True) as temporary:
-        for i, shard in enumerate(_shards(tensors)):
+        shards: list[dict[str, Tensor]] = []
+        room = -1
+        for name, tensor in tensors.items():
+            if tensor.nbytes > room:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1][name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+            room -= tensor.nbytes
+        for i, shard in enumerate(shards):
             save_file(shard, temporary / f"state-{i:05}.safetensors")
         sums = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
         stated = Stated(samples=samples, tensors=len(tensors), sums=sums)
@@ -158,18 +166,6 @@ def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
     for name, value in json.loads(json.dumps(settings)).items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    return shards
 
 
 def _sum(file: Path) -> str:

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 
 from sdlite.files import atomic_folder
-from sdlite.training.datasets.copies import near_copies
 from sdlite.training.datasets.folder import write_records
 from sdlite.training.datasets.packages import (
     SOURCES,
@@ -52,6 +51,8 @@ DROPPED = re.compile(  # letters, flags, signs that are a drawing on a square, p
 )
 SKIN = re.compile(r"1f3f[b-f]|-(light|medium|dark)($|-)|skin-tone", re.IGNORECASE)
 EMPTY = 0.02  # less of an image than this covered means that rendering failed
+THUMBNAIL = 12  # cells: small enough to forgive rendering, large enough to tell two clock faces apart
+NEAR = 2.0  # mean difference of thumbnails in grey levels; different drawings of one thing differ by 10 and more
 MIN_STYLES = 3  # sets that draw a concept; what fewer draw is too little to learn from
 EVERYDAY = Path(__file__).with_name("everyday.tsv")  # concept, everyday names, descriptions; written by hand
 
@@ -73,7 +74,7 @@ def read_icons(folder: Path, source: Source) -> Iterator[Icon]:
                 yield from _iconify(source, json.load(content(tar, member)))
             elif name.endswith(".webp") and not SKIN.search(name):
                 data = content(tar, member).read()
-                yield Icon(source, Path(name).stem, partial(_open, data))
+                yield Icon(source, Path(name).stem, partial(_opened, data))
 
 
 def _iconify(source: Source, icons: Mapping[str, Any]) -> Iterator[Icon]:
@@ -96,15 +97,11 @@ def render_svg(svg: str, size: int) -> Image.Image:
     except ImportError:
         raise ValueError('drawing SVG needs resvg; install it with: pip install "sdlite[train]"') from None
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    return _resized(Image.open(io.BytesIO(bytes(png))), size)
+    return _opened(bytes(png), size)
 
 
-def _open(data: bytes, size: int) -> Image.Image:
-    return _resized(Image.open(io.BytesIO(data)), size)
-
-
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    image = image.convert("RGBA")
+def _opened(data: bytes, size: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -227,6 +224,28 @@ def _purified(
     copies = near_copies(pictures, [record["split"] != "train" for record in records])
     kept = [i for i in range(len(records)) if i not in copies]
     return [records[i] for i in kept], [pictures[i] for i in kept]
+
+
+def near_copies(pictures: Sequence[Image.Image], held_out: Sequence[bool]) -> set[int]:
+    """Indices to leave out: of two near copies the trained one if the other is held out, else the later one."""
+    order = np.argsort(~np.asarray(held_out, bool), kind="stable")  # held-out images come first
+    thumbs = np.stack([_thumbnail(pictures[i]) for i in order])
+    means = thumbs.mean(1)  # two thumbnails differ at least as much as their means
+    out: set[int] = set()
+    for i in range(len(order)):
+        if int(order[i]) in out:
+            continue
+        later = i + 1 + np.flatnonzero(np.abs(means[i + 1 :] - means[i]) < NEAR)
+        near = later[np.abs(thumbs[later] - thumbs[i]).mean(1) < NEAR]
+        out |= {int(order[j]) for j in near}
+    return out
+
+
+def _thumbnail(picture: Image.Image) -> np.ndarray:
+    """(THUMBNAIL * THUMBNAIL * 3,) float32, the image on white."""
+    white = Image.new("RGBA", picture.size, "white")
+    small = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
 
 
 def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable[Image.Image]) -> Counter[str]:
