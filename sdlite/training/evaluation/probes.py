@@ -89,7 +89,7 @@ def has_pieces(number: int) -> Check:
 
 def count_pieces(mask: np.ndarray) -> int:
     """Connected parts (4 neighbours) of more than a speck of the image."""
-    image, left, count = Image.fromarray(mask.astype(np.uint8)), mask, 0
+    image, left, count = Image.fromarray(mask.astype(np.uint8)).copy(), mask, 0
     while left.any():
         y, x = np.argwhere(left)[0].tolist()
         ImageDraw.floodfill(image, (x, y), 0)
