@@ -11,9 +11,10 @@ from sdlite.checkpoints.concepts import knows_none, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.cli.app import INTERRUPTED, Threads, app, examples, load
 from sdlite.cli.flags import Flags, options
-from sdlite.cli.output import Interrupts, Names, Report, SaveOptions
+from sdlite.cli.output import Names, Report, SaveOptions
 from sdlite.config import LoadOptions
 from sdlite.request import Request
+from sdlite.training.stop import Stop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,7 +131,7 @@ def draw(
     images: list[Image] = []
     bar = report.bar()
     task = bar.add_task("")
-    with Interrupts() as interrupts:
+    with Stop("sdlite: finishing the current image") as stop:
         for event in pipe.draw(jobs, batch_size):
             if isinstance(event, Finished):
                 bar.stop()  # gone while a path is printed
@@ -138,7 +139,7 @@ def draw(
                 report.path(names.save(event.picture, len(images), seed), seed=seed)
                 images.append(event.picture)
                 continue
-            if event.step == 0 and interrupts.asked:
+            if event.step == 0 and stop.asked:
                 break
             bar.start()
             decoding = ", decoding" if event.step == event.of else ""
@@ -146,7 +147,7 @@ def draw(
             bar.update(task, description=text, completed=event.done, total=event.total)
             if event.step:
                 report.event("step", image=event.batch[0], step=event.step, of=event.of)
-    return images, interrupts.asked
+    return images, stop.asked
 
 
 def end(report: Report, images: int, interrupted: bool) -> None:

@@ -8,11 +8,12 @@ import typer
 
 from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, app, examples
 from sdlite.cli.flags import options
-from sdlite.cli.output import Interrupts, Report, check_free, shown
+from sdlite.cli.output import Report, check_free, shown
 from sdlite.cli.threads import use_threads
 from sdlite.cli.words import check_there, checked
 from sdlite.files import DiskFull, sweep, write_file
 from sdlite.request import reason
+from sdlite.training.stop import Stop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,7 +137,7 @@ def _task(model: Path, overlay: bool, cutout: bool) -> Task:
 def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: Report, many: bool) -> int:
     """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
     failed = 0
-    with Interrupts() as interrupts:
+    with Stop("sdlite: finishing the current image") as stop:
         for number, (source, place) in enumerate(todo, 1):
             try:
                 _make(source, place, task, force, report, f"{number}/{len(todo)} {shown(source.name)}")
@@ -147,7 +148,7 @@ def _label(todo: Sequence[tuple[Path, Path]], task: Task, force: bool, report: R
                 failed += 1
                 why = reason(error)
                 report.failed(why if str(source) in why else f"{source}: {why}", path=str(source))
-            if interrupts.asked:
+            if stop.asked:
                 return INTERRUPTED
     if failed:
         report.note(f"{failed} of {len(todo)} failed")

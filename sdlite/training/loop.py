@@ -66,7 +66,7 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
     """
     if config.samples is None and config.minutes is None:
         raise ValueError("give minutes or samples, or training would never end")
-    with Stop() as stop:
+    with Stop("stopping: what is learned so far is saved and exported") as stop:
         Process(task, config, out, stop, clock).run()
         if stop.asked:
             raise KeyboardInterrupt
