@@ -13,8 +13,8 @@ from typing import Self
 class Stop:
     """While active, sets `asked` at the first signal to stop and raises KeyboardInterrupt at the second.
 
-    message: shown at the first. once: seconds in which a repeated signal counts as the first, because torchrun passes on
-    a signal that the terminal has already sent to every process. Does nothing outside the main thread, because only
+    message: shown at the first. once: seconds in which a repeated signal counts as the first, because torchrun passes
+    on a signal that the terminal has already sent to every process. Does nothing outside the main thread, because only
     that one gets signals.
     """
 

