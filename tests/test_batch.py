@@ -310,7 +310,7 @@ def test_without_keep_going_the_batch_in_hand_is_the_last(tmp_path: Path, poison
     assert report.done == 3 and list(report.failed) == [3] and not report.interrupted
 
 
-@pytest.mark.parametrize("where", ["num_evaluations", "draw", "png_bytes"])
+@pytest.mark.parametrize("where", ["jobs", "draw", "png_bytes"])
 def test_an_error_that_nobody_foresaw_fails_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     """Not a ValueError, and from the check of the file, from drawing, or from writing the PNG."""
     place: Any = drawer if where == "png_bytes" else tiny()

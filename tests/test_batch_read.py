@@ -162,7 +162,7 @@ FAULTS = [
     ("a.jsonl", '{"prompt": "a"}\n{', "a.jsonl:2: not JSON"),
     ("a.jsonl", '["a"]', "a.jsonl:1: must be a JSON object"),
     ("a.jsonl", '{"prompt": "a", "steps": 2, "steps": 3}', "a.jsonl:1: 'steps' is there twice"),
-    ("a.jsonl", '{"prompt": "a", "guidance_scale": NaN}', "NaN is no JSON number"),
+    ("a.jsonl", '{"prompt": "a", "guidance_scale": NaN}', "NaN is not a JSON number"),
     ("a.jsonl", '{"prompt": "a", "guidance_scale": 1e999}', "guidance_scale=inf must be a finite number"),
     ("a.jsonl", '{"prompt": "\\ud800"}', "half of a surrogate pair"),
     ("a.jsonl", '{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 64 levels"),
