@@ -141,7 +141,8 @@ class DenoiserTask(nn.Module):
         t = self._timesteps(numbers)
         dropped = torch.tensor([g.random() < DROPPED for g in generators])
         noise = normal(generators, tuple(self.latents.x_0.shape[1:]))
-        tokens = torch.where(dropped[:, None], self.empty, self._tokens(indices, generators))
+        captions = [self._caption(int(i), g) for i, g in zip(indices, generators, strict=True)]
+        tokens = torch.where(dropped[:, None], self.empty, self._tokens(indices, captions))
         shapes = self.latents.shapes[indices]
         return self._loss(self.latents.x_0[indices], self._contexts(tokens), t, noise, shapes)
 
@@ -161,13 +162,17 @@ class DenoiserTask(nn.Module):
         """(B, T) to (B, T, D)"""
         return encode_tokens(self.parts[1].to(device_of(self)), tokens.to(device_of(self)))
 
-    def _tokens(self, indices: Tensor, generators: list[Generator]) -> Tensor:
-        """(B, T): of a new caption for each plain view; a composed view keeps its caption."""
+    def _caption(self, index: int, generator: Generator) -> str | None:
+        """A new caption for a plain view; None for a composed view, which keeps its caption."""
+        view, row = divmod(index, len(self.records))
+        return caption_of(self.records[row], generator) if view < PLAIN else None
+
+    def _tokens(self, indices: Tensor, captions: list[str | None]) -> Tensor:
+        """(B, T)"""
         tokens = self.latents.tokens[indices].clone()
-        for row, (index, generator) in enumerate(zip(indices.tolist(), generators, strict=True)):
-            view, record = divmod(index, len(self.records))
-            if view < PLAIN:
-                tokens[row] = tokenize(self.parts[1], [caption_of(self.records[record], generator)])[0]
+        new = [i for i, caption in enumerate(captions) if caption is not None]
+        if new:
+            tokens[new] = tokenize(self.parts[1], [caption for caption in captions if caption is not None])
         return tokens
 
     def _timesteps(self, numbers: Tensor) -> Tensor:
