@@ -722,7 +722,7 @@ def test_objectives(folder, runs, tmp_path, monkeypatch):
     for prediction in ("epsilon", "v"):
         task = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=1, prediction=prediction, **plain))
         x_0, contexts = task.latents.x_0[:2].float(), encode_tokens(parts[1], task.latents.tokens[:2])
-        loss = task._loss(x_0, contexts, torch.tensor([300, 300]), noise)
+        loss = task._loss(x_0, contexts, torch.tensor([300, 300]), noise, torch.tensor([[8, 8], [8, 8]]))
         abar = task.schedule.abar(torch.tensor(300)).item()
         target = noise if prediction == "epsilon" else abar**0.5 * noise - (1 - abar) ** 0.5 * x_0
         assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-5)
