@@ -11,32 +11,7 @@ use.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sdlite.package import __version__ as __version__, fetching
-
-_HOME = {
-    "CheckpointError": "sdlite.checkpoints.places",
-    "Conditioning": "sdlite.contracts",
-    "DDIM": "sdlite.diffusion.solvers",
-    "DDPM": "sdlite.diffusion.solvers",
-    "DiT": "sdlite.models.dit",
-    "DiTConfig": "sdlite.config",
-    "DiffusersSolver": "sdlite.diffusion.schedulers",
-    "LatentCodec": "sdlite.models.codec",
-    "Pipeline": "sdlite.pipeline",
-    "Request": "sdlite.request",
-    "Schedule": "sdlite.diffusion.schedule",
-    "TextEncoder": "sdlite.models.text",
-    "UNet": "sdlite.models.unet",
-    "UNetConfig": "sdlite.config",
-    "denoise": "sdlite.diffusion.sampling",
-    "load_model": "sdlite.checkpoints.load",
-    "sd15": "sdlite.config",
-    "sd21": "sdlite.config",
-    "tiny": "sdlite.config",
-    "tiny_dit": "sdlite.config",
-}
-_MODULES = ("batch", "images", "inspect", "segmentation", "training")
-__all__ = ["__version__", *sorted(_HOME), *_MODULES]
+from sdlite.package import __version__ as __version__, fetching, listed
 
 if TYPE_CHECKING:
     from sdlite import (
@@ -61,7 +36,6 @@ if TYPE_CHECKING:
     from sdlite.diffusion.schedule import Schedule as Schedule
     from sdlite.diffusion.schedulers import DiffusersSolver as DiffusersSolver
     from sdlite.diffusion.solvers import DDIM as DDIM, DDPM as DDPM
-    from sdlite.inspect import widgets as widgets
     from sdlite.models.codec import LatentCodec as LatentCodec
     from sdlite.models.dit import DiT as DiT
     from sdlite.models.text import TextEncoder as TextEncoder
@@ -69,8 +43,9 @@ if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline as Pipeline
     from sdlite.request import Request as Request
 
-
-_fetched, _ = fetching(__name__, _HOME)
+_HOMES = listed(__file__)
+_fetched, _ = fetching(__name__, _HOMES)
+__all__ = sorted([*_HOMES, "batch", "images", "inspect", "segmentation", "training"])
 
 
 def __getattr__(name: str) -> object:

@@ -14,23 +14,20 @@ Prediction = Literal["epsilon", "v", "sample"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 UNTRAINED_NOTE = "this model is untrained: its weights are random, and so are its images"
 MAX_SIDE = 4096  # pixels; beyond it one float32 image of activations no longer fits a common machine
-MAX_SHOWN = 80  # characters of a name or value in an error
 Size = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Cells = Annotated[int, Field(ge=1, le=1024)]  # of a latent, along one side
 Sides = Cells | tuple[Cells, Cells]  # of a square, or (height, width)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Annotated[int, Field(ge=1, le=8192)]
 Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
+Blocks = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]  # TAESD has 3
 Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 ELSEWHERE = {  # names of fields in diffusers and Automatic1111
+    **dict.fromkeys(("num_images_per_prompt", "n_iter"), "num_images"),
+    **dict.fromkeys(("sampler", "sampler_name", "scheduler"), "solver"),
     "num_inference_steps": "steps",
     "generator": "seed",
-    "num_images_per_prompt": "num_images",
     "cfg_scale": "guidance_scale",
-    "n_iter": "num_images",
-    "sampler": "solver",
-    "sampler_name": "solver",
-    "scheduler": "solver",
     "mask_image": "mask",
     "denoising_strength": "strength",
 }
@@ -39,7 +36,7 @@ ELSEWHERE = {  # names of fields in diffusers and Automatic1111
 def _one_line(error: ValidationError, fields: list[str]) -> str:
     """First fault of a validation error as `field=value: rule`, with the nearest known field for an unknown one."""
     fault = error.errors()[0]
-    name = ".".join(str(part) for part in fault["loc"])[:MAX_SHOWN]
+    name = f"{'.'.join(map(str, fault['loc'])):.80}"
     if fault["type"] == "extra_forbidden":
         near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, fields, 1)
         advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
@@ -114,7 +111,7 @@ class LoadOptions(Record):
 class UNetConfig(Record):
     """The conditional UNet (Rombach et al. 2022), in the terms of diffusers' UNet2DConditionModel.
 
-    Tuples have one entry per stage from the finest to the coarsest. attention_stages: which have cross-attention.
+    Tuples have one entry per stage, finest to coarsest. attention_stages: which have cross-attention.
     num_heads: heads, not their width (diffusers calls this attention_head_dim). context_dim: width of text features.
     transformer_depth: transformer blocks in each attention, or one number for all stages; the middle has the last's.
     """
@@ -142,8 +139,8 @@ class UNetConfig(Record):
             raise ValueError(f"transformer_depth={self.transformer_depth} leaves no attention to the prompt")
         for width, heads in zip(channels, self.num_heads, strict=True):
             if width % heads or width % self.num_groups:
-                rule = f"must be a multiple of its num_heads={heads} and of num_groups={self.num_groups}"
-                raise ValueError(f"block_out_channels={channels}: {width} {rule}")
+                multiple = f"must be a multiple of its num_heads={heads} and of num_groups={self.num_groups}"
+                raise ValueError(f"block_out_channels={channels}: {width} {multiple}")
         return self
 
     def depth(self, stage: int) -> int:
@@ -172,10 +169,8 @@ class DiTConfig(Record):
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         if self.width % self.num_heads or self.width % 4:
-            rule = (
-                f"must be a multiple of num_heads={self.num_heads} and of 4, for a sine and a cosine of row and column"
-            )
-            raise ValueError(f"width={self.width} {rule}")
+            multiple = f"must be a multiple of num_heads={self.num_heads} and of 4"
+            raise ValueError(f"width={self.width} {multiple}, for a sine and a cosine of row and column")
         if self.sample_size % self.patch_size:
             raise ValueError(f"sample_size={self.sample_size} must be a multiple of patch_size={self.patch_size}")
         return self
@@ -253,8 +248,8 @@ class AutoencoderTinyConfig(Record):
     decoder_block_out_channels: Stages = (64, 64, 64, 64)
     latent_channels: Channels = 4
     upsampling_scaling_factor: Literal[2] = 2
-    num_encoder_blocks: Stages = (1, 3, 3, 3)
-    num_decoder_blocks: Stages = (3, 3, 3, 1)
+    num_encoder_blocks: Blocks = (1, 3, 3, 3)
+    num_decoder_blocks: Blocks = (3, 3, 3, 1)
     latent_magnitude: int = Field(3, ge=1)
     latent_shift: float = 0.5
     scaling_factor: float = Field(1.0, gt=0)
@@ -287,14 +282,10 @@ class ModelConfig(Record):
 
 def sd15(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
     """Stable Diffusion 1.x; in_channels=9 is its inpainting model (latents, mask, masked image)."""
+    stages = {"block_out_channels": (320, 640, 1280, 1280), "attention_stages": (True, True, True, False)}
     return ModelConfig(
         denoiser=UNetConfig(
-            in_channels=in_channels,
-            block_out_channels=(320, 640, 1280, 1280),
-            attention_stages=(True, True, True, False),
-            num_heads=(8, 8, 8, 8),
-            context_dim=768,
-            prediction=prediction,
+            **stages, num_heads=(8, 8, 8, 8), context_dim=768, in_channels=in_channels, prediction=prediction
         ),
         schedule=ScheduleConfig(),
         text=TextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
@@ -308,33 +299,17 @@ def sd21(in_channels: int = 4, prediction: Prediction = "v") -> ModelConfig:
     The text encoder has 23 layers: the last of OpenCLIP ViT-H's 24 is not used.
     """
     base = sd15(in_channels, prediction)
-    return base.replace(
-        denoiser=base.denoiser.replace(num_heads=(5, 10, 20, 20), context_dim=1024, use_linear_projection=True),
-        text=TextConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=23,
-            num_attention_heads=16,
-            hidden_act="gelu",
-            pad_token_id=0,
-        ),
-        sample_size=96 if prediction == "v" else 64,
-    )
+    unet = base.denoiser.replace(num_heads=(5, 10, 20, 20), context_dim=1024, use_linear_projection=True)
+    text = TextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+    text = text.replace(hidden_act="gelu", pad_token_id=0)
+    return base.replace(denoiser=unet, text=text, sample_size=96 if prediction == "v" else 64)
 
 
 def tiny(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
     """Every part of SD1 at toy size, for tests and for trying commands: draws 64-pixel images in a blink."""
+    unet = UNetConfig(block_out_channels=(32, 64), attention_stages=(True, False), num_heads=(2, 4), context_dim=32)
     return ModelConfig(
-        denoiser=UNetConfig(
-            in_channels=in_channels,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            attention_stages=(True, False),
-            num_heads=(2, 4),
-            context_dim=32,
-            num_groups=8,
-            prediction=prediction,
-        ),
+        denoiser=unet.replace(in_channels=in_channels, layers_per_block=1, num_groups=8, prediction=prediction),
         schedule=ScheduleConfig(),
         text=TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
         codec=AutoencoderKLConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
@@ -344,6 +319,5 @@ def tiny(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfi
 
 def tiny_dit(in_channels: int = 4, prediction: Prediction = "epsilon") -> ModelConfig:
     """`tiny` with a Transformer in the UNet's place."""
-    sizes = {"width": 48, "depth": 2, "num_heads": 3, "context_dim": 32, "sample_size": 8}
-    denoiser = DiTConfig(in_channels=in_channels, prediction=prediction, **sizes)
-    return tiny(in_channels).replace(denoiser=denoiser)
+    dit = DiTConfig(width=48, depth=2, num_heads=3, context_dim=32, sample_size=8)
+    return tiny().replace(denoiser=dit.replace(in_channels=in_channels, prediction=prediction))

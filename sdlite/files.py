@@ -23,10 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 16 * 2**20
 MAX_BRACKETS = 500_000  # of lists and objects, which take 20 to 50 times the memory of their text
 MAX_DEPTH = 64
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
+Hook = Callable[[str], None]
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errno of an OSError: the disk cannot be written
 SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\r?\n?', re.IGNORECASE)  # Excel reads it, and so people write it
 TEMPORARY = re.compile(r"\.(.+)-(\d{1,10})\.[0-9a-f]{16}\.(tmp|old)")  # host, process, kind
@@ -45,17 +45,18 @@ def parse_json(text: bytes | str) -> Any:
         if text.count("[") + text.count("{") > MAX_BRACKETS:
             raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     except UnicodeDecodeError:
         raise ValueError("not JSON in UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    _check_depth(value)
     return value
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = 16 * 2**20) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError or ValueError, in one line that begins with the path."""
     data = _read_bytes(path, max_bytes)
     try:
@@ -109,24 +110,16 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_depth(value: Any) -> None:
-    level: list[Any] = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level for inner in _containers(outer)]
-        if not level:
-            return
-    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-
-
-def _containers(value: dict[str, Any] | list[Any]) -> list[Any]:
+def _depth(value: Any) -> int:
+    """Levels of lists and objects. Raises RecursionError beyond Python's own limit."""
+    if not isinstance(value, dict | list):
+        return 0
     inside = value.values() if isinstance(value, dict) else value
-    return [inner for inner in inside if isinstance(inner, dict | list)]
+    return 1 + max((_depth(inner) for inner in inside if isinstance(inner, dict | list)), default=0)
 
 
 @contextmanager
-def atomic_file(
-    path: Path, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
-) -> Iterator[Path]:
+def atomic_file(path: Path, *, force: bool = False, reached: Hook = lambda point: None) -> Iterator[Path]:
     """Gives an empty temporary file of that name; when the block ends well, it becomes the file `path`.
 
     Missing folders are made. reached: called with "written", "synced" and "linked", for tests that end the process
@@ -137,10 +130,9 @@ def atomic_file(
     with making(path) as folder:
         folder.mkdir()  # some writers make temporary files of their own beside the one that they are given
         temporary = folder / path.name
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask leaves; some writers take 0600
+        mode = _touch(temporary)  # some writers take 0600
         yield temporary
-        temporary.chmod(stat.S_IMODE(mode))
+        temporary.chmod(mode)
         reached("written")
         _sync(temporary)
         reached("synced")
@@ -153,9 +145,7 @@ def atomic_file(
         _sync(path.parent)
 
 
-def write_file(
-    path: Path, data: bytes, *, force: bool = False, reached: Callable[[str], None] = lambda point: None
-) -> None:
+def write_file(path: Path, data: bytes, *, force: bool = False, reached: Hook = lambda point: None) -> None:
     """Writes the bytes with `atomic_file`."""
     with atomic_file(path, force=force, reached=reached) as temporary:
         temporary.write_bytes(data)
@@ -172,7 +162,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     check_folder(path, force)
     with making(path) as temporary:
         temporary.mkdir()
-        mode = _file_mode(temporary)
+        mode = _touch(temporary / "probe")
+        (temporary / "probe").unlink()
         yield temporary
         for entry in sorted(temporary.rglob("*"), reverse=True):  # what is inside before the folder it is in
             if entry.is_file():
@@ -223,23 +214,18 @@ def making(path: Path) -> Iterator[Path]:
         for folder in missing:
             with suppress(OSError):  # it holds something else by now, or was never made
                 folder.rmdir()
-        if isinstance(error, Exception) and (number := _system_error(error)) is not None:
-            raise _clear_error(number, path) from None
+        _raise_clearly(error, path)
         raise
 
 
-def _system_error(error: Exception) -> int | None:
-    """The errno of a full disk, or of any error that a library hides in its text; None for all else."""
-    if isinstance(error, OSError):
-        return error.errno if error.errno in FULL else None
-    match = RUST_ERROR.search(str(error))
-    return None if match is None else int(match[1])
-
-
-def _clear_error(number: int, path: Path) -> OSError:
+def _raise_clearly(error: BaseException, path: Path) -> None:
+    """Raises DiskFull for a full disk, and OSError for an error that a library hides in its text."""
+    hidden = None if isinstance(error, OSError) else RUST_ERROR.search(str(error))
+    number: Any = int(hidden[1]) if hidden else getattr(error, "errno", None)
     if number in FULL:
-        return DiskFull(number, f"{path}: {os.strerror(number)}; it was not written: make space and try again")
-    return OSError(number, os.strerror(number), str(path))
+        raise DiskFull(number, f"{path}: {os.strerror(number)}; it was not written: make space and try again") from None
+    if hidden:
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def check_file(path: Path, force: bool) -> None:
@@ -323,13 +309,10 @@ def _remove_once(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _file_mode(folder: Path) -> int:
-    """Permissions that the umask leaves a new file."""
-    probe = folder / "probe"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    return mode
+def _touch(file: Path) -> int:
+    """Makes a file; the permissions that the umask leaves it."""
+    file.touch()
+    return stat.S_IMODE(file.stat().st_mode)
 
 
 def _sync(path: Path) -> None:

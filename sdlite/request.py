@@ -57,12 +57,7 @@ SOLVERS: dict[str, SolverEntry] = {
     ),
     "dpmpp_2m": SolverEntry("Lu et al. 2022", "DPM++ 2M", "Uniform", "DPMSolverMultistepScheduler", last_step=False),
     "dpmpp_2m_karras": SolverEntry(
-        "Lu et al. 2022",
-        "DPM++ 2M",
-        "Karras",
-        "DPMSolverMultistepScheduler",
-        {"use_karras_sigmas": True},
-        karras=True,
+        "Lu et al. 2022", "DPM++ 2M", "Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, karras=True
     ),
     "unipc": SolverEntry("Zhao et al. 2023", "UniPC", None, "UniPCMultistepScheduler", last_step=False),
     "pndm": SolverEntry(

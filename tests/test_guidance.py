@@ -7,10 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from sdlite.config import ScheduleConfig
 from sdlite.contracts import Conditioning
-from sdlite.diffusion.guidance import Guided, guide, rescale_guidance
-from sdlite.diffusion.inpainting import WithChannels, keep_known
-from sdlite.diffusion.noise import ImageNoise
-from sdlite.diffusion.sampling import denoise
+from sdlite.diffusion.sampling import Guided, ImageNoise, WithChannels, denoise, guide, keep_known, rescale_guidance
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.solvers import DDIM
 from tests.references.closed_form import GaussianDenoiser, normal

@@ -8,7 +8,8 @@ from diffusers.training_utils import compute_snr
 from sdlite.config import ScheduleConfig
 from sdlite.contracts import Conditioning
 from sdlite.diffusion.loss import diffusion_loss, min_snr_weight
-from sdlite.diffusion.parameterization import (
+from sdlite.diffusion.schedule import (
+    Schedule,
     add_noise,
     eps_from_v,
     eps_from_x0,
@@ -18,7 +19,6 @@ from sdlite.diffusion.parameterization import (
     x0_from_eps,
     x0_from_v,
 )
-from sdlite.diffusion.schedule import Schedule
 from tests.references.closed_form import GaussianDenoiser, normal
 
 SCHEDULE = Schedule(ScheduleConfig())

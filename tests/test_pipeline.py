@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+from collections import Counter
 
 import diffusers
 import numpy as np
@@ -18,7 +19,7 @@ from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleCo
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
 from sdlite.pipeline import About, Finished, Pipeline, Step
-from sdlite.pipeline.start import conditioning
+from sdlite.pipeline.run import conditioning
 from sdlite.request import Request
 from tests.references.diffusers_pipeline import SCHEDULERS, generators, reference_pipeline, reference_scheduler
 
@@ -201,7 +202,7 @@ def check_run(compared, solver: str, mode: str, steps: int) -> None:
     given = {key: pictures.get(value, value) for key, value in MODES[mode].items()}
     asked = {"seed": 8, "steps": steps, "solver": solver, "width": 32, "height": 32, "guidance_scale": 1}
     try:
-        pipe.num_evaluations(Request(prompt="a", **asked | MODES[mode]))
+        pipe.jobs(Request(prompt="a", **asked | MODES[mode]), [given.get("image")], [given.get("mask")])
     except ValueError as refusal:
         assert "\n" not in str(refusal)
         return
@@ -255,7 +256,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe, fields):
     ]
     images = [picture(i) if "image" in fields else None for i in range(4)]
     masks = [mask() if "mask" in fields else None for _ in range(4)]
-    assert len(pipe.batches(requests)) == 1
+    assert len({job.batch_key for job in pipe.jobs(requests, images, masks)}) == 1
     together = pipe.generate(requests, images=images, masks=masks)
     for i, request in enumerate(requests):
         alone = pipe.generate(request, images=images[i : i + 1], masks=masks[i : i + 1])[0]
@@ -269,7 +270,7 @@ def test_a_negative_prompt_that_is_not_used_does_not_join_batches(sd1):
         Request(prompt="a cat", negative_prompt=long, guidance_scale=1, steps=2, seed=1),
         Request(prompt=long, guidance_scale=1, steps=2, seed=2),
     ]
-    assert len(sd1.batches(requests)) == 2
+    assert len({job.batch_key for job in sd1.jobs(requests)}) == 2
 
 
 def test_clip_skip_holds_for_the_negative_prompt_too(sd1):
@@ -298,7 +299,7 @@ def test_requests_that_cannot_share_a_batch_come_back_in_order(sd1):
         {"clip_skip": 1},
     ]
     requests = [Request(**{"prompt": "a", "steps": 2, "seed": i} | fields) for i, fields in enumerate(variants * 2)]
-    assert sorted(map(len, sd1.batches(requests))) == [2] * 7
+    assert list(Counter(job.batch_key for job in sd1.jobs(requests)).values()) == [2] * 7
     for request, image in zip(requests, sd1.generate(requests), strict=True):
         assert difference(image, sd1.generate(request)[0]) <= GREY_LEVEL
     with pytest.raises(ValueError, match="cannot share a batch"):
@@ -307,7 +308,7 @@ def test_requests_that_cannot_share_a_batch_come_back_in_order(sd1):
 
 def test_guidance_scales_may_differ_within_a_batch(sd1):
     requests = [Request(prompt="a", seed=1, steps=4, guidance_scale=scale) for scale in (2.0, 9.0)]
-    assert len(sd1.batches(requests)) == 1
+    assert len({job.batch_key for job in sd1.jobs(requests)}) == 1
     for request, image in zip(requests, sd1.generate(requests), strict=True):
         assert difference(image, sd1.generate(request)[0]) <= GREY_LEVEL
 
@@ -325,10 +326,10 @@ def test_call_counts_seeds_up_and_keeps_the_order_of_prompts(sd1):
 def test_steps_are_yielded_as_they_are_made(sd1):
     request = Request(prompt="a", steps=6)
     latents = list(sd1.sample_latents([request]))
-    assert len(latents) == sd1.num_evaluations(request) == 6
+    assert len(latents) == sd1.jobs(request)[0].evaluations == 6
     assert difference(sd1.decode(latents[-1], [request])[0], sd1.generate(request)[0]) == 0
-    assert sd1.num_evaluations(request.replace(solver="pndm")) == 7
-    assert sd1.num_evaluations(request.replace(image="x", strength=0.5)) == 3
+    assert sd1.jobs(request.replace(solver="pndm"))[0].evaluations == 7
+    assert sd1.jobs(request.replace(image="x", strength=0.5), [picture(0)])[0].evaluations == 3
 
 
 def test_draw_gives_steps_and_images_in_batches_of_a_size(sd1):
@@ -417,10 +418,11 @@ def test_pictures_must_fit_the_requests(sd1):
 )
 def test_a_picture_to_start_from_is_fitted_into_the_model(sd1, given, sides, expected):
     large = Image.new("RGB", given)
-    resolved = sd1.resolve(Request(prompt="a", image="x", **sides), large)
-    assert (resolved.width, resolved.height) == expected
-    said = sd1.remarks(Request(prompt="a", image="x", **sides), large)
-    assert [f"is made {expected[0]}x{expected[1]}" in note for note in said] == [True] * (given[0] > 64 and not sides)
+    (job,) = sd1.jobs(Request(prompt="a", image="x", **sides), [large])
+    assert (job.request.width, job.request.height) == job.size == expected
+    assert [f"is made {expected[0]}x{expected[1]}" in note for note in job.remarks] == [True] * (
+        given[0] > 64 and not sides
+    )
 
 
 def test_pictures_are_read_alike_wherever_they_come_from(sd1, tmp_path):
@@ -485,13 +487,12 @@ def test_a_model_with_two_sides_draws_what_diffusers_draws(tmp_path):
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", *SCHEDULERS])
 @pytest.mark.parametrize("steps", [1, 2, 51, 999, 1000])
 def test_every_number_of_steps_gives_an_image_or_one_line(sd1, solver, steps):
-    solver_of = sd1.num_evaluations
     request = Request(prompt="a", solver=solver, steps=steps)
     if steps > {"lcm": 50, "pndm": 999, "dpmpp_2m": 999, "unipc": 999}.get(solver, 1000):
         with pytest.raises(ValueError, match=f"steps={steps} must be up to .* with solver={solver!r}"):
-            solver_of(request)
+            sd1.jobs(request)
     else:
-        assert solver_of(request) >= steps
+        assert sd1.jobs(request)[0].evaluations >= steps
 
 
 @pytest.mark.parametrize(
@@ -562,10 +563,10 @@ def test_large_images_are_decoded_in_one_piece(codec, size):
 
 
 def test_what_no_memory_can_decode_is_refused_beforehand(sd1, monkeypatch):
-    monkeypatch.setattr("sdlite.pipeline.resolve.total_memory", lambda _: 2**20)
+    monkeypatch.setattr("sdlite.pipeline.job.total_memory", lambda _: 2**20)
     with pytest.raises(ValueError, match=r"width=512, height=256: to decode .* 0\.0 GiB .* smaller"):
-        sd1.resolve(Request(prompt="a", width=512, height=256))
-    assert sd1.resolve(Request(prompt="a")).width == 64
+        sd1.jobs(Request(prompt="a", width=512, height=256))
+    assert sd1.jobs(Request(prompt="a"))[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

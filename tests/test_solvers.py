@@ -8,13 +8,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from sdlite.config import ScheduleConfig
-from sdlite.diffusion.inpainting import keep_known
-from sdlite.diffusion.noise import ImageNoise
-from sdlite.diffusion.sampling import denoise
+from sdlite.diffusion.sampling import ImageNoise, denoise, keep_known
 from sdlite.diffusion.schedule import Schedule
 from sdlite.diffusion.schedulers import DiffusersSolver, diffusers_scheduler
 from sdlite.diffusion.solvers import DDIM, DDPM, ddim_step, ddpm_step, solver_for
-from sdlite.pipeline.resolve import first_step
+from sdlite.pipeline.job import first_step
 from sdlite.request import Request
 from tests.references.closed_form import GaussianDenoiser, normal
 from tests.references.diffusers_pipeline import SCHEDULERS

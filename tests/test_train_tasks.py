@@ -23,8 +23,8 @@ from sdlite.cli import main
 from sdlite.cli.app import app
 from sdlite.config import AutoencoderKLConfig, tiny
 from sdlite.contracts import Conditioning
+from sdlite.models import network
 from sdlite.models.codec import LatentCodec
-from sdlite.models.networks import network
 from sdlite.models.prompt import escaped
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import Pipeline

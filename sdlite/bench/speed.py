@@ -31,7 +31,7 @@ def measure(
     Returns {"machine": ..., "setting": ..., "rows": [...]}, ready for JSON and for `table`. Without a peer, a pipeline
     that cannot be saved has no row for the cold start. Raises ValueError for a model that the peer does not have.
     """
-    request, kind = pipe.resolve(request), type(pipe.denoiser).__name__
+    request, kind = pipe.jobs(request)[0].request, type(pipe.denoiser).__name__
     with tempfile.TemporaryDirectory(prefix="sdlite-bench-") as folder:
         model = Path(folder) / "model"
         with suppress(*() if versus else (ValueError,)):  # parts that are no networks of ours

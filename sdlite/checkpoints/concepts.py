@@ -23,7 +23,12 @@ def read_names(folder: Path) -> list[str]:
 def nearest(text: str, names: Sequence[str], count: int) -> list[str]:
     """The names most like a text in spelling, best first; a name is as near as the nearest of its words."""
     words = _words(text) or {text.lower()}
-    return sorted(names, key=lambda name: -max(_likeness(word, name.lower()) for word in words))[:count]
+
+    def likeness(name: str) -> float:
+        parts = (name.lower(), *re.findall(r"[^\W_]+", name.lower()))
+        return max(_likeness(word, part) for word in words for part in parts)
+
+    return sorted(names, key=likeness, reverse=True)[:count]
 
 
 def knows_none(text: str, names: Sequence[str]) -> bool:
@@ -32,15 +37,8 @@ def knows_none(text: str, names: Sequence[str]) -> bool:
     return not known & {_singular(word) for word in _words(text)}
 
 
-def _likeness(word: str, name: str) -> float:
-    """1 for the name itself or one of its words, else how much of the letters is the same, 0 to 1.
-
-    Where one contains the other ("lock" and "locked"), that counts more than the letters do.
-    """
-    return max(_ratio(word, part) for part in (name, *re.findall(r"[^\W_]+", name)))
-
-
-def _ratio(word: str, part: str) -> float:
+def _likeness(word: str, part: str) -> float:
+    """How much of the letters is the same, 0 to 1; one inside the other ("lock" and "locked") counts more."""
     short, long = sorted((word, part), key=len)
     ratio = SequenceMatcher(None, word, part).ratio()
     if short == long or len(short) < MIN_PART or short not in long:

@@ -9,7 +9,7 @@ Diffusion's.
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from sdlite.checkpoints import known_keys
 from sdlite.checkpoints.known_keys import Keys
@@ -33,14 +33,11 @@ from sdlite.config import (
 Config = Mapping[str, Any]
 MAX_HEADS = 8192  # and head width of a Transformer; the width that they make has a limit of its own
 CONDITIONED_SIZE = 128  # the sample_size at which diffusers' default is to condition on resolution and aspect ratio
-MAX_TINY_BLOCKS = 64  # per stage of AutoencoderTiny; TAESD has 3
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
-BETAS: dict[str, Literal["scaled_linear", "linear", "cosine"]] = {
-    "scaled_linear": "scaled_linear",
-    "linear": "linear",
-    "squaredcos_cap_v2": "cosine",
-}
+PREDICTION_NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+BETA_NAMES = {ours: theirs for theirs, ours in BETAS.items()}
 
 
 def check_model_index(config: Config, where: str) -> None:
@@ -63,21 +60,19 @@ def check_model_index(config: Config, where: str) -> None:
 
 def denoiser_config(part: str, config: Config, prediction: Prediction, where: str) -> tuple[DenoiserConfig, Sides]:
     """The denoiser of a folder, "unet" or "transformer", and the model's sample size."""
-    if part == "transformer":
-        dit = dit_config(config, prediction, where)
-        return dit, dit.sample_size
-    return unet_config(config, prediction, where), sample_size(config, where)
+    if part == "unet":
+        return unet_config(config, prediction, where), sample_size(config, where)
+    dit = dit_config(config, prediction, where)
+    return dit, dit.sample_size
 
 
 def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfig:
     found, fields = _read(known_keys.UNET, config, where)
-    down, up = found["down_block_types"], found["up_block_types"]
-    kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-    if not isinstance(down, list) or not all(isinstance(kind, str) and kind in kinds for kind in down):
-        raise _unsupported(where, "down_block_types", down, tuple(kinds))
-    attention = tuple(kinds[kind] for kind in down)
-    mirrored = _up_blocks(attention)
-    if up != mirrored:
+    down, up, kinds = found["down_block_types"], found["up_block_types"], ("CrossAttnDownBlock2D", "DownBlock2D")
+    if not isinstance(down, list) or any(kind not in kinds for kind in down):
+        raise _unsupported(where, "down_block_types", down, kinds)
+    attention = tuple(kind == kinds[0] for kind in down)
+    if up != (mirrored := _up_blocks(attention)):
         raise _unsupported(where, "up_block_types", up, (mirrored,))
     heads = found["attention_head_dim"] if found["num_attention_heads"] is None else found["num_attention_heads"]
     depths = found["transformer_layers_per_block"]
@@ -90,7 +85,7 @@ def unet_config(config: Config, prediction: Prediction, where: str) -> UNetConfi
         "num_heads": heads if isinstance(heads, list) else [heads] * len(attention),
         "prediction": prediction,
     }
-    return from_files(where, lambda: UNetConfig(**fields))
+    return from_files(where, UNetConfig, **fields)
 
 
 def _up_blocks(attention: tuple[bool, ...]) -> list[str]:
@@ -106,7 +101,7 @@ def dit_config(config: Config, prediction: Prediction, where: str) -> DiTConfig:
     width = math.prod(numbers.values())
     if found["out_channels"] is None:
         fields["out_channels"] = found["in_channels"]
-    dit = from_files(where, lambda: DiTConfig(**fields, width=width, prediction=prediction))
+    dit = from_files(where, DiTConfig, **fields, width=width, prediction=prediction)
     at_size = {
         "cross_attention_dim": (width,),
         "interpolation_scale": (None, dit.position_shrink),
@@ -128,20 +123,14 @@ def sample_size(config: Config, where: str) -> Sides:
 
 
 def codec_config(config: Config, where: str) -> CodecConfig:
-    if config.get("_class_name") != "AutoencoderTiny":
-        fields = _read(known_keys.KL, config, where)[1]
-        return from_files(where, lambda: AutoencoderKLConfig(**fields))
-    fields = _read(known_keys.TINY, config, where)[1]
-    record = from_files(where, lambda: AutoencoderTinyConfig(**fields))
-    if max(*record.num_encoder_blocks, *record.num_decoder_blocks) > MAX_TINY_BLOCKS:
-        raise CheckpointError(f"{where}: num_encoder_blocks and num_decoder_blocks must be up to {MAX_TINY_BLOCKS}")
-    return record
+    if config.get("_class_name") == "AutoencoderTiny":
+        return from_files(where, AutoencoderTinyConfig, **_read(known_keys.TINY, config, where)[1])
+    return from_files(where, AutoencoderKLConfig, **_read(known_keys.KL, config, where)[1])
 
 
 def text_config(config: Config, ids: Mapping[str, int], where: str) -> TextConfig:
     """ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer; those in configs are often placeholders."""
-    fields = _read(known_keys.TEXT, config, where)[1] | dict(ids)
-    return from_files(where, lambda: TextConfig(**fields))
+    return from_files(where, TextConfig, **_read(known_keys.TEXT, config, where)[1] | dict(ids))
 
 
 def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Prediction | None, list[str]]:
@@ -160,18 +149,20 @@ def schedule_config(config: Config, where: str) -> tuple[ScheduleConfig, Predict
             raise _unsupported(where, key, found[key], tuple(values))
     fields["beta_schedule"] = BETAS[found["beta_schedule"]]
     stated = PREDICTIONS[found["prediction_type"]] if "prediction_type" in config else None
-    return from_files(where, lambda: ScheduleConfig(**fields)), stated, sorted(set(config) - known_keys.SCHEDULE.known)
+    return from_files(where, ScheduleConfig, **fields), stated, sorted(set(config) - known_keys.SCHEDULE.known)
 
 
 def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """The JSON files of a folder: model_index.json and part/config.json; diffusers fills in missing keys."""
     part, denoiser = denoiser_part(config.denoiser), _denoiser_file(config.denoiser, config.sample_size)
-    codec, checker = _codec_file(config.codec), {}
+    codec = _codec_file(config.codec)
+    pipeline, checker = known_keys.DIT_PIPELINES[0], {}
     if part == "unet":
         checker = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        pipeline = known_keys.PIPELINES[0]
     return {
         "model_index.json": {
-            "_class_name": (known_keys.PIPELINES if part == "unet" else known_keys.DIT_PIPELINES)[0],
+            "_class_name": pipeline,
             part: ["diffusers", denoiser["_class_name"]],
             "vae": ["diffusers", codec["_class_name"]],
             "text_encoder": ["transformers", known_keys.TEXT.kind],
@@ -220,7 +211,7 @@ def _codec_file(config: CodecConfig) -> dict[str, Any]:
 def _schedule_file(config: ScheduleConfig, prediction: Prediction) -> dict[str, Any]:
     if config.steps_offset != 1:
         raise CheckpointError(f"steps_offset={config.steps_offset} cannot be saved: diffusers' pipeline takes 1")
-    names = {"beta_schedule": _key_of(BETAS, config.beta_schedule), "prediction_type": _key_of(PREDICTIONS, prediction)}
+    names = {"beta_schedule": BETA_NAMES[config.beta_schedule], "prediction_type": PREDICTION_NAMES[prediction]}
     content = _written(known_keys.SCHEDULE, config, **names, steps_offset=1, clip_sample=False)
     return {key: value for key, value in content.items() if value is not None}
 
@@ -244,10 +235,8 @@ def _read(keys: Keys, config: Config, where: str, kind: str | None = None) -> tu
     for key in config:
         if key not in known and not _is_inert_hook(key, config[key]) and not _is_off(config[key]):
             near = get_close_matches(key[:80], known, 1)
-            raise CheckpointError(
-                f"{where}: unknown key {key!r:.80}={config[key]!r:.80}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; sdlite has no such option of {kind}")
-            )
+            advice = f"did you mean {near[0]!r}?" if near else f"sdlite has no such option of {kind}"
+            raise CheckpointError(f"{where}: unknown key {key!r:.80}={config[key]!r:.80}; {advice}")
     _check_fixed(config, keys.fixed, where)
     values = {key: config.get(key, default) for key, (_, default) in keys.fields.items()}
     return values, {field: values[key] for key, (field, _) in keys.fields.items() if field}
@@ -260,11 +249,10 @@ def _is_off(value: Any) -> bool:
 
 def _check_fixed(config: Config, fixed: Mapping[str, Sequence[Any]], where: str) -> None:
     for key, allowed in fixed.items():
-        if key not in config:
-            continue
-        values = config[key] if isinstance(config[key], list) else [config[key]]
+        value = config.get(key, allowed[0])
+        values = value if isinstance(value, list) else [value]
         if any(not any((type(v) is not bool and v == a) or v is a for a in allowed) for v in values):
-            raise _unsupported(where, key, config[key], allowed)
+            raise _unsupported(where, key, value, allowed)
 
 
 def refuse_hooks(config: Config, where: str) -> None:
@@ -272,10 +260,8 @@ def refuse_hooks(config: Config, where: str) -> None:
     for key, value in config.items():
         hook = key in ("auto_map", "trust_remote_code", "custom_pipelines") or "attn_implementation" in key
         if hook and not _is_inert_hook(key, value):
-            raise CheckpointError(
-                f"{where}: {key}={value!r:.80} asks for code of its own, which sdlite never runs; "
-                "remove the key if you trust the rest of the model"
-            )
+            way_out = "which sdlite never runs; remove the key if you trust the rest of the model"
+            raise CheckpointError(f"{where}: {key}={value!r:.80} asks for code of its own, {way_out}")
 
 
 def _is_inert_hook(key: str, value: Any) -> bool:
@@ -286,19 +272,12 @@ def _is_inert_hook(key: str, value: Any) -> bool:
 
 def _same_everywhere(found: Config, key: str, where: str) -> Any:
     """The value of a key that may have one entry per stage."""
-    value = found[key]
-    if not isinstance(value, list):
-        return value
-    if not value or any(entry != value[0] for entry in value):
-        raise _unsupported(where, key, value, ("the same at every stage",))
-    return value[0]
-
-
-def _key_of(table: Mapping[str, str], value: str) -> str:
-    return next(key for key, known in table.items() if known == value)
+    values = found[key] if isinstance(found[key], list) else [found[key]]
+    if not values or any(entry != values[0] for entry in values):
+        raise _unsupported(where, key, values, ("the same at every stage",))
+    return values[0]
 
 
 def _unsupported(where: str, key: str, value: Any, allowed: Sequence[Any]) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: {key}={value!r:.200} is not supported; sdlite implements {', '.join(map(str, allowed))}"
-    )
+    known = ", ".join(map(str, allowed))
+    return CheckpointError(f"{where}: {key}={value!r:.200} is not supported; sdlite implements {known}")

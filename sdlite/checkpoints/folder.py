@@ -8,7 +8,7 @@ Links and checksums are checked before anything is read. A folder is written who
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,18 @@ import torch
 from torch import nn
 
 from sdlite.checkpoints import configs
-from sdlite.checkpoints.hub import PARTS, cache_folder
-from sdlite.checkpoints.parts import UNTRAINED, ModelParts, empty_parts, fill, finished
+from sdlite.checkpoints.hub import PARTS, STEMS, cache_folder
+from sdlite.checkpoints.parts import UNTRAINED, ModelParts, Renaming, empty_parts, fill, finished
 from sdlite.checkpoints.pickles import open_pickles
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import modern_names
 from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
-from sdlite.checkpoints.weights import (
-    WAY_OUT,
-    Weights,
-    from_files,
-    open_safetensors,
-    open_sharded,
-    read_json,
-    write_json,
-    write_shards,
-)
+from sdlite.checkpoints.weights import WAY_OUT, Weights, from_files, open_weights, read_json, write_json, write_shards
 from sdlite.config import UNTRAINED_NOTE, CodecConfig, LoadOptions, ModelConfig
-from sdlite.files import atomic_folder
+from sdlite.files import atomic_folder, read_text
 from sdlite.models.codec import LatentCodec
 from sdlite.models.text import saved_text_state_dict, text_state_dict
 
-WEIGHT_STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
-PART_STEMS = tuple(sorted(set(WEIGHT_STEMS.values())))  # how a part's own file begins
 MAX_SUMS_BYTES = 2**20
 
 
@@ -49,12 +38,12 @@ def read_folder(
     check_folder(folder, options.allow_links)
     config, tokenizer, notes = _read_config(folder, options, codec.config if codec else None)
     parts = from_files(folder, empty_parts, config, tokenizer, name, codec)
-    modules: dict[str, tuple[nn.Module, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+    modules: dict[str, tuple[nn.Module, Renaming]] = {
         configs.denoiser_part(config.denoiser): (parts.denoiser, dict),
         "text_encoder": (parts.text.model, text_state_dict),
     } | ({} if codec else {"vae": (parts.codec.model, modern_names)})
-    if not trust_pickle:
-        check_variant(folder, modules, options.variant)
+    if options.variant is not None and not trust_pickle:
+        _check_variant(folder, modules, options.variant)
     opened = {part: open_part(folder / part, options.variant, trust_pickle=trust_pickle) for part in modules}
     for part, (module, renamed) in modules.items():
         notes += fill(module, opened[part], f"{folder.name}/{part}", renamed)
@@ -112,22 +101,19 @@ def save_folder(
             write_json(temporary / name, content)
         save_tokenizer(parts.text.tokenizer, temporary / "tokenizer")
         for part, tensors in weights.items():
-            write_shards(temporary / part, WEIGHT_STEMS[part], tensors, dtype, max_shard_size)
+            write_shards(temporary / part, STEMS[part], tensors, dtype, max_shard_size)
 
 
 def check_folder(folder: Path, allow_links: Sequence[str] = ()) -> None:
-    """Raises CheckpointError unless a folder holds one model, its links are allowed and its checksums are right.
-
-    allow_links: links in the folder may lead into these folders.
-    """
-    if not (folder / "model_index.json").is_file():
+    """Raises CheckpointError unless a folder holds one model, its links are allowed and its checksums are right."""
+    index, sums = folder / "model_index.json", folder / "sha256sums.txt"
+    if not index.is_file():
         raise CheckpointError(f"{folder} is not a model folder: model_index.json is missing{_advice(folder)}")
-    parts = [folder / part for part in PARTS]
-    inside = [file for part in PARTS for file in folder.glob(f"{part}/*")]
-    check_links(folder, [folder / "model_index.json", folder / "sha256sums.txt", *parts, *inside], allow_links)
-    if (folder / "sha256sums.txt").is_file():
-        _check_sums(folder, folder / "sha256sums.txt")
-    configs.check_model_index(read_json(folder / "model_index.json"), str(folder / "model_index.json"))
+    inside = [file for part in PARTS for file in (folder / part, *folder.glob(f"{part}/*"))]
+    check_links(folder, [index, sums, *inside], allow_links)
+    if sums.is_file():
+        _check_sums(folder, sums)
+    configs.check_model_index(read_json(index), str(index))
 
 
 def _advice(folder: Path) -> str:
@@ -137,35 +123,28 @@ def _advice(folder: Path) -> str:
     snapshots = sorted(folder.glob("snapshots/*/model_index.json"), key=lambda path: path.stat().st_mtime)
     if snapshots:
         return f"; did you mean {snapshots[-1].parent}?"
-    inside = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(PART_STEMS)]
+    inside = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(tuple(STEMS.values()))]
     return f"; did you mean {inside[0]}?" if inside else ""
 
 
 def check_links(folder: Path, paths: Iterable[Path], allowed: Sequence[str]) -> None:
-    """Raises CheckpointError for a path that leads out of the folder, the hub's cache and the folders that are allowed.
-
-    Snapshots in the hub's cache are links to ../../blobs.
-    """
+    """Raises CheckpointError for a path that leads out of the folder, the hub's cache and the allowed folders."""
     try:
-        roots = [folder.resolve(), *(Path(root).resolve() for root in allowed)]
+        roots = [folder.resolve(), cache_folder(), *(Path(root).resolve() for root in allowed)]
         if roots[0].parent.name == "snapshots" and roots[0].parent.parent.name.startswith("models--"):
-            roots.append(roots[0].parent.parent)
+            roots.append(roots[0].parent.parent)  # of a cache elsewhere; its files are links to ../../blobs
         for path in paths:
             target = path.resolve()
-            if not any(target.is_relative_to(root) for root in roots) and not target.is_relative_to(cache_folder()):
-                raise CheckpointError(
-                    f"{path} is a link to {target}, outside of the model folder; "
-                    f"--allow-links {target if target.is_dir() else target.parent} follows it"
-                )
+            if not any(target.is_relative_to(root) for root in roots):
+                way_out = f"--allow-links {target if target.is_dir() else target.parent} follows it"
+                raise CheckpointError(f"{path} is a link to {target}, outside of the model folder; {way_out}")
     except (RuntimeError, OSError) as error:  # Python 3.13 calls it an OSError
         raise CheckpointError(f"{folder} has a link in it that leads in a circle or nowhere: {error}") from None
 
 
 def _check_sums(folder: Path, sums: Path) -> None:
     """Raises CheckpointError unless every file listed as `sha256sum` does is there and as listed."""
-    if sums.stat().st_size > MAX_SUMS_BYTES:
-        raise CheckpointError(f"{sums} has more than {MAX_SUMS_BYTES} bytes")
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in from_files(sums, read_text, sums, MAX_SUMS_BYTES).splitlines():
         stated, _, name = line.partition(" ")
         file = folder / name[1:]  # a space for text or a star for binary
         if len(stated) != 64 or "\0" in name or not file.resolve().is_relative_to(folder.resolve()):
@@ -183,20 +162,18 @@ def open_part(folder: Path, variant: str | None = None, *, stem: str = "", trust
     A part that has no such variant gives its plain weights, as in diffusers: often the UNet alone has one. stem: how
     its files are named, if the folder's name does not say it. Raises CheckpointError.
     """
-    stem = stem or WEIGHT_STEMS[folder.name]
+    stem = stem or STEMS[folder.name]
     found = variants(folder, stem)
-    wanted = [variant, "", "fp16"] if variant is not None else ["", "fp16"]
-    chosen = next((found[name] for name in wanted if name in found), None)
-    if chosen is not None:
-        return open_sharded(chosen) if chosen.suffix == ".json" else open_safetensors(chosen)
+    for name in (variant, "", "fp16"):
+        if name in found:
+            return open_weights(found[name])
     if found:
         raise CheckpointError(f"{folder} has its weights only as {', '.join(sorted(found))}; --variant picks one")
     if trust_pickle and (trusted := open_pickles(folder, stem, variant)) is not None:
         return trusted
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
-        raise CheckpointError(
-            f"{folder} has its weights as a pickle ({pickles[0]}), which could run code when it is read; {WAY_OUT}"
-        )
+        fault = f"has its weights as a pickle ({pickles[0]}), which could run code when it is read"
+        raise CheckpointError(f"{folder} {fault}; {WAY_OUT}")
     raise CheckpointError(f"{folder}: {stem}.safetensors is missing")
 
 
@@ -210,9 +187,9 @@ def variants(folder: Path, stem: str) -> dict[str, Path]:
     return found
 
 
-def check_variant(folder: Path, parts: Iterable[str], variant: str | None) -> None:
+def _check_variant(folder: Path, parts: Iterable[str], variant: str) -> None:
     """Raises CheckpointError unless at least one of the parts has that variant."""
-    found = {name for part in parts for name in variants(folder / part, WEIGHT_STEMS[part])}
-    if variant is not None and variant not in found:
+    found = {name for part in parts for name in variants(folder / part, STEMS[part])}
+    if variant not in found:
         known = ", ".join(sorted(found - {""})) or "none"
         raise CheckpointError(f"{folder} has no weights of variant {variant!r:.80}; it has: {known}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from sdlite.checkpoints.places import CheckpointError
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTED = ("unet", "transformer", "vae", "text_encoder")  # parts that have weights
+STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
 WANTED = ["model_index.json", "sha256sums.txt"] + [
     f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt", "safetensors")
 ]
@@ -35,8 +35,8 @@ def download(name: str, wanted: Sequence[str] = WANTED) -> Path:
 def download_variant(name: str, variant: str) -> Path:
     """As `download`, with the weights of that variant, and plain weights for parts without that variant."""
     small = [pattern for pattern in WANTED if not pattern.endswith(".safetensors")]
-    folder = _snapshot(name, [*small, *(f"{part}/*.{variant}*.safetensors" for part in WEIGHTED)], [])
-    lacking = [part for part in WEIGHTED if (folder / part).is_dir() and not any((folder / part).glob(f"*.{variant}*"))]
+    folder = _snapshot(name, [*small, *(f"{part}/*.{variant}*.safetensors" for part in STEMS)], [])
+    lacking = [part for part in STEMS if (folder / part).is_dir() and not any((folder / part).glob(f"*.{variant}*"))]
     if not any(folder.glob(f"*/*.{variant}*.safetensors")):
         raise CheckpointError(f"{name} has no weights of variant {variant!r:.80}")
     return _snapshot(name, [f"{part}/*.safetensors" for part in lacking], UNWANTED[0]) if lacking else folder

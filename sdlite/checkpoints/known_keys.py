@@ -8,11 +8,11 @@ COMMON = {"_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", 
 
 
 class Keys(NamedTuple):
-    """The keys of one class. kind: its name.
+    """The keys of the class `kind`.
 
     fields: key -> (field of our record, the class's default), in the order in which they are written. The field is ""
-    where code in configs.py translates. fixed: keys with the values that sdlite implements. harmless: keys that make no
-    difference to the images of a Stable Diffusion model.
+    where code in configs.py translates. fixed: keys with the values that sdlite implements. harmless: keys that do not
+    change the images of a Stable Diffusion model.
     """
 
     kind: str
@@ -128,15 +128,14 @@ TINY = Keys(
     "sample_size force_upcast block_out_channels",
 )
 TEXT_HARMLESS = """
-    projection_dim attention_dropout dropout initializer_factor initializer_range torch_dtype dtype
-    transformers_version chunk_size_feed_forward id2label label2id problem_type output_hidden_states
-    output_attentions return_dict use_cache gradient_checkpointing bad_words_ids begin_suppress_tokens
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16
+    projection_dim attention_dropout dropout initializer_factor initializer_range torch_dtype dtype transformers_version
+    chunk_size_feed_forward id2label label2id problem_type output_hidden_states output_attentions return_dict use_cache
+    gradient_checkpointing bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16
 """
 TEXT = Keys(
     "CLIPTextModel",
@@ -165,21 +164,18 @@ PLAIN_SCHEDULERS = """
     EulerAncestralDiscrete EulerDiscrete LMSDiscrete SASolver UniPCMultistep
 """
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULERS: dict[str, dict[str, Any]] = {f"{name}Scheduler": {} for name in PLAIN_SCHEDULERS.split()} | {
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    **{f"{name}Scheduler": {} for name in PLAIN_SCHEDULERS.split()},
     "PNDMScheduler": {"set_alpha_to_one": False},
-    "HeunDiscreteScheduler": SD_BETAS,
-    "KDPM2DiscreteScheduler": SD_BETAS,
-    "KDPM2AncestralDiscreteScheduler": SD_BETAS,
-    "LCMScheduler": SD_BETAS | {"beta_schedule": "scaled_linear"},
-    "TCDScheduler": SD_BETAS | {"beta_schedule": "scaled_linear"},
+    **{f"{name}Scheduler": SD_BETAS for name in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")},
+    **{f"{name}Scheduler": SD_BETAS | {"beta_schedule": "scaled_linear"} for name in ("LCM", "TCD")},
 }
 SCHEDULE_HARMLESS = """
     clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value skip_prk_steps variance_type
     interpolation_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_flow_sigmas flow_shift sigma_min
-    sigma_max timestep_type final_sigmas_type solver_order algorithm_type solver_type lower_order_final
-    euler_at_final use_lu_lambdas lambda_min_clipped predict_x0 disable_corrector solver_p original_inference_steps
-    timestep_scaling predictor_order corrector_order tau_func noise_sampler_seed use_dynamic_shifting
-    time_shift_type
+    sigma_max timestep_type final_sigmas_type solver_order algorithm_type solver_type lower_order_final euler_at_final
+    use_lu_lambdas lambda_min_clipped predict_x0 disable_corrector solver_p original_inference_steps timestep_scaling
+    predictor_order corrector_order tau_func noise_sampler_seed use_dynamic_shifting time_shift_type
 """
 SCHEDULE = Keys(
     "DDIMScheduler",

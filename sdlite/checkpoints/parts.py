@@ -18,10 +18,12 @@ from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import Part
 from sdlite.checkpoints.weights import FLOATS, Weights, from_files
 from sdlite.config import UNTRAINED_NOTE, ModelConfig, ScheduleConfig, Sides
+from sdlite.models import Network, network
 from sdlite.models.codec import LatentCodec
-from sdlite.models.networks import Network, network
 from sdlite.models.text import TextEncoder
 
+Shapes = Mapping[str, tuple[int, ...]]
+Renaming = Callable[[Mapping[str, Any]], dict[str, Any]]  # from a file's names to a module's; may drop some
 UNTRAINED = "untrained (random weights)"  # name of a model without training, in its files too
 SHOWN_DIFFERENCES = 5
 
@@ -64,9 +66,8 @@ def gathered(
     if not isinstance(text, TextEncoder) or not isinstance(codec, LatentCodec):
         other = codec if isinstance(text, TextEncoder) else text
         raise ValueError(f"a {type(other).__name__} cannot be saved; save the pipeline whose parts sdlite loaded")
-    config = ModelConfig(
-        denoiser=denoiser.config, schedule=schedule, text=text.config, codec=codec.config, sample_size=sample_size
-    )
+    configs = {"denoiser": denoiser.config, "text": text.config, "codec": codec.config}
+    config = ModelConfig(**configs, schedule=schedule, sample_size=sample_size)
     return ModelParts(text, denoiser, codec, config, "", "", notes)
 
 
@@ -74,16 +75,10 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def fill(
-    module: nn.Module,
-    weights: Weights,
-    what: str,
-    renamed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
-) -> list[str]:
+def fill(module: nn.Module, weights: Weights, what: str, renamed: Renaming = dict) -> list[str]:
     """Gives a module its weights. Returns notes on weights that are not used.
 
-    renamed: maps the file's names to the module's, or drops them. Raises CheckpointError if a weight is missing, has
-    another shape or is not finite.
+    Raises CheckpointError if a weight is missing, has another shape or is not finite.
     """
     keys = from_files(what, renamed, {name: name for name in weights.shapes})
     expected = shapes_of(module)
@@ -94,12 +89,7 @@ def fill(
     return notes
 
 
-def check_same(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    what: str,
-    unread: Mapping[str, str] | None = None,
-) -> list[str]:
+def check_same(expected: Shapes, found: Shapes, what: str, unread: Mapping[str, str] | None = None) -> list[str]:
     """A note, in a list, on tensors that are found and not expected; they are not used.
 
     unread: names and dtypes of tensors that are no weights. Raises CheckpointError with the first differences and their
@@ -122,10 +112,10 @@ def check_same(
     differences = [*missing, *(f"{name} is not expected" for name in extra), *reshaped]
     if 2 * len(differences) > len(expected):
         cause = "these are another model's weights, or another model's config"
-    elif not missing and not extra:
-        cause = "the config is another model's"
+    elif extra:
+        cause = "the file was edited or is another model's"
     else:
-        cause = "the file is incomplete" if not extra else "the file was edited or is another model's"
+        cause = "the file is incomplete" if missing else "the config is another model's"
     raise CheckpointError(f"{what}: {_first(differences)}. Likely {cause}.")
 
 
@@ -137,19 +127,15 @@ def _first(entries: list[str]) -> str:
 
 def finished(parts: ModelParts, notes: list[str]) -> ModelParts:
     """Filled parts with hash and notes, ready to draw. Raises CheckpointError if they do not fit each other."""
-    config, kind = parts.config, type(parts.denoiser).__name__
-    if config.text.hidden_size != config.denoiser.context_dim:
-        raise CheckpointError(
-            f"{parts.name}: the text encoder gives {config.text.hidden_size} features, but the {kind} takes "
-            f"{config.denoiser.context_dim}; they belong to different models"
-        )
-    latents = config.codec.latent_channels
-    if config.denoiser.in_channels not in (latents, 2 * latents + 1) or config.denoiser.out_channels != latents:
-        raise CheckpointError(
-            f"{parts.name}: a {kind} from {config.denoiser.in_channels} to {config.denoiser.out_channels} channels "
-            f"does not fit a codec of {latents}; sdlite runs {latents} to {latents} and, for inpainting, "
-            f"{2 * latents + 1} to {latents}"
-        )
+    denoiser, features, kind = parts.config.denoiser, parts.config.text.hidden_size, type(parts.denoiser).__name__
+    if features != denoiser.context_dim:
+        fault = f"the text encoder gives {features} features, but the {kind} takes {denoiser.context_dim}"
+        raise CheckpointError(f"{parts.name}: {fault}; they belong to different models")
+    latents = parts.config.codec.latent_channels
+    if denoiser.in_channels not in (latents, 2 * latents + 1) or denoiser.out_channels != latents:
+        fault = f"from {denoiser.in_channels} to {denoiser.out_channels} channels does not fit a codec of {latents}"
+        fits = f"{latents} to {latents} and, for inpainting, {2 * latents + 1} to {latents}"
+        raise CheckpointError(f"{parts.name}: a {kind} {fault}; sdlite runs {fits}")
     for module in (parts.text, parts.denoiser, parts.codec):
         module.eval()
     return replace(parts, hash=weights_hash(parts.modules), notes=tuple(notes))

@@ -3,7 +3,6 @@
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,13 @@ def open_pickle(path: Path) -> Weights:
 
     Tensors with more numbers than the file has bytes for are refused: views that repeat numbers, and packed archives.
     """
-    content = _unpickled(path)
+    if _is_packed(path):
+        raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the file makes it raise
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as weights alone: {cause:.200}") from None
     for _ in range(MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -43,21 +48,8 @@ def open_pickle(path: Path) -> Weights:
             raise CheckpointError(f"{path} has a tensor named {name!r:.80}")
         if not _is_plain(tensor):
             raise CheckpointError(f"{path}: {name} of shape {tuple(tensor.shape)} is more than the file holds")
-    return Weights(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {},
-        lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names},
-    )
-
-
-def _unpickled(path: Path) -> Any:
-    if _is_packed(path):
-        raise CheckpointError(f"{path} is a packed archive, which PyTorch does not write")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the file makes it raise
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as weights alone: {cause:.200}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Weights(shapes, {}, lambda names: {name: finite(tensors[name], f"{path}: {name}") for name in names})
 
 
 def _is_packed(path: Path) -> bool:
@@ -71,6 +63,5 @@ def _is_packed(path: Path) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is dense, in memory, and has a number of its own for every element."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return is_dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

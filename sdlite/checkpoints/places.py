@@ -4,7 +4,7 @@ Imports nothing heavy, so that the command line can refuse a wrong name at once.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdlite.config import ModelConfig, sd15, sd21, tiny, tiny_dit
@@ -36,17 +36,17 @@ def is_hub_id(name: str) -> bool:
 
 def check_model(name: str) -> None:
     """Raises CheckpointError for a name that no model can have. It does not ask the hub."""
-    if name == "":
-        raise CheckpointError("model is empty; give a model folder, a .safetensors file or a hub id (org/name)")
-    place = Path(name)
-    if not (place.is_file() or place.is_dir() or name in (SHIPPED, *PRESETS) or is_hub_id(name)):
-        raise CheckpointError(f"{name} does not exist; give a model folder, a .safetensors file or a hub id (org/name)")
+    if name == "" or not _can_be(name, (SHIPPED, *PRESETS)):
+        fault = f"{name} does not exist" if name else "model is empty"
+        raise CheckpointError(f"{fault}; give a model folder, a .safetensors file or a hub id (org/name)")
 
 
 def check_vae(name: str) -> None:
     """Raises CheckpointError for a name that no VAE can have; see `check_model`."""
-    place = Path(name)
-    if not (place.is_file() or place.is_dir() or name == "tiny" or is_hub_id(name)):
-        raise CheckpointError(
-            f"vae={name!r} does not exist; give a .safetensors file, the folder of a VAE or a model, or tiny"
-        )
+    if not _can_be(name, ("tiny",)):
+        advice = "give a .safetensors file, the folder of a VAE or a model, or tiny"
+        raise CheckpointError(f"vae={name!r} does not exist; {advice}")
+
+
+def _can_be(name: str, known: Sequence[str]) -> bool:
+    return Path(name).is_file() or Path(name).is_dir() or name in known or is_hub_id(name)

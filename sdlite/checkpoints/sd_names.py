@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdlite.config import DenoiserConfig, UNetConfig
+from sdlite.checkpoints.places import CheckpointError
+from sdlite.config import AutoencoderTinyConfig, DenoiserConfig, ModelConfig, UNetConfig
 
 Part = Literal["text", "denoiser", "codec"]
 
@@ -29,21 +30,16 @@ EMA = "model_ema."
 MIN_EMA_KEYS = 100  # fewer are the counters of training, not weights
 
 # Other spellings of the prefixes: later Stability files (sgm), NovelAI's, and files with a VAE from elsewhere.
-SPELLINGS = (
-    (re.compile(r"conditioner\.embedders\.0\.(?=model\.|transformer\.)"), "cond_stage_model."),
-    (re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"), CLIP),
-    (re.compile(r"vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)"), CODEC),
-)
-# The codec's attention under diffusers' names, in original files that a converter renamed in part.
+SPELLINGS = {
+    r"^conditioner\.embedders\.0\.(?=model\.|transformer\.)": "cond_stage_model.",
+    r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)": CLIP,
+    r"^vae\.(?=(encoder|decoder|quant_conv|post_quant_conv|loss)\.)": CODEC,
+}
+# The codec's attention: under diffusers' names also in original files that a converter renamed in part.
 CODEC_LEAF = re.compile(rf"({re.escape(CODEC)}(?:encoder|decoder)\.mid\.attn_1)\.(.+)\.(weight|bias)")
-OLD_CODEC_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # before diffusers 0.15
-
 CODEC_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
+OLD_LEAF = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(OLD_ATTENTION)})(?=\.\w+$)")
 
 # Regular expressions in our names and what the original code has there, applied in this order.
 UNET_RULES = {
@@ -87,42 +83,30 @@ OPEN_CLIP_RULES = {
     r"self_attn\.[qkv]_proj\.": "attn.in_proj_",
 }
 
-DIFFUSION_BUFFERS = """
+MARKERS = ("v_pred", "ztsnr")
+UNUSED = f"""
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
     log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
     posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar lvlb_weights scale_factor
-"""
-MARKERS = ("v_pred", "ztsnr")
-UNUSED = {*DIFFUSION_BUFFERS.split(), *MARKERS, "denoiser.sigmas", "global_step"} | {
-    "cond_stage_model.logit_scale",
-    f"{CLIP}embeddings.position_ids",
-    f"{OPEN_CLIP}attn_mask",
-    f"{OPEN_CLIP}logit_scale",
-    f"{OPEN_CLIP}text_projection",
-    "cond_stage_model.transformer.text_projection.weight",
-}
+    {" ".join(MARKERS)} denoiser.sigmas global_step cond_stage_model.logit_scale {CLIP}embeddings.position_ids
+    {OPEN_CLIP}attn_mask {OPEN_CLIP}logit_scale {OPEN_CLIP}text_projection
+    cond_stage_model.transformer.text_projection.weight
+""".split()
 UNUSED_PREFIXES = (EMA, "loss.", f"{CODEC}loss.", f"{CODEC}model_ema.")
 
 
 def canonical(key: str) -> str:
     """The key in this module's spelling."""
-    for spelling, replacement in SPELLINGS:
-        key = spelling.sub(replacement, key, count=1) if spelling.match(key) else key
+    key = _renamed(key, SPELLINGS)
     if leaf := CODEC_LEAF.fullmatch(key):
-        module = OLD_CODEC_ATTENTION.get(leaf[2], leaf[2])
+        module = OLD_ATTENTION.get(leaf[2], leaf[2])
         return f"{leaf[1]}.{CODEC_ATTENTION.get(module, module)}.{leaf[3]}"
     return key
 
 
 def modern_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     """A codec's weights in diffusers' layout, with the attention's names as they are since diffusers 0.15."""
-    renamed = {}
-    for name, value in weights.items():
-        where, _, rest = name.rpartition(".attentions.0.")
-        module, _, leaf = rest.rpartition(".")
-        new = OLD_CODEC_ATTENTION.get(module)
-        renamed[name if new is None else f"{where}.attentions.0.{new}.{leaf}"] = value
-    return renamed
+    return {OLD_LEAF.sub(lambda old: OLD_ATTENTION[old[0]], name): value for name, value in weights.items()}
 
 
 def is_unused(key: str, text_layers: int | None = None) -> bool:
@@ -147,16 +131,25 @@ def original_names(
     """
     keys: dict[str, list[str]] = {}
     for name in names.get("denoiser", ()):
-        assert isinstance(denoiser, UNetConfig), "callers refuse a DiT"
+        assert isinstance(denoiser, UNetConfig), "check_layout refuses a DiT"
         keys[UNET + unet_key(name, denoiser)] = [f"denoiser.{name}"]
     codec = list(names.get("codec", ()))
     stages = len({name.split(".")[2] for name in codec if name.startswith("decoder.up_blocks.")})
     for name in codec:
         keys[CODEC + codec_key(name, stages)] = [f"codec.{name}"]
     for name in sorted(names.get("text", ()), key=_stack_order):
-        key = OPEN_CLIP + open_clip_key(name) if open_clip else CLIP + name
+        key = OPEN_CLIP + _renamed(name, OPEN_CLIP_RULES) if open_clip else CLIP + name
         keys.setdefault(key, []).append(f"text.{name}")
     return keys
+
+
+def check_layout(config: ModelConfig, has_codec: bool, where: str, verb: str) -> None:
+    """Raises CheckpointError for parts that the layout has no place for. has_codec: the codec is in the file."""
+    wrong = "a DiT" if not isinstance(config.denoiser, UNetConfig) else None
+    if has_codec and isinstance(config.codec, AutoencoderTinyConfig):
+        wrong = "an AutoencoderTiny"
+    if wrong is not None:
+        raise CheckpointError(f"{where}the original layout has no place for {wrong}; {verb} a folder")
 
 
 def _stack_order(name: str) -> int:
@@ -194,11 +187,6 @@ def codec_key(name: str, stages: int) -> str:
     """decoder.up_blocks.0.resnets.1.conv1.weight -> decoder.up.3.block.1.conv1.weight"""
     renamed = _renamed(name, CODEC_RULES)
     return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{stages - 1 - int(match[1])}", renamed)
-
-
-def open_clip_key(name: str) -> str:
-    """encoder.layers.0.self_attn.q_proj.weight -> transformer.resblocks.0.attn.in_proj_weight"""
-    return _renamed(name, OPEN_CLIP_RULES)
 
 
 def original_shape(key: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ marks, and any other size needs a config: the one that sdlite wrote into the fil
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,32 +20,15 @@ from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.sd_names import CODEC, OPEN_CLIP, UNET, Part
 from sdlite.checkpoints.tokenizer import load_tokenizer
 from sdlite.checkpoints.weights import Weights, from_files, open_safetensors, read_json, write_safetensors
-from sdlite.config import (
-    UNTRAINED_NOTE,
-    AutoencoderTinyConfig,
-    CodecConfig,
-    DenoiserConfig,
-    DiTConfig,
-    LoadOptions,
-    ModelConfig,
-    Prediction,
-    sd15,
-    sd21,
-)
+from sdlite.config import UNTRAINED_NOTE, LoadOptions, ModelConfig, Prediction, sd15, sd21
 from sdlite.files import atomic_file, parse_json
 from sdlite.models.codec import LatentCodec
 
 CONFIG_KEY = "sdlite.config"  # in the metadata of the files that sdlite writes
 TITLE_KEY = "modelspec.title"
 PREDICTION_KEY = "modelspec.prediction_type"  # github.com/Stability-AI/ModelSpec
-SAID: dict[str | None, Prediction] = {
-    "epsilon": "epsilon",
-    "eps": "epsilon",
-    "v": "v",
-    "v_prediction": "v",
-    "sample": "sample",
-    "x0": "sample",
-}
+SAID: dict[str | None, Prediction] = {"epsilon": "epsilon", "v": "v", "sample": "sample"}
+SAID |= {"eps": "epsilon", "v_prediction": "v", "x0": "sample"}
 SD2_V_SPREAD = 0.09  # of the norm below, in SD2's v models and not in its epsilon ones (ComfyUI supported_models.SD20)
 SD2_V_KEY = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 MAX_SIDECAR_BYTES = 2**20
@@ -68,8 +52,10 @@ ALONE = (
         r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp|layer_norm\d)\..*",
         "is a text encoder alone; give a whole model",
     ),
-    (r"(encoder|decoder)\.(conv_in|mid|mid_block|layers)\..*", "is a VAE alone; give a whole model, and this as vae"),
-    (r"first_stage_model\..*", "is a VAE alone; give a whole model, and this as vae"),
+    (
+        r"(encoder|decoder)\.(conv_in|mid|mid_block|layers)\..*|first_stage_model\..*",
+        "is a VAE alone; give a whole model, and this as vae",
+    ),
 )
 
 
@@ -96,31 +82,28 @@ def read_single_file(
         raise CheckpointError(f"{path} has no VAE; give one with --vae: a file, a folder, or tiny")
     guess, reasons = find_prediction(path, weights, keys, found, is_stated)
     prediction = options.prediction or guess
-    if not is_stated and found.denoiser.context_dim == sd21().denoiser.context_dim:
-        found = found.replace(sample_size=sd21(prediction=prediction).sample_size)
+    is_sd2 = not is_stated and found.denoiser.context_dim == sd21().denoiser.context_dim
     found = found.replace(
         denoiser=found.denoiser.replace(prediction=prediction),
         schedule=found.schedule.replace(zero_terminal_snr=found.schedule.zero_terminal_snr or "ztsnr" in keys),
         codec=codec.config if codec else found.codec,
+        sample_size=sd21(prediction=prediction).sample_size if is_sd2 else found.sample_size,
     )
     parts = from_files(path, empty_parts, found, from_files(path, load_tokenizer), path.stem, codec)
     modules = {part: module for part, module in parts.modules.items() if part != "codec" or codec is None}
-    _check_layout(found.denoiser, None if codec else found.codec, f"{path}: ", "use")
-    unused = fill_original(path, weights, keys, modules, found, ema)
+    sd_names.check_layout(found, codec is None, f"{path}: ", "use")
+    notes += fill_original(path, weights, keys, modules, found, ema)
     if weights.metadata.get(TITLE_KEY) == UNTRAINED:
         notes.append(UNTRAINED_NOTE)
-    return finished(parts, notes + unused + ([] if options.prediction else reasons))
+    return finished(parts, notes + ([] if options.prediction else reasons))
 
 
-def save_single_file(
-    parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
-) -> None:
+def save_single_file(parts: ModelParts, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes a .safetensors file in the original layout, with the config in its metadata for sdlite.
 
-    Raises CheckpointError for what the layout has no place for, FileExistsError if the file is there and not `force`,
-    DiskFull.
+    Raises CheckpointError for what the layout has no place for, FileExistsError, DiskFull.
     """
-    _check_layout(parts.config.denoiser, parts.config.codec, "", "save")
+    sd_names.check_layout(parts.config, True, "", "save")
     if parts.text.tokenizer.get_vocab() != load_tokenizer().get_vocab():
         raise CheckpointError("the original layout has no place for a tokenizer that is not CLIP's; save a folder")
     states = {part: module.state_dict() for part, module in parts.modules.items()}
@@ -128,18 +111,13 @@ def save_single_file(
     open_clip = parts.config.text.hidden_act == "gelu"  # which of the two the original code's text encoders have
     names = sd_names.original_names(states, parts.config.denoiser, open_clip)
     tensors = {key: sd_names.join(key, [ours[name] for name in sources]) for key, sources in names.items()}
-    metadata = {CONFIG_KEY: parts.config.model_dump_json(), PREDICTION_KEY: parts.config.denoiser.prediction}
+    one_each = getattr(parts.config.denoiser, "transformer_depth", (1,)) == (1,)  # version 0.1 does not know the field
+    config = parts.config.model_dump_json(exclude={"denoiser": {"transformer_depth"}} if one_each else None)
+    metadata = {CONFIG_KEY: config, PREDICTION_KEY: parts.config.denoiser.prediction}
     if parts.is_untrained:
         metadata[TITLE_KEY] = UNTRAINED
-    with atomic_file(Path(path), force=force) as temporary:
+    with atomic_file(Path(path)) as temporary:
         write_safetensors(temporary, tensors, dtype, **metadata)
-
-
-def _check_layout(denoiser: DenoiserConfig, codec: CodecConfig | None, where: str, verb: str) -> None:
-    """Raises CheckpointError for parts that the layout has no place for. codec: None if it is not of the file."""
-    tiny = "an AutoencoderTiny" if isinstance(codec, AutoencoderTinyConfig) else None
-    if wrong := tiny or ("a DiT" if isinstance(denoiser, DiTConfig) else None):
-        raise CheckpointError(f"{where}the original layout has no place for {wrong}; {verb} a folder")
 
 
 def fill_original(
@@ -155,15 +133,11 @@ def fill_original(
     keys: canonical key -> key in the file. modules: the parts to fill. config, ema: of a whole model; without config
     only the codec is filled.
     """
-    ours = {f"{part}.{name}": shape for part, module in modules.items() for name, shape in shapes_of(module).items()}
-    open_clip = f"{OPEN_CLIP}ln_final.weight" in keys
-    names = sd_names.original_names(
-        {part: list(module.state_dict()) for part, module in modules.items()},
-        config.denoiser if config else None,
-        open_clip,
-    )
+    states = {part: shapes_of(module) for part, module in modules.items()}
+    ours = {f"{part}.{name}": shape for part, state in states.items() for name, shape in state.items()}
+    denoiser, layers = (config.denoiser, config.text.num_hidden_layers) if config else (None, None)
+    names = sd_names.original_names(states, denoiser, f"{OPEN_CLIP}ln_final.weight" in keys)
     expected = {key: sd_names.original_shape(key, [ours[name] for name in sources]) for key, sources in names.items()}
-    layers = None if config is None else config.text.num_hidden_layers
     source = {
         key: raw
         for key, raw in keys.items()
@@ -175,13 +149,12 @@ def fill_original(
     unread = {sd_names.canonical(key): dtype for key, dtype in weights.unread.items()}
     notes = check_same(expected, found, str(path), unread)
     read = weights.read(source[key] for key in names)
-    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
+    tensors: dict[str, Tensor] = {}
     for key, sources in names.items():
-        for name, tensor in zip(sources, sd_names.split(read[source[key]], [ours[n] for n in sources]), strict=True):
-            part, _, rest = name.partition(".")
-            tensors[part][rest] = tensor
+        pieces = sd_names.split(read[source[key]], [ours[name] for name in sources])
+        tensors |= zip(sources, pieces, strict=True)
     for part, module in modules.items():
-        module.load_state_dict(tensors[part], assign=True)
+        module.load_state_dict({name: tensors[f"{part}.{name}"] for name in states[part]}, assign=True)
     return notes
 
 
@@ -204,10 +177,8 @@ def find_config(
     Raises CheckpointError for another kind of model, which it names if it can.
     """
     has_unet = f"{UNET}input_blocks.0.0.weight" in keys
-    known = FOREIGN if has_unet else (*FOREIGN, *ALONE)
-    foreign = next((what for pattern, what in known if any(re.fullmatch(pattern, key) for key in keys.values())), None)
-    if foreign is None and not has_unet:
-        foreign = "has no UNet that sdlite knows"
+    known, other = (FOREIGN, None) if has_unet else ((*FOREIGN, *ALONE), "has no UNet that sdlite knows")
+    foreign = next((what for pattern, what in known if any(re.fullmatch(pattern, key) for key in keys.values())), other)
     if foreign is not None:
         raise CheckpointError(f"{path} {foreign}; sdlite loads Stable Diffusion 1.x and 2.x")
     if config is not None:
@@ -219,10 +190,9 @@ def find_config(
     context = (0, *weights.shapes[projection])[-1] if projection else 0
     sizes = {768: sd15, 1024: sd21}
     if width != 320 or context not in sizes or channels not in (4, 9):
-        raise CheckpointError(
-            f"{path} has a UNet of width {width} for {channels} channels and text features of {context}, which is not "
-            "Stable Diffusion 1.x or 2.x (320; 4 or 9; 768 or 1024); load it in Python with its config"
-        )
+        found = f"has a UNet of width {width} for {channels} channels and text features of {context}"
+        sizes_known = "Stable Diffusion 1.x or 2.x (320; 4 or 9; 768 or 1024)"
+        raise CheckpointError(f"{path} {found}, which is not {sizes_known}; load it in Python with its config")
     return sizes[context](channels, "epsilon"), False, _schedule_notes(path, weights, keys)
 
 
@@ -240,15 +210,13 @@ def _schedule_notes(path: Path, weights: Weights, keys: Mapping[str, str]) -> li
     """Compares the file's noise schedule, where it has one, with Stable Diffusion's."""
     if "alphas_cumprod" not in keys:
         return []
-    try:
+    sd1 = sd15().schedule
+    betas = torch.linspace(sd1.beta_start**0.5, sd1.beta_end**0.5, sd1.num_train_steps, dtype=torch.float64) ** 2
+    expected = (1 - betas).cumprod(0)
+    with suppress(CheckpointError):  # it is damaged
         (found,) = weights.read([keys["alphas_cumprod"]]).values()
-    except CheckpointError:
-        return [f"{path.name}: its alphas_cumprod is damaged; Stable Diffusion's noise schedule is used"]
-    schedule = sd15().schedule
-    ends = schedule.beta_start**0.5, schedule.beta_end**0.5
-    expected = (1 - torch.linspace(*ends, schedule.num_train_steps, dtype=torch.float64) ** 2).cumprod(0)
-    if found.shape == expected.shape and torch.allclose(found.double(), expected, atol=SCHEDULE_TOLERANCE, rtol=0):
-        return []
+        if found.shape == expected.shape and torch.allclose(found.double(), expected, atol=SCHEDULE_TOLERANCE, rtol=0):
+            return []
     return [f"{path.name}: its alphas_cumprod is not Stable Diffusion's noise schedule; sdlite uses Stable Diffusion's"]
 
 
@@ -267,35 +235,28 @@ def find_prediction(
     if "v_pred" in keys:
         return "v", ["prediction v: the file has the marker tensor v_pred"]
     guess: Prediction = "epsilon"
-    by = "what Stable Diffusion 1 and inpainting models predict"
+    other, by = "v", "what Stable Diffusion 1 and inpainting models predict"
     if config.denoiser.context_dim == sd21().denoiser.context_dim and config.denoiser.in_channels == 4:
         by = "nothing in the file, since the norm that tells them apart is not there"
         if SD2_V_KEY in keys:
             (bias,) = weights.read([keys[SD2_V_KEY]]).values()
             spread = bias.std(correction=0).item() if bias.numel() else 0.0
-            guess = "v" if spread > SD2_V_SPREAD else "epsilon"
+            guess, other = ("v", "epsilon") if spread > SD2_V_SPREAD else ("epsilon", "v")
             by = f"a norm in its last block has a spread of {spread:.3f}; in v models of SD2 it is above {SD2_V_SPREAD}"
-    other = "v" if guess == "epsilon" else "epsilon"
-    return guess, [
-        f"prediction {guess} is a guess, by {by}; if images are noise or blotches, give --prediction {other}"
-    ]
+    advice = f"if images are noise or blotches, give --prediction {other}"
+    return guess, [f"prediction {guess} is a guess, by {by}; {advice}"]
 
 
 def _sidecar(path: Path) -> str | None:
     """The prediction that a file of the same name with .yaml or .json states, None without one."""
-    yaml, other = path.with_suffix(".yaml"), path.with_suffix(".json")
+    yaml = path.with_suffix(".yaml")
     if yaml.is_file() and yaml.stat().st_size <= MAX_SIDECAR_BYTES:
         text = yaml.read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE):
             return found[1]
         if re.search(r"^model\s*:", text, re.MULTILINE):
             return "epsilon"  # CompVis's default
-    if other.is_file() and other.stat().st_size <= MAX_SIDECAR_BYTES:
-        try:
-            stated = read_json(other)
-        except CheckpointError:  # often another program's notes on the model
-            return None
-        for key in ("prediction_type", "parameterization"):
-            if isinstance(stated.get(key), str):
-                return str(stated[key])
+    with suppress(CheckpointError):  # often another program's notes on the model
+        stated = read_json(path.with_suffix(".json"))
+        return next((str(stated[k]) for k in ("prediction_type", "parameterization") if k in stated), None)
     return None

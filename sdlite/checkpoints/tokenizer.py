@@ -1,8 +1,4 @@
-"""CLIP's tokenizer, a byte-level BPE: from files as data, and to files.
-
-The standard vocabulary is built from the merges that ship with the package; others are read from a model folder's
-tokenizer files. Nothing that a file names is run or fetched. Errors (FileNotFoundError, ValueError) name the file.
-"""
+"""CLIP's tokenizer, a byte-level BPE: from files as data, and to files. Nothing that a file names is run or fetched."""
 
 import gzip
 import json
@@ -17,16 +13,15 @@ from sdlite.files import read_json, read_text
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_FILE_BYTES = 16 * 2**20  # of one tokenizer file; CLIP's largest has 2 MB
 MAX_ID = 2**31  # of a token; the tokenizers library counts in 32 bits
-# The 48,894 merges of OpenAI's bpe_simple_vocab_16e6.txt that CLIP uses, in order, as shipped in open_clip_torch 3.3.0
-# (MIT; see clip_merges.LICENSE).
+# The 48,894 merges of OpenAI's bpe_simple_vocab_16e6.txt that CLIP uses, from open_clip_torch 3.3.0 (MIT).
 MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")
 
 
 def load_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
-    """CLIP's byte-level BPE tokenizer from a folder, or with None the standard one, which ships with the package.
+    """CLIP's tokenizer from a folder, or with None the standard one, built from the merges that ship with the package.
 
-    Reads vocab.json and merges.txt, or tokenizer.json, as data, and of the settings the name of the pad token alone:
-    nothing that a file names is run or fetched. Raises FileNotFoundError or a ValueError that names the file.
+    Reads vocab.json and merges.txt, or tokenizer.json, and of the settings only the name of the pad token. Raises
+    FileNotFoundError or a ValueError that names the file.
     """
     if folder is None:
         vocab, merges = standard_vocabulary()
@@ -38,8 +33,7 @@ def load_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
     try:
         return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
     except Exception as error:  # the tokenizers package raises bare Exception
-        cause = " ".join(str(error).split())
-        raise ValueError(f"{folder}: merges and vocabulary do not fit: {cause:.200}") from None
+        raise ValueError(f"{folder}: merges and vocabulary do not fit: {' '.join(str(error).split()):.200}") from None
 
 
 def standard_vocabulary() -> tuple[dict[str, int], list[tuple[str, ...]]]:
@@ -50,8 +44,7 @@ def standard_vocabulary() -> tuple[dict[str, int], list[tuple[str, ...]]]:
     """
     merges = _parse_merges(gzip.decompress(MERGES_FILE.read_bytes()).decode())
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = range(256, 256 + 256 - len(printable))
-    symbols = [chr(code) for code in (*printable, *others)]
+    symbols = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
     return {word: i for i, word in enumerate(words)}, merges
 
@@ -69,8 +62,7 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
         vocab: Any = read_json(source, MAX_FILE_BYTES)
         merges: Any = _parse_merges(read_text(folder / "merges.txt", MAX_FILE_BYTES))
     else:
-        source = folder / "tokenizer.json"
-        if not source.is_file():
+        if not (source := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder}: no tokenizer; it needs vocab.json and merges.txt, or tokenizer.json")
         model = read_json(source, MAX_FILE_BYTES).get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
@@ -80,8 +72,9 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if not ids or not all(type(i) is int and 0 <= i < MAX_ID for i in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"{source}: must map tokens to ids, each id once")
-    if bad := [pair for pair in merges if not _is_pair(pair)]:
-        raise ValueError(f"{source}: merge {bad[0]!r:.80} must be a pair of tokens")
+    for pair in merges:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"{source}: merge {pair!r:.80} must be a pair of tokens")
     _refuse_learned_tokens(folder, vocab)
     return vocab, [tuple(pair) for pair in merges]
 
@@ -90,27 +83,17 @@ def _refuse_learned_tokens(folder: Path, vocab: Mapping[str, int]) -> None:
     """Raises ValueError for added tokens (textual inversion): the BPE would split their names into letters."""
     added, settings, whole = _settings(folder, "added_tokens.json", "tokenizer_config.json", "tokenizer.json")
     decoder = settings.get("added_tokens_decoder")
-    more = whole.get("added_tokens") or []
-    if not isinstance(more, list):
+    if not isinstance(more := whole.get("added_tokens") or [], list):
         raise ValueError(f"{folder / 'tokenizer.json'}: added_tokens={more!r:.80} must be a list")
     entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *more]
     names = [*added, *(str(entry.get("content")) for entry in entries if isinstance(entry, dict))]
     if learned := [name for name in names if name not in vocab]:
-        raise ValueError(
-            f"{folder}: has learned tokens ({learned[0]!r:.40}), which sdlite does not read; give the tokenizer of the "
-            "model that they were added to"
-        )
-
-
-def _is_pair(merge: Any) -> bool:
-    return isinstance(merge, list | tuple) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+        advice = "which sdlite does not read; give the tokenizer of the model that they were added to"
+        raise ValueError(f"{folder}: has learned tokens ({learned[0]!r:.40}), {advice}")
 
 
 def _pad_token(folder: Path) -> str:
-    """The pad token's name. special_tokens_map.json wins in folders without added_tokens_decoder, as in transformers.
-
-    SD2 needs this: its tokenizer_config.json says "<|endoftext|>", its special_tokens_map.json "!".
-    """
+    """special_tokens_map.json wins without added_tokens_decoder, as in transformers; SD2 needs that."""
     settings, names = _settings(folder, "tokenizer_config.json", "special_tokens_map.json")
     pad = (settings if "added_tokens_decoder" in settings else settings | names).get("pad_token") or EOS
     return str(pad.get("content") if isinstance(pad, dict) else pad)

@@ -15,7 +15,7 @@ from sdlite.checkpoints.parts import fill
 from sdlite.checkpoints.places import CheckpointError, check_vae
 from sdlite.checkpoints.single_file import fill_original, stated_config
 from sdlite.checkpoints.weights import Weights, from_files, open_safetensors, read_json
-from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, CodecConfig, LoadOptions, sd15
+from sdlite.config import AutoencoderTinyConfig, CodecConfig, LoadOptions, sd15
 from sdlite.models.codec import LatentCodec
 
 TINY = "madebyollin/taesd"  # hub id of TAESD, which --vae tiny means
@@ -50,11 +50,9 @@ def _empty(config: CodecConfig, where: Path) -> LatentCodec:
 
 def _read_file(path: Path) -> tuple[LatentCodec, list[str]]:
     weights = open_safetensors(path)
-    if any(name.startswith(TINY_LAYERS) for name in weights.shapes):
-        codec = _empty(_file_config(path, weights, AutoencoderTinyConfig()), path)
-        return codec, fill(codec.model, weights, str(path))
-    codec = _empty(_file_config(path, weights, sd15().codec), path)
-    if any(name.startswith(KL_BLOCKS) for name in weights.shapes):
+    is_tiny = any(name.startswith(TINY_LAYERS) for name in weights.shapes)
+    codec = _empty(_file_config(path, weights, AutoencoderTinyConfig() if is_tiny else sd15().codec), path)
+    if is_tiny or any(name.startswith(KL_BLOCKS) for name in weights.shapes):
         return codec, fill(codec.model, weights, str(path), sd_names.modern_names)
     keys = {sd_names.canonical(key): key for key in weights.shapes}
     if not any(key.startswith(sd_names.CODEC) for key in keys):  # the file of a VAE alone, without the prefix
@@ -63,11 +61,9 @@ def _read_file(path: Path) -> tuple[LatentCodec, list[str]]:
 
 
 def _file_config(path: Path, weights: Weights, default: CodecConfig) -> CodecConfig:
-    stated = stated_config(path, weights)
-    if stated is not None:
+    if (stated := stated_config(path, weights)) is not None:
         return stated.codec
-    beside = path.with_name("config.json")
-    kind = "AutoencoderKL" if isinstance(default, AutoencoderKLConfig) else "AutoencoderTiny"
+    beside, kind = path.with_name("config.json"), type(default).__name__.removesuffix("Config")
     if beside.is_file() and read_json(beside).get("_class_name") == kind:
         return read_codec_config(path.parent)
     return default

@@ -29,13 +29,15 @@ MAX_INDEX_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000  # an SDXL file with EMA has 7,000
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**48  # of a tensor, empty dimensions apart: beyond it PyTorch's own sizes overflow
-# Bits of an element. Weights are FLOATS; all else may be there, unread: position_ids, counters, parts in 8 bits.
-FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
-OTHER_DTYPES = {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64, "BOOL": 8} | {
-    **dict.fromkeys(("I64", "U64"), 64),
-    **dict.fromkeys(("I32", "U32"), 32),
-    **dict.fromkeys(("I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+# Weights are FLOATS; all else may be there, unread: position_ids, counters, parts in 8 bits.
+FLOATS = ("F64", "F32", "F16", "BF16")
+BITS = {  # of an element
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
 }
 NAME = re.compile(r"[\w.\-]{1,512}", re.ASCII)
 PICKLES = (b"PK\x03\x04", b"PK\x05\x06", *(bytes([0x80, protocol]) for protocol in range(6)))
@@ -62,10 +64,10 @@ class Weights:
     unread: Mapping[str, str] = field(default_factory=dict)
 
 
-def from_files(where: Path | str, make: Callable[..., T], *arguments: Any) -> T:
-    """make(*arguments); a ValueError or a missing file becomes a CheckpointError of one line that names the place."""
+def from_files(where: Path | str, make: Callable[..., T], /, *arguments: Any, **fields: Any) -> T:
+    """make(...); a ValueError or a missing file becomes a CheckpointError of one line that names the place."""
     try:
-        return make(*arguments)
+        return make(*arguments, **fields)
     except (ValueError, FileNotFoundError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(text if str(where) in text else f"{where}: {text}") from None
@@ -81,14 +83,14 @@ def open_safetensors(path: Path) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        header = _read_header(path)
-        entries = {name: _checked_entry(name, entry) for name, entry in header.items() if name != "__metadata__"}
-        _check_extent(path, [(start, end) for _, _, start, end in entries.values()])
+        header, data_bytes = _read_header(path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("has a damaged header: __metadata__ must map names to text")
+        entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
+        _check_extent(sorted(extent for *_, extent in entries.values()), data_bytes)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map names to text")
     shapes = {name: shape for name, (dtype, shape, *_) in entries.items() if dtype in FLOATS}
     unread = {name: dtype for name, (dtype, *_) in entries.items() if dtype not in FLOATS}
 
@@ -102,7 +104,8 @@ def open_safetensors(path: Path) -> Weights:
     return Weights(shapes, metadata, read, unread)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header as it is, and how many bytes follow it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(max(TAR_MAGIC.stop, 9))
@@ -117,11 +120,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         header = files.parse_json(text)
     except ValueError as error:
         raise ValueError(f"has a damaged header: {error}") from None
-    if not isinstance(header, dict):
-        raise ValueError("has a damaged header: not a JSON object")
     if len(header) > MAX_TENSORS:
         raise ValueError(f"has {len(header)} tensors, more than the {MAX_TENSORS} that any model needs")
-    return header
+    return header, size - 8 - length
 
 
 def _foreign(path: Path, start: bytes) -> str:
@@ -135,43 +136,38 @@ def _foreign(path: Path, start: bytes) -> str:
     return known or "is not a safetensors file, or its header is damaged"
 
 
-def _checked_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, start, end) of a header entry."""
+def _checked_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """(dtype, shape, (start, end)) of a header entry."""
     if not NAME.fullmatch(name):
         raise ValueError(f"has a tensor named {name!r:.80}; only letters, digits, '.', '-' and '_' are allowed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"has a damaged header at {name}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    known = FLOATS | OTHER_DTYPES
-    if not isinstance(dtype, str) or dtype not in known:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"has {name} in {dtype!r:.20}, which safetensors does not know")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else []
-    if len(numbers) < 2 or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"has a damaged header at {name}")
-    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not whole or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"has a damaged header at {name}")
     if math.prod(max(side, 1) for side in shape) > MAX_ELEMENTS:
         raise ValueError(f"has {name} of shape {tuple(shape)}, which is too large")
-    if math.prod(shape) * known[dtype] != 8 * (offsets[1] - offsets[0]):
-        raise ValueError(f"has {name} of shape {tuple(shape)} in {offsets[1] - offsets[0]} bytes of {dtype}")
-    return dtype, tuple(shape), offsets[0], offsets[1]
+    start, end = offsets
+    if math.prod(shape) * BITS[dtype] != 8 * (end - start):
+        raise ValueError(f"has {name} of shape {tuple(shape)} in {end - start} bytes of {dtype}")
+    return dtype, tuple(shape), (start, end)
 
 
-def _check_extent(path: Path, extents: list[tuple[int, int]]) -> None:
-    """Raises ValueError unless the tensors lie end to end and fill the file."""
+def _check_extent(extents: list[tuple[int, int]], data_bytes: int) -> None:
+    """Raises ValueError unless the tensors, in order, lie end to end and fill the file."""
     if not extents:
         raise ValueError("has no tensors")
-    with path.open("rb") as file:
-        data = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    position = 0
-    for start, end in sorted(extents):
-        if start != position:
-            raise ValueError("has tensors that overlap or leave gaps")
-        position = end
-    if position > data:
-        raise ValueError(f"is truncated: {position - data} of {position} bytes are missing; download it again")
-    if position < data:
-        raise ValueError(f"is over-long: {data - position} bytes follow its tensors; download it again")
+    position = extents[-1][1]
+    if [0, *(end for _, end in extents)] != [*(start for start, _ in extents), position]:
+        raise ValueError("has tensors that overlap or leave gaps")
+    if position > data_bytes:
+        raise ValueError(f"is truncated: {position - data_bytes} of {position} bytes are missing; download it again")
+    if position < data_bytes:
+        raise ValueError(f"is over-long: {data_bytes - position} bytes follow its tensors; download it again")
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:
@@ -182,15 +178,18 @@ def finite(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def open_sharded(index: Path) -> Weights:
-    """The tensors of all files that a *.safetensors.index.json names. Raises CheckpointError."""
+def open_weights(index: Path) -> Weights:
+    """The tensors of all files that a *.safetensors.index.json names, or of one file. Raises CheckpointError."""
+    if index.suffix != ".json":
+        return open_safetensors(index)
     places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise CheckpointError(f"{index}: weight_map must map the names of tensors to files")
+    shards: dict[str, Weights] = {}
     for place in sorted(set(places.values())):
         if not NAME.fullmatch(place) or not place.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard {place!r:.80} must be a .safetensors file next to it")
-    shards = {place: open_safetensors(index.parent / place) for place in sorted(set(places.values()))}
+        shards[place] = open_safetensors(index.parent / place)
     for name, place in sorted(places.items()):
         if name not in shards[place].shapes and name not in shards[place].unread:
             raise CheckpointError(f"{index}: {name!r:.80} is not in {place}, where it is listed")
@@ -228,8 +227,8 @@ def write_shards(
     """One file, or several of up to max_size bytes with an index, as diffusers and transformers name them."""
     sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if max_size is not None and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_size:
+    for name in sizes:
+        if max_size is not None and shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > max_size:
             shards.append([])
         shards[-1].append(name)
     if len(shards) == 1:

@@ -143,7 +143,7 @@ def _names(model: str) -> list[str]:
 
 def _model_facts(options: LoadOptions) -> Facts:
     pipe = load(options, Report())
-    from sdlite.models.device import num_weights
+    from sdlite.pipeline.about import num_weights
 
     parts = {"text encoder": pipe.text, "denoiser": pipe.denoiser, "codec": pipe.codec}
     counts = {f"parameters of {name}": num_weights(part) for name, part in parts.items()}

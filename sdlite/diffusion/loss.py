@@ -4,15 +4,13 @@ from torch import Tensor
 
 from sdlite.config import Prediction
 from sdlite.contracts import Conditioning, Denoiser
-from sdlite.diffusion.parameterization import add_noise, training_target
-from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.schedule import Schedule, add_noise, training_target
 
 
 def min_snr_weight(abar_t: Tensor, prediction: Prediction, gamma: float = 5.0) -> Tensor:
     """Weight of a timestep's error (Hang et al. 2023, section 3.4): min(snr, gamma) in terms of x_0's error.
 
-    For v it uses snr + 1, so that pure noise (snr 0) is trained as well. Returns the shape of abar_t; gamma 5 is the
-    paper's.
+    For v it uses snr + 1, so that pure noise (snr 0) is trained as well. Returns abar_t's shape. gamma 5: the paper's.
     """
     snr = abar_t / (1 - abar_t)
     if prediction == "epsilon":

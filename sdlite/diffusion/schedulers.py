@@ -11,8 +11,7 @@ from torch import Tensor
 from sdlite.config import Prediction, ScheduleConfig
 from sdlite.contracts import Noise
 from sdlite.diffusion.schedule import Schedule
-from sdlite.diffusion.solvers import Settings
-from sdlite.request import LCM_STEPS, SOLVERS
+from sdlite.request import LCM_STEPS, SOLVERS, Request
 
 KARRAS_RHO = 7  # Karras et al. 2022, section 3: the steps get shorter towards the clean end
 KARRAS_MAX = 14.6146  # sigma of Stable Diffusion's last timestep, where its Karras schedules begin
@@ -21,7 +20,7 @@ PURE_NOISE = 4096.0  # the sigma by which diffusers stands for infinity (abar 2*
 
 
 def scheduler_solver(
-    request: Settings, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
+    request: Request, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
 ) -> "DiffusersSolver":
     """A solver of diffusers; see `solver_for`. Raises ValueError for steps that lead past the schedule."""
     scheduler = diffusers_scheduler(request.solver, schedule.config, prediction)
@@ -75,10 +74,7 @@ class DiffusersSolver:
 
 
 def _drop_double_end(scheduler: Any) -> None:
-    """Rounding gives some trailing grids (61 steps of 1000) a timestep more, -1, which has the noise level of 0.
-
-    After a timestep 0 it would be a step of length 0, which some solvers divide by.
-    """
+    """Drops timestep -1 after 0: rounding adds it to some grids (61 of 1000), and solvers divide by its length, 0."""
     if len(scheduler.timesteps) > 1 and scheduler.timesteps[-1] < 0 and scheduler.timesteps[-2] == 0:
         scheduler.timesteps = scheduler.timesteps[:-1]
         if hasattr(scheduler, "sigmas"):
@@ -119,6 +115,5 @@ def diffusers_scheduler(solver: str, config: ScheduleConfig, prediction: Predict
         "original_inference_steps": min(LCM_STEPS, config.num_train_steps),
     }
     known = inspect.signature(scheduler).parameters
-    return scheduler(
-        **{key: value for key, value in fields.items() if key in known and value is not None}, **entry.options
-    )
+    given = {key: value for key, value in fields.items() if key in known and value is not None}
+    return scheduler(**given, **entry.options)

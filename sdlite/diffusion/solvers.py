@@ -6,16 +6,14 @@ draws it and is called only by steps that need it.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sdlite.config import Prediction
 from sdlite.contracts import Noise, Solver
-from sdlite.diffusion.parameterization import add_noise, split_output
-from sdlite.diffusion.schedule import Schedule
-from sdlite.request import SOLVERS, SolverEntry
+from sdlite.diffusion.schedule import Schedule, add_noise, split_output
+from sdlite.request import SOLVERS, Request, SolverEntry
 
 MIN_ABAR = 1e-12  # below it the image in x_t is beyond float32's digits
 
@@ -92,19 +90,8 @@ class DDPM(_OwnSolver):
         return ddpm_step(x, x_0, self.abar_t[i], self.abar_prev[i], noise=noise())
 
 
-class Settings(Protocol):
-    """What a Request says about its solver."""
-
-    @property
-    def solver(self) -> str: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def eta(self) -> float: ...
-
-
 def solver_for(
-    request: Settings, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
+    request: Request, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
 ) -> Solver:
     """The request's solver over its steps. generators: one per image. start: index of the first step that is run.
 
@@ -123,7 +110,7 @@ def solver_for(
     return scheduler_solver(request, schedule, prediction, generators, start)
 
 
-def _check(request: Settings, entry: SolverEntry, schedule: Schedule, prediction: Prediction) -> None:
+def _check(request: Request, entry: SolverEntry, schedule: Schedule, prediction: Prediction) -> None:
     """Says in our words what diffusers' schedulers would fail at, some of them only after the last step."""
     solver, train_steps, zero_snr = request.solver, schedule.config.num_train_steps, schedule.config.zero_terminal_snr
     limit = min(entry.max_steps, train_steps if entry.last_step else train_steps - 1)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sdlite.package import fetching
+from sdlite.package import fetching, listed
 
 if TYPE_CHECKING:
     from sdlite.images.files import (
@@ -26,11 +26,4 @@ if TYPE_CHECKING:
     )
     from sdlite.images.sheet import contact_sheet as contact_sheet
 
-_FILES = "Drawn Images open_picture picture_bytes png_bytes read_any_metadata read_metadata save_numbered save_picture"
-_PIXELS = "digest from_pil largest_difference mask_from_pil pasted to_pil"
-__getattr__, __dir__ = fetching(
-    __name__,
-    dict.fromkeys(_FILES.split(), "sdlite.images.files")
-    | dict.fromkeys(_PIXELS.split(), "sdlite.images.pixels")
-    | {"contact_sheet": "sdlite.images.sheet"},
-)
+__getattr__, __dir__ = fetching(__name__, listed(__file__))

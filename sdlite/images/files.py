@@ -19,14 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdlite.files import write_file
-from sdlite.images.recipe import (
-    Foreign,
-    Recipe,
-    parse_a1111,
-    parse_recipe,
-    read_comment,
-    write_comment,
-)
+from sdlite.images.recipe import Foreign, Recipe, parse_a1111, parse_recipe, read_comment, write_comment
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of an image that is read: the largest that can be drawn, MAX_SIDE squared
@@ -151,14 +144,16 @@ def _damage(error: Exception) -> str:
 def read_texts(path: str | Path) -> dict[str, str]:
     """The "parameters" and "sdlite" texts of an image file, unchecked, whoever wrote them."""
     image = decoded(path)
-    texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
-    return texts or _exif_texts(image)
+    return _texts(image) or _exif_texts(image)
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    return {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
 
 
 def read_metadata(path: str | Path) -> Recipe:
     """What `metadata` wrote. Raises ValueError when there is none or it does not hold together."""
-    text = read_texts(path).get("sdlite")
-    if text is None:
+    if (text := read_texts(path).get("sdlite")) is None:
         raise ValueError(f"{path} holds no sdlite metadata (not drawn by sdlite, drawn with --no-metadata, or edited)")
     try:
         return parse_recipe(text)
@@ -194,8 +189,7 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
 
 def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
     """Options of PIL's `save` that write the texts in image.info into a file of that kind."""
-    texts = {name: image.info[name] for name in TEXTS if isinstance(image.info.get(name), str)}
-    if not texts or kind not in QUALITY:
+    if not (texts := _texts(image)) or kind not in QUALITY:
         return {}
     if kind == "PNG":
         info = PngInfo()
@@ -209,9 +203,9 @@ def _text_options(image: Image.Image, kind: str) -> dict[str, Any]:
 
 
 def save_picture(image: Image.Image, path: str | Path, *, force: bool = False, with_metadata: bool = True) -> None:
-    """Writes a PNG, JPEG or WebP whole or not at all, with the texts in image.info; replaces a file only with force.
+    """Writes a PNG, JPEG or WebP whole or not at all, with the texts in image.info, and the folders on the way.
 
-    Makes the folders on the way. Raises FileExistsError, DiskFull, or OSError as the system says.
+    Replaces a file only with force. Raises FileExistsError, DiskFull, or OSError as the system says.
     """
     kind = SUFFIXES.get(Path(path).suffix.lower(), "PNG")
     write_file(Path(path), picture_bytes(image, kind, with_metadata), force=force)
@@ -226,8 +220,8 @@ def save_numbered(
         try:
             save_picture(image, path, with_metadata=with_metadata)
             return path
-        except FileExistsError:  # another run took the number in the meantime
-            continue
+        except FileExistsError:
+            continue  # another run took the number in the meantime
 
 
 def png_bytes(image: Image.Image, with_metadata: bool = True) -> bytes:

@@ -64,9 +64,8 @@ def pasted(drawn: Image.Image, picture: Image.Image, mask: Image.Image, blur: fl
 
 
 def _unit_interval(image: Image.Image) -> Tensor:
-    """(1, C, H, W) in [0, 1]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # H * W * C
-    return pixels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2).float() / 255
+    return pixels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2).float() / 255  # (1, C, H, W) in [0, 1]
 
 
 def digest(image: Image.Image) -> str:
@@ -88,9 +87,7 @@ def has_grey(mask: Image.Image) -> bool:
 
 
 def mask_notes(size: tuple[int, int], grey: bool, picture: tuple[int, int]) -> list[str]:
-    """What a user should know about how a mask is read. size, picture: (width, height) of mask and image. grey: see
-    `has_grey`.
-    """
+    """How a mask is read, for the user. size, picture: (width, height) of mask and image. grey: see `has_grey`."""
     notes = []
     if size != picture:
         sizes = ["{}x{}".format(*side) for side in (size, picture)]

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from sdlite.config import Prediction, Record
 from sdlite.files import parse_json
+from sdlite.package import __version__
 from sdlite.request import SOLVERS, Request
 
 MAX_CHARS = 1024 * 1024  # of a text: two prompts of Request's length, every character escaped, and room
@@ -30,8 +31,7 @@ A1111_FEWEST = 3  # settings in a line, or it belongs to the prompt; also its ru
 class Recipe(Record):
     """All that an image records about itself. The request has its size filled in, and checksums for image and mask.
 
-    prediction: None where another program drew it, which does not say. backend: what computed the image, if that is not
-    PyTorch.
+    prediction: None where another program drew it, which does not say. backend: what computed it, if not PyTorch.
     """
 
     request: Request
@@ -70,8 +70,6 @@ def metadata(
 
 def versions() -> dict[Any, str]:
     """Versions of sdlite and of the libraries that decide an image's bytes."""
-    from sdlite import __version__
-
     return {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"sdlite": __version__}
 
 
@@ -113,19 +111,13 @@ def parse_a1111(text: str) -> Foreign:
     }
     if (layers := settings.get("Clip skip", "1")).isdecimal():
         fields["clip_skip"] = max(int(layers[:3]) - 1, 0)
-    request = Request(
-        prompt=prompt.strip(),
-        negative_prompt=negative.strip(),
-        solver=solver,
-        **{name: value for name, value in fields.items() if value is not None},
-    )
-    short = settings.get("Model hash", "").lower()
+    given = {name: value for name, value in fields.items() if value is not None}
+    request = Request(prompt=prompt.strip(), negative_prompt=negative.strip(), solver=solver, **given)
+    short, model = settings.get("Model hash", "").lower(), settings.get("Model", "")[:MAX_NAME]
     model_hash = short if re.fullmatch("[0-9a-f]{1,64}", short) else ""
-    model = settings.get("Model", "")[:MAX_NAME]
-    return Foreign(
-        Recipe(request=request, model=model, model_hash=model_hash, prediction=None, versions={}),
-        [*notes, "Automatic1111 draws its noise and weighs words in its own way, so the image will be another"],
-    )
+    recipe = Recipe(request=request, model=model, model_hash=model_hash, prediction=None, versions={})
+    notes.append("Automatic1111 draws its noise and weighs words in its own way, so the image will be another")
+    return Foreign(recipe, notes)
 
 
 def _start(settings: dict[str, str]) -> dict[str, Any]:

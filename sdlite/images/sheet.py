@@ -18,8 +18,7 @@ def contact_sheet(
 ) -> Image.Image:
     """All images in one, on a near-square grid unless columns is given, each with its label below.
 
-    None leaves a cell empty. Labels wrap. axes: (corner, row labels, column labels) of a grid, written at its left and
-    above it.
+    None leaves a cell empty. Labels wrap. axes: (corner, row labels, column labels), written around the grid.
     """
     corner, down, across = axes or ("", (), ())
     columns = len(across) or columns or ceil(sqrt(len(images)))

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sdlite.package import fetching
+from sdlite.package import fetching, listed
 
 if TYPE_CHECKING:
     from sdlite.inspect.attention import (
@@ -15,10 +15,4 @@ if TYPE_CHECKING:
     from sdlite.inspect.steps import clean_latents as clean_latents, feature_sizes as feature_sizes
     from sdlite.inspect.widgets import playground as playground
 
-_ATTENTION = ("attention_maps", "attention_sheet", "overlay", "record_attention", "word_maps")
-__getattr__, __dir__ = fetching(
-    __name__,
-    dict.fromkeys(_ATTENTION, "sdlite.inspect.attention")
-    | dict.fromkeys(("clean_latents", "feature_sizes"), "sdlite.inspect.steps")
-    | {"playground": "sdlite.inspect.widgets"},
-)
+__getattr__, __dir__ = fetching(__name__, listed(__file__))

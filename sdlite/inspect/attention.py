@@ -10,8 +10,9 @@ Maps as in DAAM (Tang et al. 2023, section 3): averaged over heads, layers and s
 Letters: B batch, of images times prompts under guidance, N heads, L image tokens, T text tokens, H W latent cells.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +40,8 @@ class AttentionRecord:
         """maps: (B, T, rows, columns). Raises ValueError if they are not of the batch that was recorded before."""
         before = self.sums.get(layer)
         if before is not None and before.shape != maps.shape:
-            raise ValueError(
-                f"recorded a batch of {tuple(before.shape)} and now {tuple(maps.shape)}; open a record for each"
-            )
+            shapes = f"a batch of {tuple(before.shape)} and now {tuple(maps.shape)}"
+            raise ValueError(f"recorded {shapes}; open a record for each")
         self.sums[layer] = maps if before is None else before + maps
         self.counts[layer] = self.counts.get(layer, 0) + 1
 
@@ -52,11 +52,8 @@ class AttentionRecord:
         """
         if not self.sums:
             raise ValueError("nothing was recorded; call the denoiser within `with record_attention(...)`")
-        means = [
-            F.interpolate(maps / self.counts[layer], size=self.size, mode="bilinear")
-            for layer, maps in self.sums.items()
-        ]
-        return torch.stack(means).mean(0)
+        means = (maps / self.counts[layer] for layer, maps in self.sums.items())
+        return torch.stack([F.interpolate(mean, size=self.size, mode="bilinear") for mean in means]).mean(0)
 
 
 def attention_maps(attention: Attention, x: Tensor, kv: KV) -> Tensor:
@@ -78,21 +75,17 @@ def record_attention(denoiser: Denoiser) -> Iterator[AttentionRecord]:
         raise ValueError(f"attention of a {type(denoiser).__name__} cannot be recorded; give the UNet or DiT inside")
     record = AttentionRecord()
 
-    def begins(_: Any, inputs: tuple[Any, ...]) -> None:
-        height, width = inputs[0].shape[-2:]
-        record.size = (height, width)
+    def begins(_: Any, inputs: Any) -> None:
+        record.size = tuple(inputs[0].shape[-2:])
 
-    def recorder(layer: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        def attends(attention: Any, inputs: tuple[Any, ...]) -> None:
-            with torch.no_grad():
-                maps = attention_maps(attention, *inputs)  # (B, L, T)
-                rows, columns = token_grid(record.size, denoiser.patch_size, maps.shape[1])
-                record.add(layer, maps.transpose(1, 2).reshape(*maps.shape[::2], rows, columns))
-
-        return attends
+    @torch.no_grad()
+    def attends(layer: str, attention: Any, inputs: Any) -> None:
+        maps = attention_maps(attention, *inputs)  # (B, L, T)
+        rows, columns = token_grid(record.size, denoiser.patch_size, maps.shape[1])
+        record.add(layer, maps.transpose(1, 2).reshape(*maps.shape[::2], rows, columns))
 
     hooks = [network.register_forward_pre_hook(begins)]
-    hooks += [module.register_forward_pre_hook(recorder(name)) for name, module in layers.items()]
+    hooks += [module.register_forward_pre_hook(partial(attends, name)) for name, module in layers.items()]
     try:
         yield record
     finally:

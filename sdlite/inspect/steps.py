@@ -1,14 +1,15 @@
 """What the network predicts at every step, and the size of its feature maps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdlite.contracts import Conditioning, Denoiser, Memory, Wrapper
-from sdlite.diffusion.guidance import guide, rescale_guidance
-from sdlite.diffusion.parameterization import split_output
+from sdlite.diffusion.sampling import guide, rescale_guidance
+from sdlite.diffusion.schedule import split_output
 from sdlite.models.dit import DiT
 from sdlite.models.unet import UNet
 from sdlite.pipeline import Pipeline, Sources
@@ -59,19 +60,16 @@ def feature_sizes(network: UNet | DiT, height: int, width: int) -> list[tuple[st
     """
     sizes: list[tuple[str, tuple[int, ...]]] = []
 
-    def hook(name: str) -> Callable[[Any, Any, Any], None]:
-        def left(_: Any, inputs: Any, output: Any) -> None:
-            last = output[-1] if isinstance(output, list) else output  # stages of the way down return their skips
-            sizes.append((name, tuple(last.shape[1:])))
-
-        return left
+    def left(name: str, _: Any, inputs: Any, output: Any) -> None:
+        last = output[-1] if isinstance(output, list) else output  # stages of the way down return their skips
+        sizes.append((name, tuple(last.shape[1:])))
 
     path: dict[str, nn.Module] = {}
     for name in PATHS[type(network).__name__]:
         module = network.get_submodule(name)
         each = module.named_children() if isinstance(module, nn.ModuleList) else [("", module)]
         path |= {f"{name}.{entry}".rstrip("."): m for entry, m in each}
-    hooks = [module.register_forward_hook(hook(name)) for name, module in path.items()]
+    hooks = [module.register_forward_hook(partial(left, name)) for name, module in path.items()]
     weight = next(network.parameters())
     try:
         x = weight.new_zeros(1, network.in_channels, height, width)

@@ -36,10 +36,7 @@ class LatentCodec(nn.Module):
             self.model = AutoencoderTiny(**fields)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of images: the mean of the posterior, or a sample of the posterior if noise is given.
-
-        images: (B, 3, H, W) in [-1, 1], H and W multiples of `factor`. noise: (B, C, H/f, W/f).
-        """
+        """(B, 3, H, W) -> (B, C, H/f, W/f), see `Codec`; H and W are multiples of `factor`."""
         encoded = self.model.encode(images)
         if isinstance(self.config, AutoencoderKLConfig):
             posterior = encoded.latent_dist
@@ -49,17 +46,16 @@ class LatentCodec(nn.Module):
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1], of latents (B, C, H/f, W/f).
+        """(B, C, H/f, W/f) -> (B, 3, H, W), about [-1, 1].
 
-        Decodes an image of any size in one piece. GroupNorm's statistics are those of the whole image; tiles, each with
-        statistics of its own, would differ in colour and contrast.
+        In one piece: GroupNorm's statistics are the whole image's; tiles of it would differ in colour and contrast.
         """
         return self.model.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)).sample
 
     def decode_bytes(self, width: int, height: int) -> int:
-        """Lower bound of the memory, in bytes, that decoding an image of that size takes."""
+        """Of the largest activations, in float32 at the full size."""
         if isinstance(self.config, AutoencoderKLConfig):
             channels = self.config.block_out_channels[:2]  # the finest, and the next as its upsampled input
         else:
             channels = self.config.decoder_block_out_channels[-1:]
-        return COPIES * 4 * max(channels) * width * height  # float32, at the full size
+        return COPIES * 4 * max(channels) * width * height

@@ -10,8 +10,7 @@ Chen et al. 2023, section 2.3): shift, scale and gate for the self-attention and
 its own table to them. Cross-attention has neither norm nor modulation.
 Attribute names are those of diffusers' PixArtTransformer2DModel: renaming an attribute breaks every file
 (tests/test_dit.py compares the keys).
-Letters: B batch, G prompts per image, C channels, H W latent cells, P patch side, L tokens (H/P * W/P), D token width,
-T text tokens.
+Letters: B batch, G prompts per image, C channels, H W latent cells, P patch side, L tokens, D width, T text tokens.
 """
 
 import torch
@@ -134,11 +133,7 @@ class DiT(nn.Module):
         self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
 
     def prepare(self, conditioning: Conditioning) -> tuple[KV, ...]:
-        """Projects the prompt to K and V for every block's cross-attention.
-
-        conditioning: its context (R, T, D_text), D_text = config.context_dim, is used. Raises ValueError for another
-        width.
-        """
+        """Projects the context (R, T, config.context_dim) to K and V for every block. ValueError for another width."""
         context = checked_context(conditioning, self.config.context_dim, "DiT")
         prompt = self.caption_projection(context.to(self.proj_out.weight.dtype))  # (B, T, D)
         return tuple(block.attn2.project_kv(prompt) for block in self.transformer_blocks if isinstance(block, Block))

@@ -28,8 +28,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """Repeats the whole batch for each of rows / B prompts: (B, ...) to (rows, ...). Unchanged if rows is B.
 
-    Guidance runs the same image with several prompts. They make no difference before the first cross-attention, so that
-    part is computed once and repeated here.
+    Prompts of one image make no difference before the first cross-attention: that part is computed once, then repeated.
     """
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
@@ -83,8 +82,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour enlargement to a given size, then a convolution.
 
-    `size` is that of the next skip: twice the input's, or one less where Downsample rounded up. So every latent size
-    works, not only multiples of 2 ** stages.
+    `size` is that of the next skip: twice the input's, or one less where Downsample rounded up. So every size works.
     """
 
     def __init__(self, channels: int) -> None:

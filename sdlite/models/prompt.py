@@ -100,11 +100,7 @@ def escaped(text: str) -> str:
 
 
 def _match_brackets(marks: Sequence[re.Match[str]]) -> tuple[dict[int, float | None], set[int]]:
-    """Where round brackets open, with the explicit weight of each (None: 1.1), and where one of them closes.
-
-    Both are indices into marks. A weight stands at the closing bracket, so brackets are matched before any text gets
-    its weight.
-    """
+    """Where round brackets open, each with its weight (None: 1.1), and where they close, as indices of marks."""
     factors: dict[int, float | None] = {}
     closing: set[int] = set()
     opened: list[int] = []

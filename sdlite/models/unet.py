@@ -35,8 +35,7 @@ TIME_FACTOR = 4  # width of the time vector over that of the first stage (CompVi
 class UNetMemory(NamedTuple):
     """What does not change between steps.
 
-    kv: K and V for every transformer block, in the order of use. vector: (R, E), or (1, E) for all rows, is added to
-    the time vector.
+    kv: K and V for every transformer block, in order of use. vector: (R or 1, E), is added to the time vector.
     """
 
     kv: tuple[KV, ...]
@@ -153,10 +152,7 @@ class UNetEncoder(nn.Module):
         self.mid_block = MiddleStage(config)
 
     def prepare(self, conditioning: Conditioning) -> UNetMemory:
-        """Projects the prompt to K and V for every cross-attention, in the order in which `forward` uses them.
-
-        Reads the context, (R, T, D). Raises ValueError unless D is config.context_dim.
-        """
+        """Projects the context (R, T, config.context_dim) to K and V in order of use. ValueError for other widths."""
         context = checked_context(conditioning, self.config.context_dim, "UNet").to(self.conv_in.weight.dtype)
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         kv = tuple(block.attn2.project_kv(context) for block in blocks)

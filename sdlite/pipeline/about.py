@@ -1,11 +1,14 @@
-"""What a pipeline knows of its model besides the parts themselves."""
+"""What a pipeline knows of its model besides the parts, and of the machine that it runs on."""
 
-from collections.abc import Mapping
+import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from sdlite.models.device import num_weights
+from sdlite.config import check_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +32,34 @@ class About:
         """What decides an image's bits besides request, model and prediction. Defaults are left out of keys."""
         return {"backend": self.backend} if self.backend else {}
 
-    def summary(self, parts: Mapping[str, object], draws: str, device: torch.device) -> dict[str, str]:
-        """The model in words. draws: size and prediction. Parts without weights are left out."""
-        sizes = {name: num_weights(part) for name, part in parts.items()}
-        kinds = {name: type(part).__name__ for name, part in parts.items() if sizes[name]}
-        return {
-            "model": self.name or "unnamed",
-            **{name: f"{kind}, {sizes[name] / 1e6:.1f} million weights" for name, kind in kinds.items()},
-            "draws": draws,
-            "device": str(device),
-            "sha256": self.hash[:10] or "none",
-            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
-        }
+
+def find_device(name: str) -> torch.device:
+    """The device of that name: "auto", "cpu", "cuda", "cuda:1", "mps". Raises ValueError if it is not there."""
+    check_device(name)
+    kind, colon, number = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if counts[kind]))
+    if (colon and not (number.isdecimal() and number.isascii())) or int(number or "0") >= counts[kind]:
+        raise ValueError(f"device={name!r} is not there: PyTorch sees {counts[kind]} of {kind}; try auto or cpu")
+    return torch.device(name)
 
 
-UNKNOWN = About()
+def total_memory(device: torch.device) -> float:
+    """Bytes of memory in all, infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+def device_of(*parts: object) -> torch.device:
+    """Where the first of the parts that has weights holds them; the CPU if none has any."""
+    weights = (weight for part in parts if isinstance(part, nn.Module) for weight in part.parameters())
+    return next((weight.device for weight in weights), torch.device("cpu"))
+
+
+def num_weights(part: object) -> int:
+    """How many numbers a network holds; 0 for other objects."""
+    return sum(weight.numel() for weight in part.parameters()) if isinstance(part, nn.Module) else 0

@@ -1,8 +1,7 @@
 """From requests to images: text model, denoiser and codec in the order of the README's data-flow line.
 
-A Pipeline holds the parts of a model and no seed. `jobs` resolves requests, and `draw` is the one loop that samples,
-decodes and finishes images. The noise of an image comes from its own seed, so the image does not depend on its batch,
-except for rounding.
+A Pipeline holds the parts of a model and no seed. `jobs` resolves requests, and `draw` is the one loop that draws them.
+The noise of an image comes from its own seed, so that the image does not depend on its batch, except for rounding.
 """
 
 import copy
@@ -17,46 +16,31 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sdlite.checkpoints.folder import save_folder
-from sdlite.checkpoints.load import load_model
+from sdlite.checkpoints.load import read_model
 from sdlite.checkpoints.parts import gathered
-from sdlite.checkpoints.places import SHIPPED
-from sdlite.config import Prediction
+from sdlite.config import LoadOptions, Prediction
 from sdlite.contracts import Codec, Denoiser, TextModel
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import Images
-from sdlite.images.pixels import Opened, pasted, to_pil
-from sdlite.images.recipe import metadata
-from sdlite.models.device import device_of, find_device, find_dtype
-from sdlite.pipeline.about import UNKNOWN, About
-from sdlite.pipeline.job import Finished, Job, Source, Sources, Step, batches, opened, opened_columns, spread
+from sdlite.images.pixels import Opened
+from sdlite.pipeline.about import About, device_of, find_device, num_weights
+from sdlite.pipeline.job import Job, Source, Sources, batches, make_job, opened_columns, size_of, spread
 from sdlite.pipeline.progress import Progress, watched
-from sdlite.pipeline.resolve import (
-    first_step,
-    fitted_size,
-    make_job,
-    num_chunks,
-    num_evaluations,
-    remarks_on,
-    size_of,
-)
-from sdlite.pipeline.start import picture_of, sample
+from sdlite.pipeline.run import Finished, Step, finished, sample
 from sdlite.request import Request
 
 
 class Pipeline:
-    """Text model, denoiser, codec and noise schedule, which draw images together.
-
-    Any objects with the methods of `sdlite.contracts` can be parts.
-    """
+    """Text model, denoiser, codec and noise schedule: any objects with the methods of `sdlite.contracts`."""
 
     def __init__(
-        self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About = UNKNOWN
+        self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About | None = None
     ) -> None:
         self.text = text
         self.denoiser = denoiser
         self.codec = codec
         self.schedule = schedule
-        self.about = about
+        self.about = about or About()
         self._measure()
 
     def _measure(self) -> None:
@@ -78,26 +62,18 @@ class Pipeline:
     ) -> Self:
         """Loads the model of a diffusers folder, an original single file or a hub id; None loads the one that ships.
 
-        "tiny", "tiny-dit", "sd15" and "sd21" are untrained models, unless a file or folder here has that name.
-        device: "auto" takes a GPU if there is one. dtype: for text encoder and denoiser; "auto" is float32 on a CPU and
-        float16 on a GPU; the codec always runs in float32. prediction: overrides what the files say or sdlite guesses.
-        variant: which weights of a folder, such as "fp16". vae: file, folder, hub id or "tiny" (TAESD) of a VAE to use
-        instead of the model's. allow_links: links in a model's folder may lead into these folders.
+        "tiny", "tiny-dit", "sd15" and "sd21" are untrained models, unless a file or folder here has that name. The
+        others are the fields of `LoadOptions`. The codec runs in float32 whatever the dtype.
         Raises CheckpointError, a ValueError, with one line that names the file and what is wrong with it.
         """
+        files: dict[str, Any] = {"variant": variant, "vae": vae, "allow_links": tuple(allow_links)}
+        options = LoadOptions(**files, model=path, device=device, dtype=dtype, prediction=prediction)
         place = find_device(device)
-        kind = find_dtype(dtype, place)
-        parts = load_model(
-            SHIPPED if path is None else path, prediction=prediction, variant=variant, vae=vae, allow_links=allow_links
-        )
-        about = About(parts.name, parts.hash, tuple(parts.notes), parts.config.sample_size, str(kind)[len("torch.") :])
-        return cls(
-            parts.text.to(place, kind),
-            parts.denoiser.to(place, kind),
-            parts.codec.to(place),
-            Schedule(parts.config.schedule),
-            about=about,
-        )
+        precision = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "float16"
+        parts, kind = read_model(options), getattr(torch, precision)
+        about = About(parts.name, parts.hash, tuple(parts.notes), parts.config.sample_size, precision)
+        text, denoiser = parts.text.to(place, kind), parts.denoiser.to(place, kind)
+        return cls(text, denoiser, parts.codec.to(place), Schedule(parts.config.schedule), about=about)
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that this class and diffusers' StableDiffusionPipeline load (a DiT: this class only).
@@ -121,9 +97,8 @@ class Pipeline:
         fast = pipe.with_parts(denoiser=Faster(pipe.denoiser), about=replace(pipe.about, backend="faster"))
         """
         other = copy.copy(self)
-        for name, part in (("text", text), ("denoiser", denoiser), ("codec", codec), ("about", about)):
-            if part is not None:
-                setattr(other, name, part)
+        parts = {"text": text, "denoiser": denoiser, "codec": codec, "about": about}
+        vars(other).update({name: part for name, part in parts.items() if part is not None})
         other._measure()
         return other
 
@@ -161,10 +136,18 @@ class Pipeline:
         return width * self.codec.factor, height * self.codec.factor
 
     def summary(self) -> dict[str, str]:
-        """The parts of the pipeline in words; repr and notebooks show it."""
+        """The pipeline in words, which repr and notebooks show. Parts without weights are left out."""
         parts = {"text": self.text, "denoiser": self.denoiser, "codec": self.codec}
-        draws = "{} x {} pixels, {}".format(*self.default_size, f"prediction {self.denoiser.prediction}")
-        return self.about.summary(parts, draws, self.device)
+        sizes = {name: num_weights(part) for name, part in parts.items()}
+        kinds = {name: type(part).__name__ for name, part in parts.items() if sizes[name]}
+        return {
+            "model": self.name or "unnamed",
+            **{name: f"{kind}, {sizes[name] / 1e6:.1f} million weights" for name, kind in kinds.items()},
+            "draws": "{} x {} pixels, prediction {}".format(*self.default_size, self.denoiser.prediction),
+            "device": str(self.device),
+            "sha256": self.model_hash[:10] or "none",
+            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
+        }
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(f'{name}: {value}' for name, value in self.summary().items())})"
@@ -187,9 +170,9 @@ class Pipeline:
         """Draws `num_images` images of every prompt, with seeds counting up from the prompt's seed.
 
         image: start from this image (img2img) and change it by `strength`; a PIL image, a file or its bytes. mask:
-        black-and-white image; white parts of `image` are redrawn (inpainting). progress: as for `generate`. fields:
-        those of Request. A list gives one value for each prompt. Warns if a prompt or an image may not be read as you
-        expect (`Job.remarks`). Raises ValueError with one line for a request that cannot be drawn.
+        black-and-white image; white parts of `image` are redrawn (inpainting). fields: those of Request. A list gives
+        one value for each prompt. Warns of prompts and images that may not be read as you expect (`Job.remarks`).
+        progress, errors: as for `generate`.
         """
         columns = {"prompt": prompt, "seed": seed, "image": image, "mask": mask} | fields
         jobs = self.jobs(*spread(columns, num_images))
@@ -208,9 +191,8 @@ class Pipeline:
         """Draws one image for each request, in their order, each with its metadata in `.info`.
 
         images, masks: one image, file or None per request, for img2img and inpainting. progress: True shows a line with
-        the time left, None shows it in a terminal or notebook only; a function is called with the number of steps done
-        and the total. Raises ValueError with one line for a request that cannot be drawn, FloatingPointError if an
-        image is not finite.
+        the time left, None only in a terminal or notebook, False never; a function is called with the steps done and
+        the total. Raises ValueError for a request that cannot be drawn, FloatingPointError for an infinite image.
         """
         return self._all(self.jobs(requests, images, masks), progress)
 
@@ -227,8 +209,7 @@ class Pipeline:
     def jobs(self, requests: Request | Sequence[Request], images: Sources = None, masks: Sources = None) -> list[Job]:
         """Resolves requests against this model: what `draw` draws. Opens each image once.
 
-        images, masks: as for `generate`. Raises ValueError for a request that this model cannot draw and for images
-        that do not fit the requests.
+        images, masks: as for `generate`. Raises ValueError for requests that cannot be drawn or do not fit the images.
         """
         requests = [requests] if isinstance(requests, Request) else list(requests)
         if not requests:
@@ -271,7 +252,7 @@ class Pipeline:
             done += count
             assert latents is not None, "a run has at least one step"
             for i, job, z in zip(group, mine, latents.chunk(len(latents)), strict=True):
-                yield Finished(i, self._finish(z, job.request, job.image, job.mask))
+                yield Finished(i, finished(self, z, job.request, job.image, job.mask))
 
     def sample_latents(
         self, requests: Request | Sequence[Request], *, images: Sources = None, masks: Sources = None
@@ -287,59 +268,13 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(
-        self,
-        latents: Tensor,
-        requests: Request | Sequence[Request],
-        *,
-        images: Sources = None,
-        masks: Sources = None,
+        self, latents: Tensor, requests: Request | Sequence[Request], *, images: Sources = None, masks: Sources = None
     ) -> list[Image]:
-        """Decodes final latents (B, C, H/f, W/f) to images, one after the other, each with its metadata in `.info`.
+        """Decodes final latents (B, C, H/f, W/f), one after the other, to images with their metadata in `.info`.
 
-        images, masks: as for `generate`; if a request's paste is true, the part of the image outside the mask is put
-        back. Raises FloatingPointError if an image is not finite.
+        images, masks: as for `generate`; where request.paste is true, the part outside the mask is put back. Raises
+        FloatingPointError if an image is not finite.
         """
         requests = [requests] if isinstance(requests, Request) else requests
         rows = zip(latents.chunk(len(latents)), requests, *opened_columns(images, masks, len(requests)), strict=True)
-        return [self._finish(*row) for row in rows]
-
-    def _finish(self, z: Tensor, request: Request, image: Opened | None, mask: Opened | None) -> Image:
-        """Latents (1, C, H/f, W/f) to an image with its metadata."""
-        decoded = self.codec.decode(z.float())  # (1, 3, H, W)
-        if not decoded.isfinite().all():
-            raise FloatingPointError(
-                f"seed={request.seed}: the image is not finite (inf or nan); try dtype float32 or another solver"
-            )
-        picture = to_pil(decoded)[0]
-        paste = request.paste and image is not None and mask is not None
-        if paste:
-            picture = pasted(picture, picture_of(image), picture_of(mask), request.mask_blur)
-        texts = metadata(
-            request.replace(paste=paste, width=picture.width, height=picture.height),
-            model=self.name,
-            model_hash=self.model_hash,
-            prediction=self.denoiser.prediction,
-            **self.about.bits,
-        )
-        picture.info.update(texts.items())
-        return picture
-
-    def num_evaluations(self, request: Request) -> int:
-        """How many steps `draw` runs for a request. Raises ValueError if solver or text model cannot do it."""
-        return num_evaluations(self, request, first_step(request))
-
-    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Groups the indices of requests, with checksums for images, that may run together."""
-        jobs = []
-        for request in map(self.resolve, requests):
-            size, guided = (request.width or 0, request.height or 0), request.guidance_scale > 1
-            image, mask = (None if name is None else Opened(name, size) for name in (request.image, request.mask))
-            jobs.append(Job(request, size, image, mask, 0, 0, guided, num_chunks(self, request)))
-        return batches(jobs)
-
-    def remarks(self, request: Request, image: Any = None, mask: Any = None) -> list[str]:
-        """What the user should know about a request; see `Job.remarks`."""
-        given = None if image is None else Opened("", image.size)
-        area = None if mask is None else opened(mask, for_mask=True)
-        size = fitted_size(request, given and given.size, self.default_size, self.size_unit)
-        return list(remarks_on(request, given, area, size, self.default_size))
+        return [finished(self, *row) for row in rows]

@@ -1,7 +1,6 @@
 """A line with the time left, for whoever waits in a terminal or a notebook for a call that draws.
 
-The only thing that the library itself shows. It is gone when the call is over, and is left out where nobody watches:
-piped, in a log, or with `progress=False`.
+It is gone when the call is over, and is left out where nobody watches: piped, in a log, or with `progress=False`.
 """
 
 import sys
@@ -18,15 +17,12 @@ MIN_SECONDS = 0.1  # between two writings
 
 @contextmanager
 def watched(progress: bool | Progress | None, count: int) -> Iterator[Progress]:
-    """What a call that draws `count` images calls after every step.
-
-    progress: True shows a line, None does where a person watches, and False shows nothing; a function is called itself.
-    """
+    """What a call that draws `count` images calls after every step. progress: see `Pipeline.generate`."""
     if callable(progress):
         yield progress
         return
     notebook = None if progress is False else _notebook_display()
-    if not progress and notebook is None and (progress is False or not _is_terminal()):
+    if not progress and notebook is None and (progress is False or not (sys.stderr and sys.stderr.isatty())):
         yield lambda done, total: None
         return
     write = _on_terminal if notebook is None else notebook
@@ -52,10 +48,6 @@ class _Line:
         left = f", {ceil((now - self.begun) / done * (total - done))} s left" if done else ""
         full = WIDTH * done // max(total, 1)
         self.write(f"drawing {self.images} [{'#' * full}{'.' * (WIDTH - full)}] step {done} of {total}{left}")
-
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _on_terminal(text: str) -> None:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Weight = Tensor | None  # (K,)
+Ignored = int | None
 EPS = 1e-7  # keeps an empty class's 0 / 0 finite
 
 
-def cross_entropy(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int | None = None
-) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, *, weight: Weight = None, ignore_index: Ignored = None) -> Tensor:
     """Mean of -log softmax(logits)[target] over the pixels that count, weighted by the weight of each pixel's class."""
     counted = _checked(logits, target, weight, ignore_index)
     log_p = _wide(logits).log_softmax(1)  # (B, K, ...)
@@ -30,13 +30,7 @@ def cross_entropy(
 
 
 def tversky_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    weight: Tensor | None = None,
-    ignore_index: int | None = None,
+    logits: Tensor, target: Tensor, *, alpha: float, beta: float, weight: Weight = None, ignore_index: Ignored = None
 ) -> Tensor:
     """1 - TP / (TP + alpha FP + beta FN) with soft counts over the whole batch, mean over the classes.
 
@@ -45,9 +39,8 @@ def tversky_loss(
     Source: Salehi et al. 2017, eq. 3.
     """
     counted = _checked(logits, target, weight, ignore_index)
-    num_classes = logits.shape[1]
     p = _wide(logits).softmax(1) * counted[:, None]  # (B, K, ...)
-    truth = F.one_hot(torch.where(counted, target, 0), num_classes).movedim(-1, 1) * counted[:, None]  # (B, K, ...)
+    truth = F.one_hot(torch.where(counted, target, 0), p.shape[1]).movedim(-1, 1) * counted[:, None]  # (B, K, ...)
     others = [axis for axis in range(p.ndim) if axis != 1]
     hits, predicted, actual = (x.sum(others) for x in (p * truth, p, truth.to(p)))  # (K,) each
     index = hits / (hits + alpha * (predicted - hits) + beta * (actual - hits)).clamp(min=EPS)
@@ -55,16 +48,12 @@ def tversky_loss(
     return ((1 - index) * weights).sum() / weights.sum().clamp(min=EPS)
 
 
-def dice_loss(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int | None = None
-) -> Tensor:
+def dice_loss(logits: Tensor, target: Tensor, *, weight: Weight = None, ignore_index: Ignored = None) -> Tensor:
     """1 - 2 TP / (2 TP + FP + FN), the soft Dice loss. Source: Milletari et al. 2016, with Salehi's soft counts."""
     return tversky_loss(logits, target, alpha=0.5, beta=0.5, weight=weight, ignore_index=ignore_index)
 
 
-def iou_loss(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int | None = None
-) -> Tensor:
+def iou_loss(logits: Tensor, target: Tensor, *, weight: Weight = None, ignore_index: Ignored = None) -> Tensor:
     """1 - TP / (TP + FP + FN), the soft IoU or Jaccard loss. Source: Rahman and Wang 2016, eq. 3 to 5."""
     return tversky_loss(logits, target, alpha=1.0, beta=1.0, weight=weight, ignore_index=ignore_index)
 
@@ -73,12 +62,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": cross_entropy, "dic
 
 
 def combined(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    terms: Mapping[str, float],
-    weight: Tensor | None = None,
-    ignore_index: int | None = None,
+    logits: Tensor, target: Tensor, *, terms: Mapping[str, float], weight: Weight = None, ignore_index: Ignored = None
 ) -> Tensor:
     """Weighted sum of losses. terms: name in LOSSES to factor, such as {"cross_entropy": 1, "dice": 1}."""
     unknown = terms.keys() - LOSSES.keys()
@@ -92,19 +76,18 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _checked(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> Tensor:
+def _checked(logits: Tensor, target: Tensor, weight: Weight, ignore_index: Ignored) -> Tensor:
     """(B, ...) bool: which pixels count. Raises ValueError for shapes that do not fit."""
     if logits.ndim < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must be (B, K, ...) and (B, ...)"
-        )
+        shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes} must be (B, K, ...) and (B, ...)")
     num_classes = logits.shape[1]
     if weight is not None and weight.shape != (num_classes,):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; must be ({num_classes},), one for each class")
     return counted_pixels(target, num_classes, ignore_index)
 
 
-def counted_pixels(target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+def counted_pixels(target: Tensor, num_classes: int, ignore_index: Ignored) -> Tensor:
     """Bool, target's shape: all but ignore_index. Raises ValueError for a value that is no class."""
     if target.dtype != torch.int64:
         raise ValueError(f"target is {target.dtype}; must be torch.int64")

@@ -13,11 +13,6 @@ from torch.nn import functional as F
 from sdlite.segmentation.losses import counted_pixels
 
 
-def labels(prediction: Tensor) -> Tensor:
-    """(B, ...) int64: the class of the highest logit. Classes are returned unchanged."""
-    return prediction.argmax(1) if prediction.is_floating_point() else prediction
-
-
 def confusion(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
     """(K, K) int64: number of pixels of each true class (row) that were predicted as each class (column)."""
     classes = _checked(prediction, target, num_classes)
@@ -87,11 +82,11 @@ def _dilated(masks: Tensor, radius: int) -> Tensor:
 
 
 def _checked(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    classes = labels(prediction)
+    """(B, ...) int64: the class of the highest logit; classes are returned unchanged."""
+    classes = prediction.argmax(1) if prediction.is_floating_point() else prediction
     if classes.shape != target.shape:
-        raise ValueError(
-            f"prediction of {tuple(classes.shape)} and target of {tuple(target.shape)} must have one shape"
-        )
+        shapes = f"prediction of {tuple(classes.shape)} and target of {tuple(target.shape)}"
+        raise ValueError(f"{shapes} must have one shape")
     if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
         raise ValueError(f"prediction has a class out of 0 to {num_classes - 1}; num_classes must be the network's")
     return classes

@@ -26,14 +26,14 @@ from torch.nn import functional as F
 
 FCN_STAGES = (1, 2, 4, 8, 8)  # width of each stage over the first one's, as in VGG16 (Simonyan and Zisserman 2015)
 FCN_HEAD = 16  # the same for the layers that were fully connected: as wide as the UNet's bottom (64 in VGG16)
-MAX_DEPTH = 8
+LIMITS = {"in_channels": 8192, "num_classes": 8192, "depth": 8, "base_width": 1024}
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, K, h, w) stretched bilinearly to (B, K, *size).
 
     With valid padding the logits are those of the middle of the image, so stretching them over all of it is wrong
-    towards the borders. `Segmenter` continues the image by its mirror image instead (Ronneberger et al. 2015, fig. 2).
+    towards the borders. `Segmenter` continues the image by its mirror image instead.
     """
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
@@ -61,10 +61,10 @@ def _check_images(images: Tensor, in_channels: int) -> None:
         raise ValueError(f"images have shape {tuple(images.shape)}; must be (B, {in_channels}, H, W), none of it 0")
 
 
-def _check_counts(limits: dict[str, tuple[int, int]]) -> None:
-    for name, (value, highest) in limits.items():
-        if not 1 <= value <= highest:
-            raise ValueError(f"{name}={value} must be from 1 to {highest}")
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not 1 <= value <= LIMITS[name]:
+            raise ValueError(f"{name}={value} must be from 1 to {LIMITS[name]}")
 
 
 class Up(nn.Module):
@@ -105,12 +105,11 @@ class SegmentationUNet(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        _check_counts({"in_channels": (in_channels, 8192), "num_classes": (num_classes, 8192)})
-        _check_counts({"depth": (depth, MAX_DEPTH), "base_width": (base_width, 1024)})
-        if padding not in ("valid", "same") or upsample not in ("transposed", "interpolate"):
-            raise ValueError(
-                f"padding={padding!r}, upsample={upsample!r}: must be 'valid' or 'same', 'transposed' or 'interpolate'"
-            )
+        _check_counts(in_channels=in_channels, num_classes=num_classes, depth=depth, base_width=base_width)
+        if padding not in ("valid", "same"):
+            raise ValueError(f"padding={padding!r} must be 'valid' or 'same'")
+        if upsample not in ("transposed", "interpolate"):
+            raise ValueError(f"upsample={upsample!r} must be 'transposed' or 'interpolate'")
         self.in_channels, self.depth, self.valid = in_channels, depth, padding == "valid"
         border = 0 if self.valid else 1
         widths = [base_width * 2**i for i in range(depth + 1)]
@@ -121,31 +120,25 @@ class SegmentationUNet(nn.Module):
 
     @property
     def margin(self) -> int:
-        """Pixels that valid padding takes off a side's length: 4 for each pair of convolutions, at every stage."""
-        down = sum(4 * 2**i for i in range(self.depth + 1))
-        return down + sum(4 * 2**i for i in range(self.depth)) if self.valid else 0
+        """Pixels that valid padding takes off a side's length: 4 * 2^i for each pair of convolutions at stage i."""
+        return 4 * (3 * 2**self.depth - 2) if self.valid else 0
 
     def input_side(self, at_least: int) -> int:
         """Shortest side, not under at_least, that the network takes: with valid padding every pooled map is even."""
         if not self.valid:
             return at_least
         step = 2**self.depth
-        lost = sum(4 * 2**i for i in range(self.depth))  # before the bottom; the rest must be a multiple of step
-        bottom = max(-(-(at_least - lost) // step), 5)  # of which two convolutions leave at least 1
-        while bottom * step + lost <= self.margin:
-            bottom += 1
-        return bottom * step + lost
+        lost = 4 * (step - 1)  # before the bottom; the rest must be a multiple of step
+        bottom = max(-(-(at_least - lost) // step), (self.margin - lost) // step + 1)  # at least one pixel of logits
+        return lost + step * bottom
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H', W') of images (B, C, H, W). Raises ValueError for a size that valid padding cannot take."""
         _check_images(images, self.in_channels)
         height, width = images.shape[-2:]
-        if self.valid:
-            for side in (height, width):
-                if side != (fit := self.input_side(side)):
-                    raise ValueError(
-                        f"side {side} does not fit {self.depth} valid poolings; the next that does is {fit}"
-                    )
+        for side in (height, width):
+            if side != (fit := self.input_side(side)):
+                raise ValueError(f"side {side} does not fit {self.depth} valid poolings; the next that does is {fit}")
         h = images if self.valid else _padded(images, 2**self.depth)
         skips = []
         for i, stage in enumerate(self.down):
@@ -154,16 +147,12 @@ class SegmentationUNet(nn.Module):
         skips.pop()  # the bottom itself
         for up, merge in zip(self.up, self.merge, strict=True):
             h = up(h)  # (B, W0 2^i, 2h, 2w)
-            skip = _centre(skips.pop(), h.shape[-2:])  # the same
+            skip = skips.pop()  # (B, W0 2^i, 2h + 2 cut, 2w + 2 cut)
+            cut = (skip.shape[-1] - h.shape[-1]) // 2  # 0 with same padding
+            skip = skip[:, :, cut : cut + h.shape[-2], cut : cut + h.shape[-1]]  # its middle, as large as h
             h = merge(torch.cat([skip, h], dim=1))  # (B, 2 W0 2^i, 2h, 2w) to (B, W0 2^i, ...)
         logits = self.score(h)  # (B, K, h, w)
         return logits if self.valid else logits[:, :, :height, :width]  # (B, K, H', W')
-
-
-def _centre(h: Tensor, size: torch.Size) -> Tensor:
-    """The middle of (B, C, h, w), `size` large; all of it with same padding."""
-    top, left = (h.shape[-2] - size[0]) // 2, (h.shape[-1] - size[1]) // 2
-    return h[:, :, top : top + size[0], left : left + size[1]]
 
 
 def bilinear_upsampling(channels: int, factor: int) -> nn.ConvTranspose2d:
@@ -189,6 +178,8 @@ class FCN(nn.Module):
     Source: Long et al. 2015, sections 3.3 and 4.2, figure 3.
     """
 
+    valid = False  # all its padding is "same"
+
     def __init__(
         self,
         in_channels: int,
@@ -198,8 +189,7 @@ class FCN(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        _check_counts({"in_channels": (in_channels, 8192), "num_classes": (num_classes, 8192)})
-        _check_counts({"base_width": (base_width, 1024)})
+        _check_counts(in_channels=in_channels, num_classes=num_classes, base_width=base_width)
         if stride not in (8, 16, 32):
             raise ValueError(f"stride={stride} must be 8, 16 or 32")
         self.in_channels = in_channels

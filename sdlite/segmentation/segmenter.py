@@ -7,9 +7,9 @@ seen what lies around it. The image is continued by its mirror image (Ronneberge
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
 from sdlite.config import Record
-from sdlite.files import read_json, write_file
+from sdlite.files import exported, read_json, write_file
 from sdlite.segmentation.models import FCN, SegmentationUNet
 from sdlite.segmentation.pixels import mask_image, pixels_of, standardized, statistics
 
@@ -77,19 +77,11 @@ def mirrored(start: int, stop: int, size: int) -> Tensor:
     return torch.minimum(position, period - position) if size > 1 else torch.zeros_like(position)
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """How an image is cut. side: pixels along the side of a tile. margin: pixels of it thrown away at each end."""
 
     side: int
     margin: int
-
-    @property
-    def step(self) -> int:
-        return self.side - 2 * self.margin
-
-    def count(self, height: int, width: int) -> int:
-        return -(-height // self.step) * -(-width // self.step)
 
 
 class Segmenter:
@@ -104,17 +96,13 @@ class Segmenter:
 
         Raises FileNotFoundError or a ValueError of one line that says what is wrong with the folder.
         """
-        folder = Path(folder)
-        folder = folder / "export" if (folder / "export" / "model.safetensors").is_file() else folder
+        folder = exported(Path(folder), "model.safetensors")
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder} holds no {file}; give the folder that a Segmenter was saved into")
         try:
-            fields = read_json(folder / "config.json")
-            config = SegmenterConfig(**fields)
-            tensors = load_bytes(
-                (folder / "model.safetensors").read_bytes()
-            )  # not memory-mapped, because the file may be rewritten
+            config = SegmenterConfig(**read_json(folder / "config.json"))
+            tensors = load_bytes((folder / "model.safetensors").read_bytes())  # not mapped: it may be rewritten
         except (TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} is no segmentation model: {str(error).splitlines()[0]:.200}") from None
         with torch.device("meta"):  # takes no memory before the file is checked
@@ -125,19 +113,16 @@ class Segmenter:
         segmenter = cls(network.eval().requires_grad_(False), config)
         size = segmenter.tiles.side**2 * 4 * max(config.network.base_width, config.network.num_classes)
         if size > MAX_MAP_BYTES:
-            raise ValueError(
-                f"{folder}: tile={config.tile} needs {size >> 20} MiB a feature map, and at most {MAX_MAP_BYTES >> 20} "
-                "are given; set a smaller tile in config.json"
-            )
+            limit = f"at most {MAX_MAP_BYTES >> 20} are given; set a smaller tile in config.json"
+            raise ValueError(f"{folder}: tile={config.tile} needs {size >> 20} MiB a feature map, and {limit}")
         return segmenter
 
     def save(self, folder: Path | str) -> None:
         """Writes config.json and model.safetensors atomically. They may replace the files that were loaded."""
         folder = Path(folder)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        contents = {"model.safetensors": save_bytes(tensors), "config.json": self.config.model_dump_json(indent=1)}
-        for name, content in contents.items():
-            write_file(folder / name, content if isinstance(content, bytes) else f"{content}\n".encode(), force=True)
+        write_file(folder / "model.safetensors", save_bytes(tensors), force=True)
+        write_file(folder / "config.json", f"{self.config.model_dump_json(indent=1)}\n".encode(), force=True)
 
     def __call__(self, image: Image.Image, progress: Callable[[float], None] | None = None) -> Image.Image:
         """The mask, as large as the image, in mode "P": its values are class numbers, its palette makes them visible.
@@ -163,33 +148,27 @@ class Segmenter:
     def _parts(self, pixels: Tensor) -> Iterator[tuple[float, tuple[slice, slice, Tensor]]]:
         """Yields the fraction done and a tile's rows, columns and logits (K, h, w), until the image is covered."""
         height, width = pixels.shape[-2:]
-        whole = not self._is_valid and max(height, width) <= self.config.tile
-        side, margin, step = self.tiles.side, self.tiles.margin, self.tiles.step
-        count = self.tiles.count(height, width)
-        if count * side**2 > MAX_COMPUTED and not whole:
-            raise ValueError(
-                f"an image of {width} x {height} pixels is cut into {count:,} tiles of {side} x {side}, and more than "
-                f"{MAX_COMPUTED // side**2:,} would take hours; cut or shrink it"
-            )
         device, over = next(self.network.parameters()).device, statistics(pixels)
-        if whole:
+        if not self.network.valid and max(height, width) <= self.config.tile:
             logits = self.network(standardized(pixels, over)[None].to(device))[0]  # (K, H, W)
             yield 1.0, (slice(height), slice(width), logits)
             return
-        places = [(top, left) for top in range(0, height, step) for left in range(0, width, step)]
-        for number, (top, left) in enumerate(places, 1):
+        side, margin = self.tiles
+        step = side - 2 * margin
+        count = -(-height // step) * -(-width // step)
+        if count * side**2 > MAX_COMPUTED:
+            limit = f"more than {MAX_COMPUTED // side**2:,} would take hours; cut or shrink it"
+            cut = f"is cut into {count:,} tiles of {side} x {side}"
+            raise ValueError(f"an image of {width} x {height} pixels {cut}, and {limit}")
+        for number, (top, left) in enumerate(product(range(0, height, step), range(0, width, step)), 1):
             rows = mirrored(top - margin, top - margin + side, height)
             columns = mirrored(left - margin, left - margin + side, width)
             tile = standardized(pixels[:, rows][:, :, columns], over)[None].to(device)  # (1, C, side, side)
             logits = self.network(tile)[0]  # (K, side, side), valid (K, step, step)
-            if not self._is_valid:
+            if not self.network.valid:
                 logits = logits[:, margin : margin + step, margin : margin + step]
             part = logits[:, : height - top, : width - left]
             yield number / count, (slice(top, top + step), slice(left, left + step), part)
-
-    @property
-    def _is_valid(self) -> bool:
-        return isinstance(self.network, SegmentationUNet) and self.network.valid
 
     @property
     def tiles(self) -> Tiles:
@@ -204,13 +183,10 @@ class Segmenter:
 def _check(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Path) -> None:
     """Raises ValueError unless both have the same names and shapes and all values are finite."""
     for name in sorted(ours.keys() | theirs.keys()):
-        want = tuple(ours[name].shape) if name in ours else "absent"
-        have = tuple(theirs[name].shape) if name in theirs else "absent"
-        if want != have:
-            raise ValueError(
-                f"{folder}: {name} is {have} in model.safetensors and {want} by config.json; they are not of one model"
-            )
-        if not theirs[name].isfinite().all():
-            raise ValueError(
-                f"{folder}: {name} has values that are not finite; the file is damaged or training diverged"
-            )
+        want, have = (tuple(part[name].shape) if name in part else "absent" for part in (ours, theirs))
+        fault = f"is {have} in model.safetensors and {want} by config.json; they are not of one model"
+        if want == have:
+            if theirs[name].isfinite().all():
+                continue
+            fault = "has values that are not finite; the file is damaged or training diverged"
+        raise ValueError(f"{folder}: {name} {fault}")

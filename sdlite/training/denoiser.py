@@ -24,9 +24,9 @@ from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import save_picture
 from sdlite.images.sheet import contact_sheet
+from sdlite.models import network
 from sdlite.models.codec import LatentCodec
 from sdlite.models.device import device_of
-from sdlite.models.networks import network
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import About, Pipeline
 from sdlite.request import Request

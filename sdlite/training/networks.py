@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from sdlite.config import DiTConfig, UNetConfig
+from sdlite.models import Network
 from sdlite.models.dit import DiT
-from sdlite.models.networks import Network
 
 ZERO = {  # layers that start at zero, so that the network starts as one that predicts nothing
     "UNet": ("conv2", "proj_out", "to_out.0", "ff.net.2", "conv_out"),  # Dhariwal and Nichol 2021
