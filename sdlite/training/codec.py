@@ -30,7 +30,7 @@ from sdlite.images.files import save_picture
 from sdlite.images.pixels import to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.codec import LatentCodec
-from sdlite.models.device import device_of
+from sdlite.pipeline.about import device_of
 from sdlite.training.datasets.draws import Generator, normal, sample_generator
 from sdlite.training.datasets.folder import fingerprints, read_records
 from sdlite.training.datasets.pixels import composed, fit_notes, load_pixels, on_white

@@ -26,9 +26,9 @@ from sdlite.images.files import save_picture
 from sdlite.images.sheet import contact_sheet
 from sdlite.models import network
 from sdlite.models.codec import LatentCodec
-from sdlite.models.device import device_of
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import About, Pipeline
+from sdlite.pipeline.about import device_of
 from sdlite.request import Request
 from sdlite.training.codec import codec_identity, load_codec
 from sdlite.training.datasets.captions import caption_of, cut_notes, tokenize

@@ -27,8 +27,8 @@ from sdlite.config import TextConfig
 from sdlite.images.files import save_picture
 from sdlite.images.pixels import to_pil
 from sdlite.images.sheet import contact_sheet
-from sdlite.models.device import device_of
 from sdlite.models.text import TextEncoder
+from sdlite.pipeline.about import device_of
 from sdlite.training.datasets.captions import caption_of, cut_notes, tokenize
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import Records, caption_notes, fingerprints, read_records
