@@ -15,7 +15,6 @@ from sdlite.files import DiskFull
 from sdlite.training.datasets import augment
 from sdlite.training.datasets.augment import Example
 from sdlite.training.datasets.captions import article, caption_of, plural
-from sdlite.training.datasets.copies import near_copies
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.emoji import (
     EVERYDAY,
@@ -24,6 +23,7 @@ from sdlite.training.datasets.emoji import (
     card,
     concept_of,
     make,
+    near_copies,
     read_everyday,
     split_of,
     write,

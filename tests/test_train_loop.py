@@ -21,9 +21,9 @@ from torch import nn
 from sdlite.files import DiskFull
 from sdlite.training import curves
 from sdlite.training.curves import read_log
-from sdlite.training.ema import ema_decay, update_ema
 from sdlite.training.loop import State, TrainConfig, fit, learning_rate, load_average, order
 from sdlite.training.run import checkpoints, write_checkpoint
+from sdlite.training.state import ema_decay, update_ema
 
 ROOT = Path(__file__).parent.parent
 

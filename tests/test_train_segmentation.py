@@ -11,15 +11,15 @@ from PIL import Image
 from sdlite.cli import main
 from sdlite.segmentation import Segmenter
 from sdlite.segmentation.segmenter import FCNPlan, SegmenterConfig, UNetPlan
-from sdlite.training.datasets import backgrounds
+from sdlite.training.datasets import masks
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.masks import BACKGROUNDS, MORE_BACKGROUNDS, make_foreground, make_nuclei
 from sdlite.training.datasets.packages import NUCLEI, PHOTOS
 from sdlite.training.datasets.pairs import Pair, channels_of, labels_of
-from sdlite.training.evaluation import segmentation_table
+from sdlite.training.loop import train
 from sdlite.training.options import SegmentationOptions
 from sdlite.training.segmentation import SegmentationTask, parameters, plan_for
-from sdlite.training.stages import train
+from tests import compare_segmentation
 
 
 def discs(folder, pictures=4, size=40):
@@ -331,25 +331,25 @@ def test_command_line_varies_backgrounds(drawings, capsys):
     assert capsys.readouterr().out == "train 10, test 5\n"
 
 
-@pytest.mark.parametrize("make", [backgrounds.crop, backgrounds.altered, backgrounds.leaves])
+@pytest.mark.parametrize("make", [masks.crop, masks.altered, masks.leaves])
 def test_backgrounds_come_from_their_generator_and_cover_everything(make):
     photo = Image.fromarray(np.full((90, 70, 3), 10, np.uint8))
     draw = [make([photo], 40, sample_generator(0, number)) for number in (0, 0, 1, 2, 3)]
     assert all(pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8 for pixels in draw)
     assert np.array_equal(draw[0], draw[1])
     colours = [len(np.unique(pixels.reshape(-1, 3), axis=0)) for pixels in draw[1:]]
-    if make is backgrounds.leaves:
+    if make is masks.leaves:
         assert min(colours) >= 2
     else:
         assert colours == [1] * 4  # a photo of one colour stays that
-        assert (draw[0] == 10).all() == (make is backgrounds.crop)
+        assert (draw[0] == 10).all() == (make is masks.crop)
 
 
 def test_comparison_writes_a_table_and_resumes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(segmentation_table, "plan_for", lambda *_: small())
-    monkeypatch.setattr(segmentation_table, "VARIANTS", (("UNet", "both"), ("FCN", "Dice")))
+    monkeypatch.setattr(compare_segmentation, "plan_for", lambda *_: small())
+    monkeypatch.setattr(compare_segmentation, "VARIANTS", (("UNet", "both"), ("FCN", "Dice")))
     for _ in range(2):
-        segmentation_table.compare({"discs": data}, tmp_path, samples=16, seeds=(0, 1))
+        compare_segmentation.compare({"discs": data}, tmp_path, samples=16, seeds=(0, 1))
     result = json.loads((tmp_path / "table.json").read_text())
     assert len(result["runs"]) == 4
     unet = result["table"][0]

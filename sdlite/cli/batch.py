@@ -14,9 +14,10 @@ from sdlite.batch.rows import Repeated
 from sdlite.checkpoints.places import SHIPPED
 from sdlite.cli.app import DISK_FULL, INTERRUPTED, SOME_FAILED, WRONG_INPUT, Threads, command
 from sdlite.cli.flags import WORDS, Flags, check_there, checked
-from sdlite.cli.output import Interrupts, Report, shown
+from sdlite.cli.output import Report, shown
 from sdlite.cli.threads import use_threads
 from sdlite.config import LoadOptions
+from sdlite.training.stop import Stop
 
 if TYPE_CHECKING:
     from sdlite.batch import Batch, BatchReport, Event
@@ -156,8 +157,8 @@ def _draw(prepared: "Batch", report: Report) -> int:
         elif prints and event.sha256 is not None:
             typer.echo(path)
 
-    with Interrupts("batch") as interrupts, bar:
-        done = prepared.run(progress, lambda: interrupts.asked)
+    with Stop("sdlite: finishing the current batch") as stop, bar:
+        done = prepared.run(progress, lambda: stop.asked)
     for shard in packed.paths() if packed else ():
         report.path(shard, "shard")
     return _end(done, report)

@@ -11,9 +11,10 @@ from sdlite.checkpoints.concepts import knows_none, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.cli.app import INTERRUPTED, Threads, command, load
 from sdlite.cli.flags import Flags, check_there, checked
-from sdlite.cli.output import LOSSY, Interrupts, Names, Report, SaveOptions, shown
+from sdlite.cli.output import LOSSY, Names, Report, SaveOptions, shown
 from sdlite.config import LoadOptions
 from sdlite.request import Request
+from sdlite.training.stop import Stop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -172,7 +173,7 @@ def _draw(
     images: list[Image] = []
     bar = report.bar()
     task = bar.add_task("")
-    with Interrupts() as interrupts:
+    with Stop("sdlite: finishing the current image") as stop:
         for event in pipe.draw(jobs, batch_size):
             if isinstance(event, Finished):
                 bar.stop()  # gone while a path is printed
@@ -180,14 +181,14 @@ def _draw(
                 report.path(names.save(event.picture, len(images), seed), seed=seed)
                 images.append(event.picture)
                 continue
-            if event.step == 0 and interrupts.asked:
+            if event.step == 0 and stop.asked:
                 break
             bar.start()
             text = f"image {event.batch[0] + 1}/{len(jobs)}" + (", decoding" if event.step == event.of else "")
             bar.update(task, description=text, completed=event.done, total=event.total)
             if event.step:
                 report.event("step", image=event.batch[0], step=event.step, of=event.of)
-    return images, interrupts.asked
+    return images, stop.asked
 
 
 def _note_unknown_words(prompt: str, report: Report) -> None:

@@ -85,7 +85,7 @@ def train(
 
     typer.echo(f"sdlite: reading {folder}", err=True)
     read_records(folder, fields=MASKED if stage == "segmentation" else ("file_name", "text"))  # faults at once
-    from sdlite.training.stages import train as run
+    from sdlite.training.loop import train as run
 
     use_threads(threads)
     if "class_weights" in fields:

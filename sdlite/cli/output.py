@@ -1,17 +1,15 @@
-"""The output of a run: file names, events, notes, the progress bar, and Ctrl-C."""
+"""The output of a run: file names, events, notes and the progress bar."""
 
 import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import typer
 from pydantic import Field
@@ -142,26 +140,3 @@ class Report(Record):
         with self.bar() as bar:
             bar.add_task(shown(what), total=None)
             yield
-
-
-class Interrupts:
-    """While it is active, the first Ctrl-C or SIGTERM is only remembered; the second stops at once."""
-
-    asked = False
-
-    def __init__(self, what: str = "image") -> None:
-        self._message = f"\nsdlite: finishing the current {what}; Ctrl-C again stops at once\n".encode()
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, self._message)  # safe in a handler

@@ -8,10 +8,11 @@ import typer
 
 from sdlite.cli.app import INTERRUPTED, SOME_FAILED, Force, Threads, command
 from sdlite.cli.flags import check_there, checked
-from sdlite.cli.output import Interrupts, Report, check_free, shown
+from sdlite.cli.output import Report, check_free, shown
 from sdlite.cli.threads import use_threads
 from sdlite.files import DiskFull, sweep, write_file
 from sdlite.request import reason
+from sdlite.training.stop import Stop
 
 Make = Callable[[Path, Callable[[float], None]], bytes]
 
@@ -131,7 +132,7 @@ def _label(todo: Sequence[tuple[Path, Path]], make: Make, force: bool, report: R
     """Makes each file; if there are several, one failure does not stop the others. Returns the exit code."""
     bar, failed = report.bar(), 0
     line = bar.add_task("", total=1.0)
-    with Interrupts() as interrupts:
+    with Stop("sdlite: finishing the current image") as stop:
         for number, (source, place) in enumerate(todo, 1):
             bar.reset(line, description=f"{number}/{len(todo)} {shown(source.name)}")
             try:
@@ -144,7 +145,7 @@ def _label(todo: Sequence[tuple[Path, Path]], make: Make, force: bool, report: R
                 failed += 1
                 why = reason(error)
                 report.failed(why if str(source) in why else f"{source}: {why}", path=str(source))
-            if interrupts.asked:
+            if stop.asked:
                 return INTERRUPTED
     if failed:
         report.note(f"{failed} of {len(todo)} failed")

@@ -16,7 +16,6 @@ The absolute error alone leaves edges soft, because a blurred edge is the safest
 the discriminator's features of output and image (Wang et al. 2018).
 """
 
-import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlite.config import AutoencoderKLConfig
-from sdlite.files import exported
 from sdlite.images.files import save_picture
 from sdlite.images.pixels import to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.codec import LatentCodec
+from sdlite.pipeline.about import device_of
 from sdlite.training.datasets.draws import Generator, normal, sample_generator
 from sdlite.training.datasets.folder import fingerprints, read_records
 from sdlite.training.datasets.pixels import composed, fit_notes, load_pixels, on_white
 from sdlite.training.exports import identity, load_export, save_export
+from sdlite.training.networks import draw_weights
 from sdlite.training.options import CodecOptions
 
 KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reach, costs no sharpness
@@ -67,25 +67,20 @@ def emoji_codec(size: int = 256) -> AutoencoderKLConfig:
     )
 
 
-def initialize(codec: LatentCodec, generator: torch.Generator) -> None:
+def initialize(codec: LatentCodec, seed: int) -> None:
     """Residual branches start at zero, the convolutions between them as (near) orthogonal maps or identities.
 
     So the fresh autoencoder is almost linear and lets the image through; PyTorch's defaults damp the signal in every
     layer.
     """
+    draw_weights(codec, seed, lambda name, fan_in: fan_in**-0.5)
     with torch.no_grad():
-        for name, conv in codec.named_modules():
-            if not isinstance(conv, nn.Conv2d):
-                continue
-            assert conv.bias is not None
-            conv.bias.zero_()
-            fan_in = conv.weight[0].numel()
-            conv.weight.normal_(0, fan_in**-0.5, generator=generator)
-            if name.endswith("conv2"):
-                conv.weight.zero_()
-            elif "upsamplers" in name:
-                conv.weight.mul_(0.3)
-                conv.weight[:, :, 1, 1] += torch.eye(len(conv.weight))
+        for name, weight in codec.named_parameters():
+            if name.endswith("conv2.weight"):
+                weight.zero_()
+            elif "upsamplers" in name and weight.ndim > 1:
+                weight.mul_(0.3)
+                weight[:, :, 1, 1] += torch.eye(len(weight))
 
 
 def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
@@ -171,7 +166,7 @@ class CodecTask(nn.Module):
         self.crop, self.cropped, self.seed = size // 2, options.cropped, options.seed
         self.pixels = load_pixels(data, records, size, fit)
         self.held_out = load_pixels(data, held_out, size, fit)
-        self.notes = fit_notes(data, records, fit)
+        self.size, self.notes = len(records), fit_notes(data, records, fit)
         self.settings: dict[str, Any] = {
             **fingerprints(data, records),
             **options.model_dump(include={"size", "fit", "cropped", "adversarial"}),
@@ -180,7 +175,7 @@ class CodecTask(nn.Module):
         }
         self.codec = LatentCodec(config)
         self.codec.train()
-        initialize(self.codec, torch.Generator().manual_seed(options.seed))
+        initialize(self.codec, options.seed)
         if options.codec is not None:
             self._start_from(options.codec)
         self.teacher: tuple[LatentCodec, ...] = ()  # in a tuple: not a module of this one
@@ -208,27 +203,19 @@ class CodecTask(nn.Module):
             raise ValueError(f"{folder} has latents of {theirs} channels, not {ours}")
         self.settings["teacher"], self.teacher = codec_identity(teacher), (teacher,)
 
-    @property
-    def size(self) -> int:
-        return len(self.pixels)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         generators = [sample_generator(self.seed, int(n)) for n in numbers]
         is_whole = int(numbers[0]) >= self.cropped
         crop = self.pixels.shape[-1] if is_whole else self.crop
         samples = [self._sample(i, g, crop) for i, g in zip(indices, generators, strict=True)]
-        images = torch.cat(samples).to(self.device)
+        images = torch.cat(samples).to(device_of(self))
         posterior = self.codec.model.encode(images).latent_dist
-        noise = normal(generators, tuple(posterior.mean.shape[1:])).to(self.device)
+        noise = normal(generators, tuple(posterior.mean.shape[1:])).to(device_of(self))
         z, deviation = posterior.mean, posterior.std  # (B, C, h, w)
         latent_error = torch.zeros(())
         if self.teacher:
             with torch.no_grad():
-                target = self.teacher[0].to(self.device).encode(F.avg_pool2d(images, 2))
+                target = self.teacher[0].to(device_of(self)).encode(F.avg_pool2d(images, 2))
             latent_error, z = F.mse_loss(z.float(), target.float()), target
         if is_whole:
             if self.discriminator is None and int(numbers[0]) // HALVED % 2:
@@ -243,9 +230,9 @@ class CodecTask(nn.Module):
     def _amounts(self, generators: list[Generator]) -> Tensor:
         """(B, 1, 1, 1): noise on the latents of each whole image, in their deviations."""
         if self.discriminator is None:
-            return torch.full((len(generators), 1, 1, 1), NOISE, device=self.device)
+            return torch.full((len(generators), 1, 1, 1), NOISE, device=device_of(self))
         amounts = torch.tensor([g.random() * ADVERSARIAL_NOISE for g in generators])
-        return amounts.float()[:, None, None, None].to(self.device)
+        return amounts.float()[:, None, None, None].to(device_of(self))
 
     def _sample(self, index: Tensor, generator: Generator, crop: int) -> Tensor:
         """(1, 3, crop, crop) in [-1, 1]: a crop, or the whole image at that size, mirrored or not."""
@@ -258,7 +245,7 @@ class CodecTask(nn.Module):
         return image[:, :, top : top + crop, left : left + crop]
 
     def _held_out(self, count: int) -> tuple[Tensor, Tensor]:
-        images = on_white(self.held_out[:count]).to(self.device)
+        images = on_white(self.held_out[:count]).to(device_of(self))
         return images, torch.cat([self.codec.decode(self.codec.encode(part)) for part in torch.split(images, 16)])
 
     def evaluate(self) -> dict[str, float]:
@@ -295,25 +282,11 @@ def normalized(codec: LatentCodec, pixels: Tensor, count: int = 2048) -> LatentC
 
 def load_codec(folder: Path) -> LatentCodec:
     """Loads an export of `sdlite train codec`, frozen. folder: the export, or the run that holds it."""
-    folder = exported(folder, "codec.json")
-    if not (folder / "codec.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no codec; run `sdlite train codec` first and give its export folder")
     return load_export("codec", folder, AutoencoderKLConfig, LatentCodec)
 
 
 def codec_identity(codec: LatentCodec) -> str:
     return identity(codec, codec.config.model_dump(mode="json"))
-
-
-def decoder_gflop(config: AutoencoderKLConfig, size: int) -> float:
-    """Billions of floating-point operations (two per multiply-add) to decode one size x size image."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    codec = LatentCodec(config)
-    side = math.ceil(size / config.factor)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        codec.decode(torch.zeros(1, config.latent_channels, side, side))
-    return float(counter.get_total_flops()) / 1e9
 
 
 def make_task(data: Path, out: Path, options: CodecOptions) -> CodecTask:

@@ -8,11 +8,9 @@ Every image has several views: plain and mirrored, whose caption is drawn anew f
 and Salimans 2022).
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from sdlite.models import network
 from sdlite.models.codec import LatentCodec
 from sdlite.models.text import TextEncoder
 from sdlite.pipeline import About, Pipeline
+from sdlite.pipeline.about import device_of
 from sdlite.request import Request
 from sdlite.training.codec import codec_identity, load_codec
 from sdlite.training.datasets.captions import caption_of, cut_notes, tokenize
@@ -40,6 +39,7 @@ from sdlite.training.exports import cached, key_of
 from sdlite.training.latents import PLAIN, Latents, encode, encode_tokens, preview_prompt
 from sdlite.training.networks import EDGES, emoji_dit as emoji_dit, emoji_unet as emoji_unet, initialize
 from sdlite.training.options import DenoiserOptions
+from sdlite.training.run import SHARD_BYTES, checksum
 from sdlite.training.text import load_text, text_identity
 
 SIZE = 256  # pixels of the images that the denoiser is trained on
@@ -53,7 +53,6 @@ GOLDEN = (5**0.5 - 1) / 2
 LEVELS = 8  # timesteps, evenly spread, at which it is measured
 SHOWN = 24  # images of the preview
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
-SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
 
 
 def schedule_for(options: DenoiserOptions, start: ScheduleConfig | None = None) -> ScheduleConfig:
@@ -87,19 +86,22 @@ class DenoiserTask(nn.Module):
         self.options, self.sample_size = options, size // parts[0].factor
         if isinstance(config, DiTConfig) and config.sample_size != self.sample_size:
             raise ValueError(f"sample_size={config.sample_size} must be {self.sample_size}: images of {size} pixels")
-        self.edges = EDGES["DiT" if isinstance(config, DiTConfig) else "UNet"]
+        kind = "DiT" if isinstance(config, DiTConfig) else "UNet"
+        self.edges = EDGES[kind]
         self.denoiser = network(config.replace(prediction=options.prediction))
         initialize(self.denoiser, torch.Generator().manual_seed(options.seed))
         self.schedule = Schedule(schedule_for(options))
         self.parts = parts  # in a tuple: not modules of this one, so neither trained nor saved with it
         self.records, self.held_records = read_records(data), read_records(data, "validation")
+        self.size = len(self.records) * options.views
         made_of = {
             **fingerprints(data, self.records),
             **{"size": size, "fit": options.fit, "views": options.views},
             **{"codec": codec_identity(parts[0]), "text": text_identity(parts[1])},
         }
         self.settings = {**made_of, "start": "", **options.model_dump(include=set(OBJECTIVE))}
-        self.settings["network"] = _described(self.denoiser.config)  # after the options, which errors name first
+        described = self.denoiser.config.model_dump(mode="json")
+        self.settings["network"] = {"kind": kind, **described}  # after the options, which errors name first
         self.notes = caption_notes(data) + fit_notes(data, self.records, options.fit)
         self.notes += cut_notes(parts[1], [record["text"] for record in self.records])
         self.empty = tokenize(parts[1], [""])
@@ -134,14 +136,6 @@ class DenoiserTask(nn.Module):
         self.schedule = Schedule(schedule_for(self.options, model.config.schedule))
         self.settings["start"], self.begun = model.hash[:12], True
 
-    @property
-    def size(self) -> int:
-        return len(self.latents.x_0)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         generators = [sample_generator(self.options.seed, int(n)) for n in numbers]
         t = self._timesteps(numbers)
@@ -150,20 +144,23 @@ class DenoiserTask(nn.Module):
         captions = [self._caption(int(i), g) for i, g in zip(indices, generators, strict=True)]
         tokens = torch.where(dropped[:, None], self.empty, self._tokens(indices, captions))
         shapes = self.latents.shapes[indices]
-        return self._mean_loss(self.latents.x_0[indices], self._contexts(tokens), t, noise, shapes)
+        return self._loss(self.latents.x_0[indices], self._contexts(tokens), t, noise, shapes)
 
-    def _mean_loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor, shapes: Tensor) -> Tensor:
+    def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor, shapes: Tensor) -> Tensor:
         """Loss of latents that have different shapes, (B, 2): one call of the network for each shape."""
-        loss = torch.zeros((), device=self.device)
+        device, gamma = device_of(self), self.options.min_snr_gamma
+        x_0, contexts, t, noise = (tensor.to(device) for tensor in (x_0.float(), contexts.float(), t, noise))
+        loss = torch.zeros((), device=device)
         for h, w in sorted({tuple(shape) for shape in shapes.tolist()}):
-            rows = ((shapes[:, 0] == h) & (shapes[:, 1] == w)).nonzero()[:, 0]
-            part = self._loss(x_0[rows, :, :h, :w], contexts[rows.to(contexts.device)], t[rows], noise[rows, :, :h, :w])
+            rows = ((shapes[:, 0] == h) & (shapes[:, 1] == w)).nonzero()[:, 0].to(device)
+            x, eps, conditioning = x_0[rows, :, :h, :w], noise[rows, :, :h, :w], Conditioning(contexts[rows])
+            part = diffusion_loss(self.denoiser, self.schedule, x, conditioning, t=t[rows], noise=eps, gamma=gamma)
             loss = loss + part * (len(rows) / len(shapes))
         return loss
 
     def _contexts(self, tokens: Tensor) -> Tensor:
         """(B, T) to (B, T, D)"""
-        return encode_tokens(self.parts[1].to(self.device), tokens.to(self.device))
+        return encode_tokens(self.parts[1].to(device_of(self)), tokens.to(device_of(self)))
 
     def _caption(self, index: int, generator: Generator) -> str | None:
         """A new caption for a plain view; None for a composed view, which keeps its caption."""
@@ -189,11 +186,6 @@ class DenoiserTask(nn.Module):
             part = torch.where(numbers % EVEN == 0, part, torch.special.ndtri(part).sigmoid())
         return (part * self.schedule.config.num_train_steps).long()
 
-    def _loss(self, x_0: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        x_0, contexts, t, noise = (tensor.to(self.device) for tensor in (x_0.float(), contexts.float(), t, noise))
-        gamma = self.options.min_snr_gamma
-        return diffusion_loss(self.denoiser, self.schedule, x_0, Conditioning(contexts), t=t, noise=noise, gamma=gamma)
-
     def evaluate(self) -> dict[str, float]:
         """Loss of held-out pairs and of equally many trained images, at the same timesteps with the same noise."""
         return {"held_out_loss": self._measured(self.held_out), "trained_loss": self._measured(self.latents)}
@@ -204,7 +196,7 @@ class DenoiserTask(nn.Module):
         noise = normal([sample_generator(self.options.seed, i) for i in range(count)], tuple(latents.x_0.shape[1:]))
         contexts = self._contexts(latents.tokens[:count])
         x_0, shapes = latents.x_0[:count], latents.shapes[:count]
-        losses = [self._mean_loss(x_0, contexts, t.expand(count), noise, shapes).item() for t in levels]
+        losses = [self._loss(x_0, contexts, t.expand(count), noise, shapes).item() for t in levels]
         return sum(losses) / LEVELS
 
     def preview(self, path: Path) -> None:
@@ -215,8 +207,8 @@ class DenoiserTask(nn.Module):
         chosen += held[:: max(1, len(held) // SHOWN * 2)][: SHOWN // 2]
         captions = [str(record["text"]) for record in chosen]
         about = About(sample_size=self.sample_size)
-        pipe = Pipeline(text, self.denoiser, codec.to(self.device), self.schedule, about=about)
-        text.to(self.device)
+        pipe = Pipeline(text, self.denoiser, codec.to(device_of(self)), self.schedule, about=about)
+        text.to(device_of(self))
         requests = [
             Request(prompt=p, seed=i, steps=PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE)
             for i, p in enumerate(preview_prompt(text, caption) for caption in captions)
@@ -235,18 +227,9 @@ class DenoiserTask(nn.Module):
         )
         parts = finished(ModelParts(text, self.denoiser, codec, config, folder.name, ""), [])
         save_folder(parts, folder, dtype=torch.float16, max_shard_size=SHARD_BYTES)
-        write_sums(folder)
-
-
-def write_sums(folder: Path) -> None:
-    """Writes sha256sums.txt of all weight files; loading checks it."""
-    files = sorted(folder.rglob("*.safetensors"))
-    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files]
-    (folder / "sha256sums.txt").write_text("\n".join(sums) + "\n")
-
-
-def _described(config: DenoiserConfig) -> dict[str, Any]:
-    return {"kind": type(config).__name__.removesuffix("Config"), **config.model_dump(mode="json")}
+        files = sorted(folder.rglob("*.safetensors"))
+        sums = [f"{checksum(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+        (folder / "sha256sums.txt").write_text("".join(sums))
 
 
 def make_task(data: Path, out: Path, options: DenoiserOptions) -> DenoiserTask:

@@ -20,7 +20,7 @@ from sdlite.checkpoints.parts import check_same, shapes_of, weights_hash
 from sdlite.checkpoints.places import CheckpointError
 from sdlite.checkpoints.weights import open_safetensors
 from sdlite.config import Record
-from sdlite.files import atomic_file, read_json
+from sdlite.files import atomic_file, exported, read_json
 
 Config = TypeVar("Config", bound=Record)
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,12 +61,22 @@ def fill(module: nn.Module, path: Path) -> None:
     module.load_state_dict(counters | weights.read(own), assign=True)
 
 
-def load_export(name: str, folder: Path, kind: type[Config], make: Callable[[Config], Module]) -> Module:
-    """The frozen module that `save_export` wrote. make: builds it from its config."""
-    path = folder / f"{name}.json"
+def find_export(name: str, folder: Path) -> Path:
+    """The folder of a stage's export. folder: that, or the run that holds it. Raises FileNotFoundError."""
+    folder = exported(folder, f"{name}.json")
+    if not (folder / f"{name}.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no {name}; run `sdlite train {name}` first and give its export folder")
+    return folder
+
+
+def load_export(
+    name: str, folder: Path, kind: type[Config], make: Callable[[Config], Module], part: str = ""
+) -> Module:
+    """The frozen module that `save_export` wrote. make: builds it from its config. part: what in it has the weights."""
+    path = find_export(name, folder) / f"{name}.json"
     config = read_config(kind, path)
     module = built(lambda: make(config), path)
-    fill(module, folder / f"{name}.safetensors")
+    fill(module.get_submodule(part), path.with_suffix(".safetensors"))
     return module.eval().requires_grad_(False)
 
 

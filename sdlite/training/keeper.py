@@ -10,7 +10,7 @@ from sdlite.files import atomic_folder, sweep
 from sdlite.training import run
 from sdlite.training.curves import draw_progress
 from sdlite.training.options import TrainConfig
-from sdlite.training.state import State, Task, settings_of
+from sdlite.training.state import State, Task
 from sdlite.training.stop import Stop
 
 SAID_SECONDS = 60.0  # between lines where no bar can be drawn
@@ -77,7 +77,7 @@ class Keeper:
             self._show()
 
     def _save(self) -> None:
-        run.write_settings(self.out, settings_of(self.task, self.config))
+        run.write_settings(self.out, self.state.settings(self.config))
         if self.state.samples != self.kept:
             run.write_checkpoint(self.out, self.state.samples, self.state.tensors())
             self.kept = self.state.samples

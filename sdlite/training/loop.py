@@ -13,7 +13,9 @@ not been stopped. run.py describes the files in OUT.
 import math
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,9 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
 from sdlite.training import run
-from sdlite.training.ema import ema_decay, update_ema
 from sdlite.training.keeper import Keeper, say
-from sdlite.training.options import TrainConfig as TrainConfig
-from sdlite.training.state import State as State, Task as Task, load_average as load_average, settings_of
+from sdlite.training.options import Stage, TrainConfig as TrainConfig, options_of
+from sdlite.training.state import State as State, Task as Task, ema_decay, load_average as load_average, update_ema
 from sdlite.training.stop import Stop
 
 TORCHRUN_SECONDS = 2.0  # in which torchrun passes a signal on to processes that have it from the terminal already
@@ -46,6 +47,16 @@ def learning_rate(samples_seen: int, config: TrainConfig) -> float:
     return rate
 
 
+def train(stage: Stage, data: Path, out: Path, **fields: Any) -> None:
+    """Trains a stage into `out`; continues the run if `out` holds one.
+
+    fields: those of the stage's record in options.py; None stands for the default. The module of the stage makes its
+    task. Raises ValueError or FileNotFoundError that says what is missing.
+    """
+    options = options_of(stage, fields)
+    fit(import_module(f"sdlite.training.{stage}").make_task(data, out, options), options, out)
+
+
 def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
     """Trains task until config.samples or config.minutes are over, from the last sound checkpoint in `out`, if any.
 
@@ -55,7 +66,7 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
     """
     if config.samples is None and config.minutes is None:
         raise ValueError("give minutes or samples, or training would never end")
-    with Stop() as stop:
+    with Stop("stopping: what is learned so far is saved and exported") as stop:
         Process(task, config, out, stop, clock).run()
         if stop.asked:
             raise KeyboardInterrupt
@@ -71,7 +82,7 @@ class Process:
         stop.once = TORCHRUN_SECONDS if accelerator.num_processes > 1 else 0
         self.task = task.to(accelerator.device)
         self.state = State(task, config, accelerator.scaler)
-        changes = run.changes(out, settings_of(task, config), new_data=config.new_data)
+        changes = run.changes(out, self.state.settings(config), new_data=config.new_data)
         notes = [*getattr(task, "notes", ()), *self.state.resume(out)]
         with stop.idle():
             getattr(task, "prepare", lambda say: None)(say if accelerator.is_main_process else lambda text: None)
@@ -105,7 +116,9 @@ class Process:
         with accelerator.autocast():
             loss = self.wrapped(torch.from_numpy(indices), torch.from_numpy(numbers))
         if not math.isfinite(value := accelerator.reduce(loss.detach(), "mean").item()):
-            raise FloatingPointError(_diverged(value, state.samples, indices.tolist(), self.out))
+            last = next((path.name for path in reversed(run.checkpoints(self.out))), "none")
+            where = f"after {state.samples} samples, items {indices.tolist()}; last checkpoint: {last}"
+            raise FloatingPointError(f"loss is {value} {where}; try a lower --lr")
         self.optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(state.parameters, config.clip)
@@ -126,8 +139,3 @@ class Process:
             return late or self.stop.asked
         votes = torch.tensor(float(late or self.stop.asked), device=accelerator.device)
         return bool(accelerator.reduce(votes, "sum").item() > 0)
-
-
-def _diverged(value: float, samples: int, indices: list[int], out: Path) -> str:
-    last = next((path.name for path in reversed(run.checkpoints(out))), "none")
-    return f"loss is {value} after {samples} samples, items {indices}; last checkpoint: {last}; try a lower --lr"

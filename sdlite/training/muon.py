@@ -49,14 +49,7 @@ class Muon(torch.optim.AdamW):
     The "share" of a group is its learning rate divided by the schedule's.
     """
 
-    def __init__(
-        self,
-        matrices: Iterable[Tensor],
-        others: Iterable[Tensor],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], *, lr: float, weight_decay: float) -> None:
         groups: list[dict[str, Any]] = [
             {"params": list(matrices), "share": 1.0},
             {"params": list(others), "share": ADAMW_SHARE, "lr": lr * ADAMW_SHARE},

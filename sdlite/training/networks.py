@@ -1,5 +1,7 @@
 """The denoisers that training makes, and the weights that they start with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -47,6 +49,17 @@ def emoji_dit(latent_channels: int = 8, context_dim: int = 256, sample_size: int
         sample_size=sample_size,
         prediction="v",
     )
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, seed: int, deviation: Callable[[str, int], float]) -> None:
+    """New matrices and kernels, of a deviation that follows from name and fan-in. Biases are 0, other vectors stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            weight.normal_(0, deviation(name, weight[0].numel()), generator=generator)
+        elif name.endswith("bias"):
+            weight.zero_()
 
 
 def initialize(denoiser: Network, generator: torch.Generator) -> None:

@@ -23,7 +23,6 @@ ShowSamples = Annotated[Samples, Field(description="Samples between exports with
 Square = Annotated[
     Literal["crop", "pad"], Field(description="Images that are not square: cut off the ends, or add white bars.")
 ]
-SQUARE_OR_BUCKET = "Images that are not square: cut off the ends, add white bars, or train each in the nearest shape."
 
 
 class Call(Record):
@@ -101,7 +100,6 @@ class CodecOptions(TrainConfig):
 class TextOptions(TrainConfig):
     """phrases: most phrases that are learned from the teacher."""
 
-    batch_size: BatchSize = 32
     lr: Rate = 5e-4
     warmup: Samples = 3_200
     half_life: Length = 10_000
@@ -120,11 +118,9 @@ class DenoiserOptions(TrainConfig):
     views of each image, encoded once.
     """
 
-    batch_size: BatchSize = 32
     lr: Rate = 3e-3
     optimizer: Optimizer = "muon"
     warmup: Samples = 1_600
-    half_life: Length = 20_000
     show_samples: ShowSamples = 50_000
     start: Place | None = Field(None, description="The model to train on, such as emoji-128.")
     allow_links: tuple[Place, ...] | None = Field(None, description="Allow links in its folder to lead into ROOT.")
@@ -132,7 +128,10 @@ class DenoiserOptions(TrainConfig):
     text: Path | None = Field(None, description="Folder of the text stage.")
     arch: Literal["unet", "dit"] = Field("unet", description="unet or dit.")
     size: int | None = Field(None, description="Side of the images in pixels.")
-    fit: Literal["crop", "pad", "bucket"] = Field("crop", description=SQUARE_OR_BUCKET)
+    fit: Literal["crop", "pad", "bucket"] = Field(
+        "crop",
+        description="Images that are not square: cut off the ends, add white bars, or train each in the nearest shape.",
+    )
     prediction: Literal["epsilon", "v"] = Field("v", description="What it predicts.")
     timesteps: Literal["uniform", "logit_normal"] = Field(
         "logit_normal", description="Which noise levels it sees most."
@@ -176,15 +175,6 @@ class SegmentationOptions(TrainConfig):
             raise ValueError("numbers with commas between them, one per class") from None
 
 
-class JudgeOptions(TrainConfig):
-    """Of the classifier that `sdlite evaluate` trains."""
-
-    batch_size: BatchSize = 64
-    lr: Rate = 2e-3
-    warmup: Samples = 3_000
-    half_life: Length = 20_000
-
-
 class EvaluationOptions(Record):
     """Of `sdlite evaluate`. minutes: to train the judge. steps, guidance_scale: of every image that is drawn."""
 
@@ -205,15 +195,12 @@ INTERNAL = {  # no flags
 }
 
 
-def flag(name: str) -> str:
-    return "--from" if name == "start" else f"--{name.replace('_', '-')}"
-
-
 def options_of(stage: Stage, fields: Mapping[str, Any]) -> TrainConfig:
     """The record of a stage; fields that are None have its default. Raises ValueError for options of other stages."""
     given = {name: value for name, value in fields.items() if value is not None}
     stages = {name: [other for other in OPTIONS if name in OPTIONS[other].model_fields] for name in given}
     if misplaced := [name for name in given if stages[name] and stage not in stages[name]]:
-        uses = ", ".join(f"{flag(name)} is for {' and '.join(stages[name])}" for name in misplaced)
+        flags = {name: "--from" if name == "start" else f"--{name.replace('_', '-')}" for name in misplaced}
+        uses = ", ".join(f"{flag} is for {' and '.join(stages[name])}" for name, flag in flags.items())
         raise ValueError(f"{uses}; leave it out")
     return OPTIONS[stage](**given)

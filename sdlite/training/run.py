@@ -60,9 +60,17 @@ def write_checkpoint(out: Path, samples: int, tensors: Mapping[str, Tensor]) -> 
     folder = out / f"state-{samples:010}"
     check_finite(tensors, f"after {samples} samples")
     with atomic_folder(folder, force=True) as temporary:
-        for i, shard in enumerate(_shards(tensors)):
+        shards: list[dict[str, Tensor]] = []
+        room = -1
+        for name, tensor in tensors.items():
+            if tensor.nbytes > room:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1][name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+            room -= tensor.nbytes
+        for i, shard in enumerate(shards):
             save_file(shard, temporary / f"state-{i:05}.safetensors")
-        sums = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
+        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
         stated = Stated(samples=samples, tensors=len(tensors), sums=sums)
         write_file(temporary / "state.json", stated.model_dump_json().encode())
     there = checkpoints(out)
@@ -79,7 +87,7 @@ def read_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tupl
     try:
         stated = Stated(**read_json(folder / "state.json"))
         files = sorted(folder.glob("*.safetensors"))
-        if stated.sums and stated.sums != {file.name: _sum(file) for file in files}:
+        if stated.sums and stated.sums != {file.name: checksum(file) for file in files}:
             raise ValueError("a file is missing or is not as it was written")
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
         if len(tensors) != stated.tensors or folder.name != f"state-{stated.samples:010}":
@@ -160,18 +168,6 @@ def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    return shards
-
-
-def _sum(file: Path) -> str:
+def checksum(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

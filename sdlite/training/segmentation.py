@@ -45,6 +45,7 @@ class SegmentationTask(nn.Module):
         labels = labels_of(data)
         self.notes = list(labels.notes)
         self.settings["white_is_class_1"] = labels.white
+        self.size = len(records)
         channels = config.network.in_channels
         self.pairs, self.held_out = (
             [Pair(data, record, channels, labels.white) for record in part] for part in (records, held_out)
@@ -56,10 +57,6 @@ class SegmentationTask(nn.Module):
         if isinstance(self.network, SegmentationUNet) and self.network.valid:
             self.margin = self.network.margin // 2
             self.side = self.network.input_side(config.tile + 2 * self.margin) - 2 * self.margin
-
-    @property
-    def size(self) -> int:
-        return len(self.pairs)
 
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         samples = [

@@ -1,4 +1,4 @@
-"""Stopping a run in order: the first Ctrl-C or SIGTERM ends it after the current step, the next one at once."""
+"""Stopping in order: the first Ctrl-C or SIGTERM ends the work after its current step, the next one at once."""
 
 import os
 import signal
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-MESSAGE = b"\nstopping: what is learned so far is saved and exported; Ctrl-C again stops at once\n"
-
 
 class Stop:
     """While active, sets `asked` at the first signal to stop and raises KeyboardInterrupt at the second.
 
-    once: seconds in which a repeated signal counts as the first, because torchrun passes on a signal that the terminal
-    has already sent to every process. Does nothing outside the main thread, because only that one gets signals.
+    message: shown at the first. once: seconds in which a repeated signal counts as the first, because torchrun passes
+    on a signal that the terminal has already sent to every process. Does nothing outside the main thread, because only
+    that one gets signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str) -> None:
+        self._message = f"\n{message}; Ctrl-C again stops at once\n".encode()
         self.asked, self.once = False, 0.0
         self._first, self._idle = 0.0, False
 
@@ -52,6 +52,6 @@ class Stop:
             self._idle = False
             raise KeyboardInterrupt
         self.asked, self._first = True, time.monotonic()
-        os.write(2, MESSAGE)  # safe in a handler
+        os.write(2, self._message)  # safe in a handler
         if self._idle:
             raise KeyboardInterrupt

@@ -24,16 +24,17 @@ from sdlite.checkpoints.configs import refuse_hooks
 from sdlite.checkpoints.tokenizer import BOS, EOS, load_tokenizer, save_tokenizer, standard_vocabulary
 from sdlite.checkpoints.weights import MAX_CONFIG_BYTES, read_json
 from sdlite.config import TextConfig
-from sdlite.files import exported
 from sdlite.images.files import save_picture
 from sdlite.images.pixels import to_pil
 from sdlite.images.sheet import contact_sheet
 from sdlite.models.text import TextEncoder
+from sdlite.pipeline.about import device_of
 from sdlite.training.datasets.captions import caption_of, cut_notes, tokenize
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import Records, caption_notes, fingerprints, read_records
 from sdlite.training.datasets.pixels import fit_notes, load_pixels, on_white
-from sdlite.training.exports import built, cached, fill, identity, key_of, read_config, save_export
+from sdlite.training.exports import cached, find_export, identity, key_of, load_export, save_export
+from sdlite.training.networks import draw_weights
 from sdlite.training.options import TextOptions
 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
@@ -157,13 +158,14 @@ class TextTask(nn.Module):
         super().__init__()
         self.seed, fit = options.seed, options.fit
         self.records, self.held_out = read_records(data), read_records(data, "validation")[:320]
+        self.size = len(self.records)
         self.images = _small(load_pixels(data, self.records, 2 * TOWER_SIZE, fit))
         self.held_images = _small(load_pixels(data, self.held_out, 2 * TOWER_SIZE, fit))
         self.encoder = TextEncoder(config, tokenizer)
         self.project = nn.Linear(config.hidden_size, TEACHER_WIDTH)
         self.tower = ImageTower()
         self.scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
-        _initialize(self, options.seed)
+        draw_weights(self, options.seed, lambda name, fan_in: 0.02 if "embedding" in name else fan_in**-0.5)
         self.notes = caption_notes(data) + fit_notes(data, self.records, fit)
         self.notes += cut_notes(self.encoder, [record["text"] for record in self.records])
         self.settings: dict[str, Any] = {
@@ -202,17 +204,9 @@ class TextTask(nn.Module):
         key = key_of(phrases=self.phrases, teacher=self.settings["teacher"])
         return cached(self._cache, key, lambda: {"vectors": teacher.encode(self.phrases)})["vectors"]
 
-    @property
-    def size(self) -> int:
-        return len(self.records)
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
-
     def vectors_of(self, texts: Sequence[str]) -> Tensor:
         """(B, TEACHER_WIDTH) unit vectors: the projected state at the first EOS. Later tokens have no effect."""
-        rows = tokenize(self.encoder, texts).to(self.device)  # (B, L)
+        rows = tokenize(self.encoder, texts).to(device_of(self))  # (B, L)
         end = (rows == self.encoder.config.eos_token_id).int().argmax(1)
         states = self.encoder.model(rows[:, : int(end.max()) + 1]).last_hidden_state  # (B, T, D)
         return F.normalize(self.project(states[torch.arange(len(rows)), end]), dim=-1)
@@ -221,23 +215,23 @@ class TextTask(nn.Module):
         generators = [sample_generator(self.seed, int(n)) for n in numbers]
         captions = [caption_of(self.records[i], g) for i, g in zip(indices.tolist(), generators, strict=True)]
         texts = self.vectors_of(captions)
-        images = F.normalize(self.tower(self.images[indices].to(self.device)), dim=-1)
+        images = F.normalize(self.tower(self.images[indices].to(device_of(self))), dim=-1)
         logits = self.scale.clamp(max=math.log(100)).exp() * texts @ images.T  # (B, B); CLIP's bound
-        target = torch.arange(len(logits), device=self.device)
+        target = torch.arange(len(logits), device=device_of(self))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         if not self.teacher:
             return loss
         chosen = torch.tensor([int(g.integers(len(self.phrases))) for g in generators])
         ours = self.vectors_of([self.phrases[i] for i in chosen])
         # InfoNCE among the batch is added to the cosine: the teacher's vectors all lie in a cone
-        theirs = self.vectors[chosen].to(self.device)
+        theirs = self.vectors[chosen].to(device_of(self))
         match = F.cross_entropy(ours @ theirs.T / TEMPERATURE, target)
         return loss + match + 2 * (1 - (ours * theirs).sum(-1)).mean()
 
     def _ranks(self, captions: list[str]) -> Tensor:
         """Rank, from 0, of the right held-out image for each caption; equal images' captions count as wrong."""
         texts = torch.cat([self.vectors_of(captions[i : i + 64]) for i in range(0, len(captions), 64)])
-        scores = texts @ F.normalize(self.tower(self.held_images.to(self.device)), dim=-1).T
+        scores = texts @ F.normalize(self.tower(self.held_images.to(device_of(self))), dim=-1).T
         return (scores > scores.diagonal()[:, None]).sum(1)
 
     def evaluate(self) -> dict[str, float]:
@@ -251,7 +245,7 @@ class TextTask(nn.Module):
     def preview(self, path: Path) -> None:
         """The images nearest to each of some words."""
         images = self.held_images if len(self.held_images) >= NEAREST else self.images
-        scores = self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(self.device)), dim=-1).T
+        scores = self.vectors_of(QUERIES) @ F.normalize(self.tower(images.to(device_of(self))), dim=-1).T
         found = scores.topk(min(NEAREST, len(images))).indices
         shown = to_pil(F.interpolate(images[found.flatten().cpu()], scale_factor=2))
         save_picture(
@@ -269,18 +263,6 @@ def _small(pixels: Tensor) -> Tensor:
     return F.avg_pool2d(on_white(pixels), 2) if len(pixels) else torch.zeros(0, 3, TOWER_SIZE, TOWER_SIZE)
 
 
-def _initialize(module: nn.Module, seed: int) -> None:
-    """New weights from a generator of their own: matrices keep variance, CLIP's embeddings have 0.02, biases are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1:
-                deviation = 0.02 if "embedding" in name else weight[0].numel() ** -0.5
-                weight.normal_(0, deviation, generator=generator)
-            elif name.endswith("bias"):
-                weight.zero_()
-
-
 def save_text(encoder: TextEncoder, folder: Path) -> None:
     save_export("text", encoder.model, encoder.config, folder)
     save_tokenizer(encoder.tokenizer, folder / "tokenizer")
@@ -288,14 +270,8 @@ def save_text(encoder: TextEncoder, folder: Path) -> None:
 
 def load_text(folder: Path) -> TextEncoder:
     """Loads an export of `sdlite train text`, frozen. folder: the export, or the run that holds it."""
-    folder = exported(folder, "text.json")
-    if not (folder / "text.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no text encoder; run `sdlite train text` and give its export folder")
-    config = read_config(TextConfig, folder / "text.json")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    encoder = built(lambda: TextEncoder(config, tokenizer), folder / "text.json")
-    fill(encoder.model, folder / "text.safetensors")
-    return encoder.eval().requires_grad_(False)
+    tokenizer = load_tokenizer(find_export("text", folder) / "tokenizer")
+    return load_export("text", folder, TextConfig, lambda config: TextEncoder(config, tokenizer), "model")
 
 
 def text_identity(encoder: TextEncoder) -> str:

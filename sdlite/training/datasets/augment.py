@@ -155,12 +155,7 @@ def augmented(example: Example, other: Example, generator: Generator) -> Example
     """Applies one random composition of those above; `other` is the second example if it needs two."""
     example = mirrored(example, generator)
     kind = generator.random()
-    if kind < 0.25:
-        return recoloured(example, generator)
-    if kind < 0.5:
-        return on_background(example, generator)
-    if kind < 0.65:
-        return in_corner(example, generator)
-    if kind < 0.85:
-        return side_by_side(example, other, generator)
-    return several(example, generator)
+    for share, change in ((0.25, recoloured), (0.5, on_background), (0.65, in_corner)):
+        if kind < share:
+            return change(example, generator)
+    return side_by_side(example, other, generator) if kind < 0.85 else several(example, generator)

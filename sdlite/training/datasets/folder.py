@@ -60,11 +60,12 @@ def caption_notes(folder: Path) -> list[str]:
         return []
     files = _image_files(inside)
     named = [file for file in files if not _beside(file).is_file()]
-    note = (
-        "{} of {} images have no caption, so their file names are used, such as {!r:.80}; put a text file beside each "
-    )
-    note += "({}) for a better one"
-    return [note.format(len(named), len(files), _from_name(named[0]), _beside(named[0]).name)] if named else []
+    if not named:
+        return []
+    return [
+        f"{len(named)} of {len(files)} images have no caption, so their file names are used, such as "
+        f"{_from_name(named[0])!r:.80}; put a text file beside each ({_beside(named[0]).name}) for a better one"
+    ]
 
 
 def fingerprints(folder: Path, records: Records, fields: Sequence[str] = ("file_name",)) -> dict[str, str]:
@@ -193,27 +194,15 @@ def _placed(record: object, fields: Sequence[str], inside: Path, folder: Path, p
             record[name] = texts = [text.strip() for text in texts.split(",") if text.strip()]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{place}: {name}={texts!r:.40} must be a list of texts")
-    _check_unicode([*record, *_texts(record.values())], place)
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        fault = f"{error.object[max(0, error.start - 40) : error.end]!r} has half of a surrogate pair"
+        raise ValueError(f"{place}: {fault}, which is no character") from None
     for name in fields:
         if name.endswith("file_name"):
             record[name] = _file(record[name], inside, folder, f"{place}: {name}")
     return record
-
-
-def _texts(values: Iterable[Any]) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, str))
-
-
-def _check_unicode(texts: Iterable[str], place: str) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{place}: {text!r:.60} has half of a surrogate pair, which is no character") from None
 
 
 def _file(name: str, inside: Path, folder: Path, place: str) -> str:

@@ -24,7 +24,7 @@ def load_pixels(folder: Path, records: Records, size: int, fit: Fit = "crop") ->
     """(N, 4, size, size) uint8 RGBA of all records; see `fitted`. Raises ValueError if no memory can hold them."""
     if fit == "bucket":
         raise ValueError("fit=bucket is for the denoiser; use crop or pad")
-    return _load(folder, records, [(size, size)] * len(records), size, fit)
+    return load_shaped(folder, records, size, fit, 1).pixels
 
 
 class Shaped(NamedTuple):
@@ -35,7 +35,7 @@ class Shaped(NamedTuple):
 
 
 def load_shaped(folder: Path, records: Records, size: int, fit: Fit, step: int) -> Shaped:
-    """All images in shapes of their own.
+    """All images in shapes of their own. Raises ValueError if no memory can hold them.
 
     fit: "bucket" cuts each image to the bucket that is nearest to its shape, and M is the longest side; others make
     squares of M = size. step: the sides of a bucket are multiples of it.
@@ -44,10 +44,6 @@ def load_shaped(folder: Path, records: Records, size: int, fit: Fit, step: int) 
     if fit == "bucket":
         shapes = [bucket_of(*_size(folder / record["file_name"]), size, step) for record in records]
     longest = max((max(shape) for shape in shapes), default=size)
-    return Shaped(_load(folder, records, shapes, longest, fit), torch.tensor(shapes).view(-1, 2))
-
-
-def _load(folder: Path, records: Records, shapes: list[tuple[int, int]], longest: int, fit: Fit) -> Tensor:
     needed = len(records) * 4 * longest**2
     if needed > MAX_HELD:
         raise ValueError(
@@ -57,7 +53,7 @@ def _load(folder: Path, records: Records, shapes: list[tuple[int, int]], longest
     pixels = np.zeros((len(records), longest, longest, 4), np.uint8)
     for row, record, (height, width) in zip(pixels, records, shapes, strict=True):
         row[:height, :width] = np.asarray(fitted(_rgba(folder / record["file_name"]), width, height, fit))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return Shaped(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(shapes).view(-1, 2))
 
 
 def bucket_of(width: int, height: int, size: int, step: int) -> tuple[int, int]:

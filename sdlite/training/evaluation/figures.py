@@ -49,13 +49,9 @@ def named(logits: tuple[Tensor, Tensor], wanted: Tensor) -> dict[str, tuple[floa
     """R-precision and style accuracy of images whose (concept, style) is `wanted`, (B, 2)."""
     concepts, styles = logits
     among, total = ranks(concepts, wanted[:, 0], CANDIDATES), ranks(concepts, wanted[:, 0], concepts.shape[1])
-    return {
-        "concept_at_1_of_100": interval(among < 1),
-        "concept_at_5_of_100": interval(among < 5),
-        "concept_at_1_of_all": interval(total < 1),
-        "concept_at_5_of_all": interval(total < 5),
-        "style": interval(styles.argmax(1) == wanted[:, 1]),
-    }
+    rows = (("100", among), ("all", total))
+    found = {f"concept_at_{k}_of_{name}": interval(rank < k) for name, rank in rows for k in (1, 5)}
+    return found | {"style": interval(styles.argmax(1) == wanted[:, 1])}
 
 
 def named_nouns(logits: Tensor, right: Sequence[Collection[int]], seed: int = 0) -> int:

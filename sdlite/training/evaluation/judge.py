@@ -5,7 +5,6 @@ seed differ from everything in the generator. It is trained on train/ alone and 
 model drew. Every report holds its hash.
 """
 
-import hashlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from sdlite.config import Record
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import Records, fingerprints, read_records
 from sdlite.training.datasets.pixels import composed, load_pixels, on_white
-from sdlite.training.exports import load_export, read_config, save_export
+from sdlite.training.exports import load_export, save_export
+from sdlite.training.networks import draw_weights
+from sdlite.training.run import checksum
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)
@@ -42,13 +43,14 @@ class Names(Record):
 class Judge(nn.Module):
     """(B, 3, 48, 48) in [-1, 1] to logits of concepts (B, N) and styles (B, M)."""
 
-    def __init__(self, concepts: int, styles: int) -> None:
+    def __init__(self, names: Names) -> None:
         super().__init__()
+        self.names = names
         layers: list[nn.Module] = []
         for before, after in pairwise(WIDTHS):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(WIDTHS[-1] * 9, 256), nn.ReLU())
-        self.concepts, self.styles = nn.Linear(256, concepts), nn.Linear(256, styles)
+        self.concepts, self.styles = nn.Linear(256, len(names.concepts)), nn.Linear(256, len(names.styles))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(images)
@@ -66,25 +68,13 @@ class JudgeTask(nn.Module):
         super().__init__()
         records = judged(data)
         self.settings = fingerprints(data, records)
-        self.names = sorted({record["concept"] for record in records})
-        self.style_names = sorted({record["style"] for record in records})
-        self.labels = torch.tensor(
-            [[self.names.index(r["concept"]), self.style_names.index(r["style"])] for r in records]
-        )
+        concepts, styles = (sorted({record[name] for record in records}) for name in ("concept", "style"))
+        self.labels = torch.tensor([[concepts.index(r["concept"]), styles.index(r["style"])] for r in records])
+        self.size = len(records)
         self.pixels = load_pixels(data, records, SIDE)
         self.seed = seed
-        self.judge = Judge(len(self.names), len(self.style_names))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, weight in self.judge.named_parameters():
-                if weight.ndim > 1:
-                    weight.normal_(0, (2 / weight[0].numel()) ** 0.5, generator=generator)  # He et al. 2015
-                elif name.endswith("bias"):
-                    weight.zero_()
-
-    @property
-    def size(self) -> int:
-        return len(self.labels)
+        self.judge = Judge(Names(concepts=concepts, styles=styles))
+        draw_weights(self.judge, seed, lambda _, fan_in: (2 / fan_in) ** 0.5)  # He et al. 2015
 
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         images = torch.cat([self._sample(i, int(n)) for i, n in zip(indices, numbers, strict=True)])
@@ -113,12 +103,11 @@ class JudgeTask(nn.Module):
         """Nothing to show."""
 
     def export(self, folder: Path) -> None:
-        save_export("judge", self.judge, Names(concepts=self.names, styles=self.style_names), folder)
+        save_export("judge", self.judge, self.judge.names, folder)
 
 
 def load_judge(folder: Path) -> tuple[Judge, list[str], list[str], str]:
     """The frozen judge, its concepts, its styles, and the sha256 of its weights."""
-    names = read_config(Names, folder / "judge.json")
-    judge = load_export("judge", folder, Names, lambda names: Judge(len(names.concepts), len(names.styles)))
-    digest = hashlib.sha256((folder / "judge.safetensors").read_bytes()).hexdigest()
-    return judge, names.concepts, names.styles, digest
+    judge = load_export("judge", folder, Names, Judge)
+    digest = checksum(folder / "judge.safetensors")
+    return judge, judge.names.concepts, judge.names.styles, digest

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sdlite.training.datasets.augment import BACKGROUNDS, COLOURS, CORNERS
 from sdlite.training.datasets.captions import plural, with_article
@@ -89,22 +89,12 @@ def has_pieces(number: int) -> Check:
 
 def count_pieces(mask: np.ndarray) -> int:
     """Connected parts (4 neighbours) of more than a speck of the image."""
-    left, count = mask.copy(), 0
+    image, left, count = Image.fromarray(mask.astype(np.uint8)).copy(), mask, 0
     while left.any():
-        piece = np.zeros_like(left)
-        piece[tuple(np.argwhere(left)[0])] = True
-        while True:
-            grown = piece.copy()
-            grown[1:] |= piece[:-1]
-            grown[:-1] |= piece[1:]
-            grown[:, 1:] |= piece[:, :-1]
-            grown[:, :-1] |= piece[:, 1:]
-            grown &= left
-            if (grown == piece).all():
-                break
-            piece = grown
-        left &= ~piece
-        count += bool(piece.mean() > SPECK)
+        y, x = np.argwhere(left)[0].tolist()
+        ImageDraw.floodfill(image, (x, y), 0)
+        before, left = left, np.asarray(image) > 0
+        count += bool((before & ~left).mean() > SPECK)
     return count
 
 

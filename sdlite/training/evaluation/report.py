@@ -31,7 +31,7 @@ from sdlite.training.evaluation.figures import mmd, named, named_nouns, nearest
 from sdlite.training.evaluation.judge import JudgeTask, judged, load_judge
 from sdlite.training.evaluation.probes import NOUNS, probes, right_and_chance
 from sdlite.training.loop import fit
-from sdlite.training.options import EvaluationOptions, JudgeOptions
+from sdlite.training.options import EvaluationOptions, TrainConfig
 
 BATCH = 16
 KNOWN = 2_000  # images of the training data, about, that drawn ones are compared with
@@ -57,7 +57,7 @@ def evaluate(
     pipe = Pipeline.load(model, allow_links=allow_links)  # before the judge takes its minutes
     if not (out / "judge" / "export").is_dir():
         with torch.enable_grad():
-            fit(JudgeTask(data), JudgeOptions(minutes=options.minutes), out / "judge")
+            fit(JudgeTask(data), TrainConfig(batch_size=64, lr=2e-3, minutes=options.minutes), out / "judge")
     judge, names, styles, digest = load_judge(out / "judge" / "export")
     held, trained = _held_out(data, names, styles, options.pictures), read_records(data)
     wanted = torch.tensor([[names.index(r["concept"]), styles.index(r["style"])] for r in held])

@@ -1,6 +1,6 @@
 """UNet against FCN, loss against loss, valid padding against same: the runs differ only in what is compared.
 
-python -c "from sdlite.training.evaluation.segmentation_table import compare; ..."   see `compare`
+python -c "from tests.compare_segmentation import compare; ..."   # notebook 05 has the arguments of its table
 """
 
 import json
