@@ -1,6 +1,7 @@
 """Holds the import layers, the places of side effects, and a light import."""
 
 import ast
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,16 @@ def test_every_public_name_is_there():
         _ = sdlite.nothing
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sdlite.training.nothing
+
+
+def test_files_and_functions_are_short():
+    lengths = [len(path.read_text().splitlines()) for path in FILES]
+    functions = [
+        node.end_lineno - node.lineno + 1
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert max(lengths) <= 350 and statistics.median(functions) <= 8
+    rooms = {group(path) for path in FILES} - {"__init__", "__main__"}
+    assert len(rooms) <= 16 and len({FLOOR[room] for room in rooms}) <= 7
