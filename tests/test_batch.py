@@ -187,6 +187,31 @@ def test_pictures_start_from_pictures(tmp_path: Path):
     assert "was changed while the batch ran" in prepared.run().failed[0]
 
 
+def test_a_mask_too_small_is_found_before_anything_is_drawn(tmp_path: Path):
+    """A latent cell takes the mask's pixel at its corner, and the corners are 8 pixels apart."""
+    for name, box in (("never", (1, 1, 6, 6)), ("at_64", (8, 8, 14, 14))):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, box)
+        mask.save(tmp_path / f"{name}.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "start.png")
+    row = {"prompt": "a", "steps": 2, "image": str(tmp_path / "start.png")}
+    masks = [("at_64", 64), ("at_64", 64), ("at_64", 32), ("never", 64)]
+    rows = [row | {"mask": str(tmp_path / f"{name}.png"), "width": side, "height": side} for name, side in masks]
+    faults = r"^requests:3: the white parts .* too small .* 32x32.*\nrequests:4: the white parts .* 64x64[^\n]*$"
+    with pytest.raises(ValueError, match=faults):
+        batch.prepare(rows, tmp_path / "out", pipe=tiny())
+    assert len(batch.prepare(rows[:2], tmp_path / "out", pipe=tiny()).items) == 2
+
+
+def test_images_go_to_the_items_that_they_were_drawn_for(monkeypatch: pytest.MonkeyPatch):
+    """Also if a pipeline finishes them in another order."""
+    items = batch.prepare([{"prompt": f"{i}", "steps": 1} for i in range(3)], "unused", pipe=tiny()).items
+    whole = tiny().draw
+    monkeypatch.setattr(tiny(), "draw", lambda jobs: reversed(list(whole(jobs))))
+    drawn = [picture.info["parameters"].splitlines()[0] for picture in drawer.draw(tiny(), items, 4)]
+    assert drawn == ["0", "1", "2"]
+
+
 def test_groups_hold_what_may_share_a_batch():
     items = batch.prepare([{"prompt": "a", "steps": 2 + i % 3} for i in range(600)], "unused", pipe=tiny()).items
     made = list(groups(items, 4))

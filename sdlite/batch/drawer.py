@@ -50,8 +50,10 @@ def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
         for side in SIDES:
             if getattr(job.request, side) != getattr(item.request, side):
                 raise ValueError(f"{side}={getattr(item, side)} was changed while the batch ran")
-    finished = (event.picture for event in pipe.draw(jobs) if isinstance(event, Finished))
-    return list(islice(finished, len(items)))
+    wanted = set(range(len(items)))  # the rest is padding, and is not decoded
+    finished = (event for event in pipe.draw(jobs) if isinstance(event, Finished) and event.index in wanted)
+    pictures = {event.index: event.picture for event in islice(finished, len(items))}
+    return [pictures[i] for i in range(len(items))]
 
 
 class Drawer:

@@ -130,7 +130,7 @@ def make_plan(source: Source, options: Options = DEFAULTS, *, resolve: Resolve, 
 
 @dataclass
 class _Making:
-    """A plan in the making. opened: start images and masks. kinds: batch key -> kind. taken: folded names of files."""
+    """A plan in the making. opened: start images and masks, without pixels. taken: folded names of files."""
 
     template: Template
     table: Table
@@ -138,7 +138,7 @@ class _Making:
     resolve: Resolve
     model: Mapping[str, Any]
     items: list[Item] = field(default_factory=list)
-    opened: dict[tuple[Path, str], "Opened"] = field(default_factory=dict)
+    opened: dict[Hashable, "Opened"] = field(default_factory=dict)
     kinds: dict[Hashable, int] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
 
@@ -149,7 +149,7 @@ class _Making:
         request, count, extra = read_row(row.columns, {"seed": seed, **options.defaults})
         if len(self.items) + count > MAX_ROWS:
             raise ValueError(f"num_images={count} makes more than {MAX_ROWS:,} images; split the file")
-        (image, start), (mask, area) = (self._open(getattr(request, side), side) for side in ("image", "mask"))
+        (image, start), (mask, area) = self._open(request, "image"), self._open(request, "mask")
         if start is not None:
             request = request.replace(image=start.checksum, mask=area and area.checksum)
         resolved = self.resolve(request, start, area)
@@ -162,19 +162,25 @@ class _Making:
             name = self._free_name(fill(self.template, drawn, index=len(self.items), row=number, key=key))
             self.items.append(Item(len(self.items), number, drawn, extra, key, name, kind, image, mask))
 
-    def _open(self, name: str | None, side: str) -> "tuple[Path | None, Opened | None]":
-        """The absolute path of a start image or mask, as workers run in other folders, and facts about it.
+    def _open(self, request: Request, side: str) -> "tuple[Path | None, Opened | None]":
+        """The absolute path of a start image or mask, as workers run in other folders, and what is known of it.
 
-        Each is opened once. Raises FileNotFoundError or ValueError.
+        Pixels come only with the first row that has the file, or for a mask the first with that size: a mask may be too
+        small at one size only. So each is read and checked once, and no pixels are kept. Raises FileNotFoundError or
+        ValueError.
         """
+        name = getattr(request, side)
         if name is None:
             return None, None
-        path = self.table.folder / name
-        if (path, side) not in self.opened:
+        path, for_mask = self.table.folder / name, side == "mask"
+        key = (path, request.image, request.width, request.height) if for_mask else path
+        known = self.opened.get(key)
+        if known is None:
             from sdlite.pipeline.job import opened
 
-            self.opened[path, side] = opened(path, for_mask=side == "mask")._replace(picture=None)
-        return path.absolute(), self.opened[path, side]
+            known = opened(path, for_mask=for_mask)
+            self.opened[key] = known._replace(picture=None)
+        return path.absolute(), known
 
     def _free_name(self, name: str) -> str:
         other = self.taken.setdefault(same_file(name), len(self.items))
