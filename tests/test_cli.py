@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -531,6 +532,23 @@ def test_first_interrupt_finishes_the_picture_in_hand(run: Run, model: StandIn):
     assert names() == ["000000-0.png", "000001-1.png"]
     assert events(out)[-1] == {"event": "done", "images": 2, "interrupted": True}
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("regen", "a.png")], ids=["generate", "regen"])
+def test_an_interrupt_before_the_first_step_draws_nothing(
+    run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+):
+    run("generate", "x", "-o", "a.png")
+    whole = model.draw
+
+    def draw(*given: Any) -> Iterator[Step | Finished]:
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from whole(*given)
+
+    monkeypatch.setattr(model, "draw", draw)
+    code, out, _ = run(*command, "--json", "-o", "b.png")
+    assert code == 130 and events(out)[-1] == {"event": "done", "images": 0, "interrupted": True}
+    assert names() == ["a.png"]
 
 
 def test_second_interrupt_stops_at_once(run: Run, model: StandIn):

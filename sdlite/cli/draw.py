@@ -132,9 +132,9 @@ def regen(
     elif not ours and load_options.model is None and recipe.model:
         report.note(f"it was drawn by model {shown(recipe.model)!r}, which --model gives; now by {pipe.name!r}")
     images, interrupted = _draw(pipe, [request], sources, names, report)
-    if ours and not set(changed) - {"image", "mask"}:
+    if images and ours and not set(changed) - {"image", "mask"}:
         _compare(images[0], path, report)
-    report.event("done", images=1, interrupted=interrupted)
+    report.event("done", images=len(images), interrupted=interrupted)
     raise typer.Exit(INTERRUPTED if interrupted else 0)
 
 
