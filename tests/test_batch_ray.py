@@ -13,7 +13,7 @@ import pytest
 from sdlite import batch
 from sdlite.batch.drawer import Drawer, Result
 from sdlite.batch.plan import Item
-from sdlite.batch.workers import spread
+from sdlite.batch.workers import hand_out
 from sdlite.pipeline import Pipeline
 
 pytest.importorskip("ray")
@@ -128,14 +128,14 @@ def test_what_kills_its_actor_fails_after_three():
 
     items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
     with cluster(DiesOn, address=None, count=1, threads=1, on_gpu=False) as team:
-        results = [r for some in spread(team, [items[:2], items[2:]], 1, lambda: False) for r in some]
+        results = [r for some in hand_out(team, [items[:2], items[2:]], 1, lambda: False) for r in some]
         assert sorted(result.index for result in results) == [0, 1, 2, 3]
         assert [(result.index, result.error) for result in results if result.error] == [
             (2, "the process that drew it died, 3 times")
         ]
         inner = cluster(refuses, address=None, count=1, threads=None, on_gpu=False)  # on the one that runs
         with inner as team, pytest.raises(ValueError, match="no such model"):
-            list(spread(team, [items], 1, lambda: False))
+            list(hand_out(team, [items], 1, lambda: False))
         many = cluster(refuses, address=None, count=9, threads=1, on_gpu=False)
         with pytest.raises(ValueError, match="workers=9 need 9 CPUs, the cluster has 1; give fewer --workers"), many:
             pass

@@ -111,6 +111,8 @@ def test_short_names_and_checks_come_from_the_table():
         typer.echo(json.dumps([request.width, request.guidance_scale, request.paste, load_options.model]))
 
     assert run(both, "x -W 64 --cfg-scale 2 --no-paste -m tiny")[1].strip() == '[64, 2.0, false, "tiny"]'
+    assert run(both, "x")[1].strip() == "[null, 5.0, true, null]"
+    assert "No such option: --paste" in run(both, "x --paste")[1]  # so it is not suggested for --past
 
 
 def test_what_was_given_for_one_of_several_records():

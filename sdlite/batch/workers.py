@@ -62,8 +62,13 @@ class RemoteDrawer:
 
 
 def carried(error: Exception) -> Exception:
-    """An error that another process can unpickle; classes of libraries often cannot be."""
-    return error if isinstance(error, ValueError | OSError) else RuntimeError(reason(error))
+    """An error that another process can unpickle: of one of Python's classes or ours, as those of libraries often cannot.
+
+    One that stands for wrong input, ValueError or OSError, stays one.
+    """
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+    known = type(error).__module__.partition(".")[0] in ("builtins", "sdlite")
+    return error if known and kind is not RuntimeError else kind(reason(error))
 
 
 @dataclass
@@ -85,10 +90,10 @@ class _Hand:
         return answer
 
 
-def spread(
+def hand_out(
     start: Callable[[int], Worker], groups: Iterable[Sequence[Item]], count: int, halted: Callable[[], bool]
 ) -> Iterator[list[Result]]:
-    """Results of all groups, drawn by `count` workers; no more are handed out once `halted`.
+    """Results of all groups, drawn by `count` workers; once `halted`, no group is handed out and no worker started.
 
     start: of a worker, by number. Raises what a worker raised, and RuntimeError if workers die before they draw.
     """
@@ -123,13 +128,14 @@ def spread(
                         if deaths[index] >= MAX_TRIES
                     ]
                     again += [[item] for index, item in hand.items.items() if deaths[index] < MAX_TRIES]
-                    hands.append(_Hand(start(hand.number), hand.number))
+                    if not halted():
+                        hands.append(_Hand(start(hand.number), hand.number))
     finally:
         for hand in hands:
             hand.worker.stop()
 
 
-class Process:
+class WorkerProcess:
     """A worker on this machine. make_drawer: called in the process, with the worker's number; it must be picklable."""
 
     def __init__(self, make_drawer: Callable[[int], Drawer], number: int) -> None:
@@ -140,7 +146,7 @@ class Process:
         theirs.close()
 
     @staticmethod
-    def wait(workers: Sequence["Process"]) -> Sequence["Process"]:
+    def wait(workers: Sequence["WorkerProcess"]) -> Sequence["WorkerProcess"]:
         ready = wait([worker.pipe for worker in workers])
         return [worker for worker in workers if worker.pipe in ready]
 

@@ -4,8 +4,8 @@
     def draw(load: LoadOptions, request: Annotated[Request, Flags(only=("steps", "width"))] = Request(prompt="x")): ...
 
 Name, type, default, bounds and help of a flag are those of the field. WORDS adds short names, other names, metavar and
-checks, by the name of the field in any record. A parameter's default is a record that holds the flags' defaults and the
-values of the fields that are no flags.
+checks, by the name of the field in any record; a flag called --no-NAME there turns the field off. A parameter's default is
+a record that holds the flags' defaults and the values of the fields that are no flags.
 """
 
 import inspect
@@ -56,6 +56,8 @@ WORDS: Mapping[str, ParameterInfo] = {
     "guidance_scale": typer.Option("--guidance-scale", "--cfg-scale"),
     "image": typer.Option("--image", "-i", metavar="FILE", callback=checked(check_there)),
     "mask": typer.Option(metavar="FILE", callback=checked(check_there)),
+    "paste": typer.Option("--no-paste", help="Let the model also change the rest of --image, as diffusers does."),
+    "metadata": typer.Option("--no-metadata", help="Do not write prompt and settings into the image file."),
     "model": typer.Option("--model", "-m", callback=checked(check_model), show_default="the model that ships"),
     "device": typer.Option(callback=checked(check_device)),
     "vae": typer.Option(metavar="FILE|FOLDER|tiny", callback=checked(check_vae), show_default="the model's"),
@@ -125,10 +127,14 @@ class _Group:
             for name in names
             if name not in rule.without
         }
+        self.turned_off = {
+            name for name in self.fields if getattr(self.words.get(name), "default", None) == f"--no-{name}"
+        }
 
     def build(self, values: Mapping[str, Any]) -> Any:
         """The record, or what the user gave as a dict."""
-        return self.make(**{name: value for name, value in values.items() if value is not None and value != []})
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        return self.make(**{name: not value if name in self.turned_off else value for name, value in given.items()})
 
     def parameter(self, name: str) -> inspect.Parameter:
         fields = self.fields[name]
@@ -150,7 +156,7 @@ class _Group:
         if self.start is None and each.is_required():
             return inspect.Parameter.empty
         default = each.get_default() if self.start is None else getattr(self.start, name)
-        return None if isinstance(default, tuple) else default
+        return not default if name in self.turned_off else None if isinstance(default, tuple) else default
 
     def _help(self, fields: Mapping[str, FieldInfo], words: str | None) -> str:
         """The help of the table or else of the fields, with the names of the records where they do not agree."""
