@@ -30,7 +30,8 @@ from sdlite.batch import drawer, local, manifest
 from sdlite.batch.drawer import Drawer, Result
 from sdlite.batch.plan import Item, groups
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Process, carried, spread
+from sdlite.batch.workers import Answer, Gone, WorkerProcess, carried, hand_out
+from sdlite.checkpoints.places import CheckpointError
 from sdlite.config import ScheduleConfig
 from sdlite.contracts import Conditioning, TextFeatures
 from sdlite.diffusion.schedule import Schedule
@@ -534,26 +535,91 @@ class Odd(Exception):
         super().__init__(f"{code}{text}")
 
 
+class OddAnswer(OSError):
+    """Of the form of huggingface_hub's HfHubHTTPError, which cannot be unpickled either."""
+
+    def __init__(self, text: str, *, response: int) -> None:
+        super().__init__(text)
+        self.response = response
+
+
 def test_an_error_reaches_another_process():
-    for error, text in ((Odd(3, "x"), "Odd: 3x"), (KeyError("layer"), "KeyError: 'layer'"), (ValueError("no"), "no")):
-        assert str(pickle.loads(pickle.dumps(carried(error)))) == text
+    errors = [
+        (Odd(3, "x"), RuntimeError("Odd: 3x")),
+        (KeyError("layer"), RuntimeError("KeyError: 'layer'")),
+        (ValueError("no"), ValueError("no")),
+        (OddAnswer("404\nnot there", response=404), OSError("404 not there")),
+        (FileNotFoundError(2, "none", "a.png"), FileNotFoundError(2, "none", "a.png")),
+        (CheckpointError("a.ckpt: no"), CheckpointError("a.ckpt: no")),
+    ]
+    for error, expected in errors:
+        there = pickle.loads(pickle.dumps(carried(error)))
+        assert (type(there), str(there)) == (type(expected), str(expected))
     full = pickle.loads(pickle.dumps(carried(batch.DiskFull(28, "out: full"))))
     assert isinstance(full, batch.DiskFull) and full.errno == 28
+
+
+class DiesDrawing:
+    """A worker that dies on its first group. starts: how many were started."""
+
+    starts = 0
+
+    def __init__(self, number: int) -> None:
+        DiesDrawing.starts += 1
+        self.ready = True
+
+    def send(self, group: Sequence[Item] | None) -> None: ...
+
+    def receive(self) -> Answer:
+        if not self.ready:
+            raise Gone("killed")
+        self.ready = False
+        return []
+
+    def stop(self) -> None: ...
+
+    @staticmethod
+    def wait(workers: Sequence[Any]) -> Sequence[Any]:
+        return workers
+
+
+def test_no_worker_is_started_once_a_run_ends():
+    items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
+    asked = iter([False, False])  # when each worker gets its group
+    results = list(hand_out(DiesDrawing, [items[:2], items[2:]], 2, lambda: next(asked, True)))
+    assert DiesDrawing.starts == 2 and not any(results)
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "processes", "seconds"), [(8, 1, 1, 20), (8, 2, 2, 10), (8, 8, 2, 10), (3, 8, 1, 10)]
+)
+def test_the_estimate_counts_the_processes_that_draw(
+    monkeypatch: pytest.MonkeyPatch, rows: int, workers: int, processes: int, seconds: float
+):
+    """Batches of four take ten seconds each."""
+    clock = iter([0.0, 10.0])
+    prepared = batch.prepare(
+        [{"prompt": "a", "steps": 1}] * rows, "unused", model="tiny", device="cpu", workers=workers
+    )
+    monkeypatch.setattr(local, "perf_counter", lambda: next(clock))
+    estimate = prepared.estimate()
+    assert (estimate.images, estimate.processes) == (rows, processes)
+    assert estimate.seconds == pytest.approx(seconds)
 
 
 @pytest.mark.slow
 def test_what_kills_its_process_fails_after_three():
     items = [Item(i, i, None, {}, "", "") for i in range(4)]  # type: ignore[arg-type]
-    start = functools.partial(Process, dies_on)
-    results = [r for some in spread(start, [items[:2], items[2:]], 1, lambda: False) for r in some]
+    start = functools.partial(WorkerProcess, dies_on)
+    results = [r for some in hand_out(start, [items[:2], items[2:]], 1, lambda: False) for r in some]
     assert sorted(result.index for result in results) == [0, 1, 2, 3]
     assert [(result.index, result.error) for result in results if result.error] == [
         (2, "the process that drew it died, 3 times")
     ]
     with pytest.raises(ValueError, match="no such model"):
-        list(spread(functools.partial(Process, refuses), [items], 1, lambda: False))
+        list(hand_out(functools.partial(WorkerProcess, refuses), [items], 1, lambda: False))
     with pytest.raises(RuntimeError, match=r"end before they draw \(exit code 3\)"):
-        list(spread(functools.partial(Process, dies_at_start), [items], 1, lambda: False))
+        list(hand_out(functools.partial(WorkerProcess, dies_at_start), [items], 1, lambda: False))
 
 
 # ------------------------------------------------------------------------------------------- full disks

@@ -185,7 +185,7 @@ def test_dry_run_writes_nothing(run: Run):
     assert not Path("out").exists()
     before = torch.get_num_threads()
     try:
-        out = run("fox.csv", "-o", "out", "--dry-run", "--threads", 4, "--workers", 2)[1]
+        out = run("fox.csv", "-o", "out", "--dry-run", "--threads", 4, "--workers", 2, "-b", 2)[1]
     finally:
         torch.set_num_threads(before)
     assert "2 at a time on 2 threads each\n" in out  # workers share the threads

@@ -21,7 +21,7 @@ from sdlite.batch.plan import Item, Options, Plan, Resolved, groups, in_part, ma
 from sdlite.batch.read import Source
 from sdlite.batch.shards import shard_of
 from sdlite.batch.store import Store
-from sdlite.batch.workers import Process, Worker, spread
+from sdlite.batch.workers import Worker, WorkerProcess, hand_out
 from sdlite.images.files import png_bytes
 from sdlite.images.pixels import Opened
 from sdlite.images.recipe import versions
@@ -54,11 +54,15 @@ class BatchReport:
 
 
 class Estimate(NamedTuple):
-    """Images, seconds and bytes that are missing, estimated from one batch that was drawn and thrown away."""
+    """Images, seconds and bytes that are missing, estimated from one batch that was drawn and thrown away.
+
+    processes: how many would draw them.
+    """
 
     images: int
     seconds: float
     size: int
+    processes: int
 
 
 def run(
@@ -177,18 +181,19 @@ class Batch:
         missing = self.missing()
         first = next(groups(missing, self.size), None)
         if first is None:
-            return Estimate(0, 0.0, 0)
+            return Estimate(0, 0.0, 0, processes=1)
         start = perf_counter()
         with _threads(self.threads):
             size = sum(len(png_bytes(picture)) for picture in draw(self.pipe, first, self.size))
-        seconds = (perf_counter() - start) / self.options.workers
+        processes = self._num_processes(missing)
+        seconds = (perf_counter() - start) / processes
         pixels = sum(item.pixels for item in missing) / sum(item.pixels for item in first)
         work, measured = (sum(item.pixels * item.request.steps for item in some) for some in (missing, first))
-        return Estimate(len(missing), seconds * work / measured, round(size * pixels))
+        return Estimate(len(missing), seconds * work / measured, round(size * pixels), processes)
 
     def _results(self, items: Sequence[Item], halted: Callable[[], bool]) -> Iterator[Result]:
-        handed = groups(items, self.size)
-        if not items or (not self.options.on_ray and (self.options.workers == 1 or len(items) <= self.size)):
+        handed, count = groups(items, self.size), self._num_processes(items)
+        if not items or (count == 1 and not self.options.on_ray):
             with closing(Drawer(self.pipe, self.store, self.size, self.options.exact)) as drawer:
                 while not halted() and (group := next(handed, None)):
                     with _threads(self.threads):
@@ -196,10 +201,14 @@ class Batch:
                     yield from drawer.results()
                 yield from drawer.results(wait=True)
             return
-        count = min(self.options.workers, len(items))
         with self._workers(count) as start:
-            for results in spread(start, handed, count, halted):
+            for results in hand_out(start, handed, count, halted):
                 yield from results
+
+    def _num_processes(self, items: Sequence[Item]) -> int:
+        """How many processes or actors draw the items: one for a single batch, and no more than there are batches."""
+        few = len(items) <= self.size and not self.options.on_ray
+        return 1 if few else min(self.options.workers, len(list(groups(items, self.size))))
 
     def _workers(self, count: int) -> AbstractContextManager[Callable[[int], Worker]]:
         """Starts workers: processes of this machine, or actors of a Ray cluster."""
@@ -207,7 +216,7 @@ class Batch:
         absolute = self.options.replace(model=str(Path(model).absolute()) if model and Path(model).exists() else model)
         make = partial(_drawer, absolute, self.store.root.absolute(), self.size)
         if not self.options.on_ray:
-            return nullcontext(partial(Process, partial(make, threads=self.threads)))
+            return nullcontext(partial(WorkerProcess, partial(make, threads=self.threads)))
         from sdlite.batch.ray_runner import cluster
 
         address, on_gpu = self.options.ray_address, self.pipe.device.type == "cuda"

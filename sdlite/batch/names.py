@@ -1,8 +1,8 @@
 """Names of a batch's images: the key of all that decides one, its seed, and its file name.
 
-Two samples with equal keys have equal bytes. The key is in the manifest and, unless --name says otherwise, in the file
-name; it decides which images of a folder are done. Old folders must stay valid: leave whatever is added later out of
-the key as long as it has its default.
+With --exact, two samples with equal keys have equal bytes; without it they differ by at most one grey level. The key is
+in the manifest and, unless --name says otherwise, in the file name; it decides which images of a folder are done. Old
+folders must stay valid: leave whatever is added later out of the key as long as it has its default.
 
 A template of file names is read with string.Formatter().parse and never handed to str.format, so it can name fields and
 nothing behind them. Numbers take a width (`{seed:010}`), texts a length (`{key:8}` is the first eight letters).

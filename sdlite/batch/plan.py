@@ -68,7 +68,7 @@ class Item:
     """One image to draw. index: its place in the output. row: its row of the input, from 0. extra: unknown columns.
 
     request: with seed and size, and checksums in place of start image and mask. image, mask: absolute paths of those.
-    kind: equal for items that may share a batch.
+    batch_key: a number for that of `sdlite.pipeline.Job`, equal for items that may share a batch.
     """
 
     index: int
@@ -77,7 +77,7 @@ class Item:
     extra: dict[str, Any]
     sample_key: str
     file_name: str
-    kind: int = 0
+    batch_key: int = 0
     image: Path | None = None
     mask: Path | None = None
 
@@ -95,11 +95,11 @@ class Plan(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """A request with its size, as the model will draw it. batch_key, remarks: as in `sdlite.pipeline.Job`."""
+    """A request with its size, as the model will draw it. batch_key, notes: those of `sdlite.pipeline.Job`."""
 
     request: Request
     batch_key: Hashable = None
-    remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 Resolve = Callable[[Request, "Opened | None", "Opened | None"], Resolved]
@@ -139,7 +139,7 @@ class _Making:
     model: Mapping[str, Any]
     items: list[Item] = field(default_factory=list)
     opened: dict[Hashable, "Opened"] = field(default_factory=dict)
-    kinds: dict[Hashable, int] = field(default_factory=dict)
+    batch_keys: dict[Hashable, int] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
 
     def add(self, number: int, row: Row, options: Options) -> None:
@@ -153,14 +153,14 @@ class _Making:
         if start is not None:
             request = request.replace(image=start.checksum, mask=area and area.checksum)
         resolved = self.resolve(request, start, area)
-        for remark in resolved.remarks:
-            self.faults.note(re.sub(r"\d+x\d+", "", remark), remark)  # once, whatever the sizes of the images
-        kind = self.kinds.setdefault(resolved.batch_key, len(self.kinds))
+        for note in resolved.notes:
+            self.faults.note(re.sub(r"\d+x\d+", "", note), note)  # once, whatever the sizes of the images
+        batch_key = self.batch_keys.setdefault(resolved.batch_key, len(self.batch_keys))
         for k in range(count):
             drawn = resolved.request.model_copy(update={"seed": request.seed + k})
             key = sample_key(drawn, self.model)
             name = self._free_name(fill(self.template, drawn, index=len(self.items), row=number, key=key))
-            self.items.append(Item(len(self.items), number, drawn, extra, key, name, kind, image, mask))
+            self.items.append(Item(len(self.items), number, drawn, extra, key, name, batch_key, image, mask))
 
     def _open(self, request: Request, side: str) -> "tuple[Path | None, Opened | None]":
         """The absolute path of a start image or mask, as workers run in other folders, and what is known of it.
@@ -212,7 +212,7 @@ def groups(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
     while window := left + list(islice(rest, WINDOW)):
         alike: dict[int, list[Item]] = {}
         for item in window:
-            alike.setdefault(item.kind, []).append(item)
+            alike.setdefault(item.batch_key, []).append(item)
         ended = len(window) - len(left) < WINDOW
         left = []
         for group in alike.values():

@@ -62,7 +62,7 @@ class RemoteDrawer:
 
 
 def carried(error: Exception) -> Exception:
-    """An error that another process can unpickle: of one of Python's classes or ours, as those of libraries often cannot.
+    """An error that another process can unpickle: its class is Python's or ours, as those of libraries often cannot be.
 
     One that stands for wrong input, ValueError or OSError, stays one.
     """

@@ -184,7 +184,7 @@ def _plan(prepared: "Batch", report: Report) -> int:
         report.event("plan", images=len(prepared.items), **fields, free=free)
         return 0
     print(f"images   {len(prepared.items)}, of which {len(prepared.items) - estimate.images} are done")
-    print(f"batches  of {prepared.size}, {prepared.options.workers} at a time on {prepared.threads} threads each")
+    print(f"batches  of {prepared.size}, {estimate.processes} at a time on {prepared.threads} threads each")
     print(f"time     about {_time(estimate.seconds)}")
     print(f"disk     about {estimate.size / 1e6:.1f} MB of {free / 1e6:.0f} MB free")
     return 0

@@ -4,8 +4,8 @@
     def draw(load: LoadOptions, request: Annotated[Request, Flags(only=("steps", "width"))] = Request(prompt="x")): ...
 
 Name, type, default, bounds and help of a flag are those of the field. WORDS adds short names, other names, metavar and
-checks, by the name of the field in any record; a flag called --no-NAME there turns the field off. A parameter's default is
-a record that holds the flags' defaults and the values of the fields that are no flags.
+checks, by the name of the field in any record; a flag called --no-NAME there turns the field off. A parameter's default
+is a record with the flags' defaults and the values of the fields that are no flags.
 """
 
 import inspect
