@@ -11,7 +11,7 @@ from sdlite.checkpoints.concepts import knows_none, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.cli.app import INTERRUPTED, Threads, command, load
 from sdlite.cli.flags import Flags, check_there, checked
-from sdlite.cli.output import LOSSY, Names, Report, SaveOptions, shown
+from sdlite.cli.output import LOSSY, Names, Report, SaveOptions, check_free, file_named, shown
 from sdlite.config import LoadOptions
 from sdlite.request import Request
 from sdlite.training.stop import Stop
@@ -202,9 +202,12 @@ def _note_unknown_words(prompt: str, report: Report) -> None:
 def _check_sheets(sheets: Mapping[str, Path | None], names: Names) -> None:
     """Raises in one line if a sheet cannot be written, or takes the place of an image."""
     for option, sheet in sheets.items():
-        if sheet is not None and Names(names.options.replace(output=str(sheet)), 1).paths != [sheet]:
+        if sheet is None:
+            continue
+        if file_named(sheet) is None:
             raise ValueError(f"{option}={sheet} must be a file, e.g. {sheet / 'sheet.png'}")
-        if sheet is not None and sheet.absolute() in [path.absolute() for path in names.paths]:
+        check_free([sheet], names.options.force)
+        if sheet.absolute() in [path.absolute() for path in names.paths]:
             raise ValueError(f"{option}={sheet} is also the name of an image of this run; choose another name")
 
 

@@ -32,6 +32,19 @@ def shown(text: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def file_named(output: str | Path) -> Path | None:
+    """The image file that an output names, None for a folder. Raises ValueError for a file of another kind."""
+    path = Path(output)
+    if path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep)):
+        return None
+    if path.suffix.lower() not in SUFFIXES:
+        suffixes = ", ".join(SUFFIXES)
+        raise ValueError(
+            f"--output={output}: images are written as {suffixes}; use {output}.png, or {output}/ for a folder"
+        )
+    return path
+
+
 def check_free(paths: Sequence[Path], force: bool) -> None:
     """Raises in one line if one of these files, all in one folder, or the folder may not be written."""
     for path in paths:
@@ -57,23 +70,23 @@ class SaveOptions(Record):
 
 
 class Names:
-    """The files of a run. They are checked before anything is drawn; nothing is created before the first save."""
+    """The files of a run. They are checked before anything is drawn; nothing is created before the first save.
+
+    paths: of the images; empty for a folder, which numbers them.
+    """
 
     def __init__(self, options: SaveOptions, count: int) -> None:
         output = options.output
         if output == "":
             raise ValueError("--output is empty; give FILE.png or a folder, or leave it out")
-        path = Path("." if output is None else output)
-        is_folder = path.is_dir() or (not path.suffix and not path.is_file()) or str(output).endswith(("/", os.sep))
-        if not is_folder and path.suffix.lower() not in SUFFIXES:
-            suffixes = ", ".join(SUFFIXES)
-            raise ValueError(
-                f"--output={output}: images are written as {suffixes}; use {output}.png, or {output}/ for a folder"
-            )
-        many = [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)] if not is_folder else []
-        self.paths = [path] if len(many) == 1 else many
-        self.folder, self.options = path if is_folder else path.parent, options
-        check_free(self.paths or [self.folder / "*"], options.force)
+        self.options, file = options, None if output is None else file_named(output)
+        if file is None:
+            self.folder, self.paths = Path(output or "."), []
+            check_writable(self.folder.absolute())
+        else:
+            many = [file.with_name(f"{file.stem}-{i + 1}{file.suffix}") for i in range(count)]
+            self.folder, self.paths = file.parent, [file] if count == 1 else many
+            check_free(self.paths, options.force)
 
     def check_room(self, request: Request) -> None:
         """Raises ValueError if a JPEG has no room for the prompts."""
