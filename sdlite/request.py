@@ -6,6 +6,7 @@ heavy. `sdlite.diffusion.solvers.solver_for` builds a solver of the table. To ad
 function as `make`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -139,6 +140,12 @@ class Request(Record):
         if self.mask is None or not self.paste:
             del fields["paste"], fields["mask_blur"]
         return fields
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the computer or a GPU had no memory left; PyTorch says so in a RuntimeError."""
+    said = re.search("out of memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)
 
 
 def reason(error: Exception) -> str:

@@ -27,7 +27,7 @@ from sdlite import cli, images
 from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.places import SHIPPED, shipped_folder
 from sdlite.checkpoints.untrained import random_model
-from sdlite.cli.app import app
+from sdlite.cli.app import _explained, app
 from sdlite.cli.threads import use_threads
 from sdlite.config import UNTRAINED_NOTE, tiny
 from sdlite.files import HOST, sweep
@@ -307,7 +307,22 @@ def test_what_a_killed_process_left_is_swept(run: Run, model: StandIn):
 def test_memory_that_runs_out(run: Run, model: StandIn, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(StandIn, "decode", lambda *_: torch.empty(2**50))
     code, out, err = run("generate", "x", "-q")
-    assert (code, out) == (2, "") and err.startswith("sdlite: error: out of memory; try a smaller --width")
+    assert (code, out) == (2, "") and err.endswith(
+        "memory; try a smaller --width and --height, or a smaller --batch-size\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "try a smaller --batch-size"),
+        ("bench", "try a smaller --width and --height"),
+        ("info", "close other programs, or use a machine with more"),
+    ],
+)
+def test_memory_advice_names_flags_of_the_command(command: str, advice: str):
+    error = RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+    assert _explained(error, [command, "x"]) == (2, f"out of memory; {advice}")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from sdlite.request import SOLVERS, Request, SolverName
+from sdlite.request import SOLVERS, Request, SolverName, is_out_of_memory
 from tests.references.diffusers_pipeline import SCHEDULERS
 
 PACKAGE = Path(__file__).parent.parent / "sdlite/diffusion/__init__.py"
@@ -31,6 +31,17 @@ def test_the_package_shows_the_table():
         for name, e in SOLVERS.items()
     }
     assert {name: (sampler, source) for name, sampler, source in rows if name in SOLVERS} == expected
+
+
+def test_no_memory_left_is_known_by_what_libraries_say():
+    """Of PyTorch on CUDA, on the CPU and on MPS, and of Python."""
+    for said in (
+        "CUDA out of memory. Tried to allocate 20.00 MiB",
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+    ):
+        assert is_out_of_memory(RuntimeError(said)) and not is_out_of_memory(ValueError(said))
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_the_table_loads_nothing_heavy():

@@ -7,7 +7,6 @@ choose their order of summation by the size of a batch, so only batches of equal
 whatever its place.
 """
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from sdlite.batch.plan import Item
 from sdlite.batch.store import Store
 from sdlite.images.files import png_bytes
 from sdlite.pipeline import Finished, Pipeline
-from sdlite.request import reason
+from sdlite.request import is_out_of_memory, reason
 
 EXACT_BATCH = 4  # batch size of every `exact` run; changing it changes every exact image
 WAITING = 2  # batches drawn and not yet saved, at most
@@ -115,7 +114,7 @@ class Drawer:
         try:
             return list(zip(items, draw(self.pipe, items, size), strict=True))
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 if self.exact or size < self.size or size == 1:
                     return [(item, f"out of memory at {size} in a batch; draw it smaller") for item in items]
                 step = size = size // 2
@@ -123,8 +122,3 @@ class Drawer:
                 return [(items[0], reason(error))]
         starts = range(0, len(items), step)
         return [pair for first in starts for pair in self._drawn(items[first : first + step], size)]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    said = re.search("out of memory|allocate memory", str(error))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)

@@ -21,6 +21,7 @@ from sdlite.cli.output import Report, shown
 from sdlite.cli.threads import spin_briefly, use_threads
 from sdlite.config import ELSEWHERE, LoadOptions
 from sdlite.files import FULL
+from sdlite.request import is_out_of_memory
 
 if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # sysexits.h calls 70 an internal software error, and a shell's 128 + SIGINT is 130.
 SOME_FAILED, WRONG_INPUT, DISK_FULL, UNFORESEEN, INTERRUPTED = 1, 2, 3, 70, 130
 MAX_SHOWN_COMMAND = 200
+SMALLER = {"width": "a smaller --width and --height", "batch_size": "a smaller --batch-size"}
 NAMES_HERE = {  # of flags of other programs
     **ELSEWHERE,
     **dict.fromkeys(("ckpt", "model_path"), "model"),
@@ -104,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def _stopped_in_order() -> Iterator[None]:
     """Lets SIGTERM and a closed terminal end the command as Ctrl-C does, so that no half-made file stays behind."""
-    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
+    may_set = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if may_set and hasattr(signal, name)]
     default = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP
     for number in default:
         signal.signal(number, signal.default_int_handler)
@@ -124,13 +126,22 @@ def _explained(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, OSError) and error.strerror is not None:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return DISK_FULL if error.errno in FULL else WRONG_INPUT, message
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-        return WRONG_INPUT, "out of memory; try a smaller --width and --height, or --batch-size 1"
+    if is_out_of_memory(error):
+        return WRONG_INPUT, f"out of memory; {_smaller(arguments)}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return WRONG_INPUT, str(error)
     command = shlex.join(["sdlite", *arguments])[:MAX_SHOWN_COMMAND]
     cause = f"{type(error).__name__}: {error}"[:MAX_SHOWN_COMMAND]
     return UNFORESEEN, f"{command}: {cause}; this is a fault of sdlite, and SDLITE_DEBUG=1 shows where it happened"
+
+
+def _smaller(arguments: Sequence[str]) -> str:
+    """How to need less memory, by flags that the command has."""
+    commands: Any = typer.main.get_command(app)
+    command = commands.commands.get(next(iter(arguments), ""))
+    flags = {parameter.name for parameter in command.params} if command else set()
+    advice = [text for name, text in SMALLER.items() if name in flags]
+    return f"try {', or '.join(advice)}" if advice else "close other programs, or use a machine with more"
 
 
 def _hint(error: Any, message: str) -> str | None:
