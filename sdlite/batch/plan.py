@@ -165,9 +165,9 @@ class _Making:
     def _open(self, request: Request, side: str) -> "tuple[Path | None, Opened | None]":
         """The absolute path of a start image or mask, as workers run in other folders, and what is known of it.
 
-        Pixels come only with the first row that has the file, or for a mask the first with that size: a mask may be too
-        small at one size only. So each is read and checked once, and no pixels are kept. Raises FileNotFoundError or
-        ValueError.
+        Pixels come only with the first row that has the file, or for a mask the first with that image and size: a mask
+        may be too small at one size only. So each is read and checked once, and no pixels are kept. Raises
+        FileNotFoundError or ValueError.
         """
         name = getattr(request, side)
         if name is None:
