@@ -385,7 +385,7 @@ def test_a_denoiser_can_be_wrapped(pipe):
     wrapped = pipe.with_denoiser(Counted)
     assert difference(wrapped("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     assert calls == [1, 1, 1]
-    with pytest.raises(ValueError, match="a wrapped denoiser cannot be saved"):
+    with pytest.raises(ValueError, match="a Counted cannot be saved; save the pipeline whose denoiser sdlite loaded"):
         wrapped.save("nowhere")
 
 
