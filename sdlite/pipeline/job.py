@@ -26,7 +26,7 @@ from sdlite.images.files import open_picture
 from sdlite.images.pixels import Opened, mask_from_pil, mask_notes
 from sdlite.models.prompt import foreign_marks
 from sdlite.pipeline.about import About, total_memory
-from sdlite.request import Request
+from sdlite.request import SOLVERS, Request, SolverEntry
 
 Source = Image | str | Path | bytes  # what `open_picture` reads
 Sources = Sequence[Source | Opened | None] | None
@@ -155,6 +155,7 @@ def make_job(model: Model, request: Request, image: Opened | None, mask: Opened 
     resolved = request.replace(width=width, height=height, **checksums)
     start, guided = first_step(resolved), request.guidance_scale > 1
     settings = Request(prompt="", solver=request.solver, steps=request.steps, eta=request.eta)
+    entry = SOLVERS[request.solver]  # in the key of the cache, as a name may get another entry
     if request.clip_skip:
         model.text.encode([""], clip_skip=request.clip_skip)  # raises ValueError for more layers than there are
     return Job(
@@ -163,7 +164,7 @@ def make_job(model: Model, request: Request, image: Opened | None, mask: Opened 
         image,
         mask,
         start=start,
-        evaluations=_num_timesteps(settings, model.schedule, model.denoiser.prediction, start) - start,
+        evaluations=_num_timesteps(settings, entry, model.schedule, model.denoiser.prediction, start) - start,
         guided=guided,
         chunks=max(map(model.text.num_chunks, [request.prompt, request.negative_prompt][: 1 + guided])),
         remarks=_remarks(request, image, mask, (width, height), model.default_size),
@@ -171,8 +172,10 @@ def make_job(model: Model, request: Request, image: Opened | None, mask: Opened 
 
 
 @lru_cache(maxsize=1024)
-def _num_timesteps(settings: Request, schedule: Schedule, prediction: Prediction, start: int) -> int:
-    """Builds the solver to see whether it can do these settings, once for equal ones."""
+def _num_timesteps(
+    settings: Request, entry: SolverEntry, schedule: Schedule, prediction: Prediction, start: int
+) -> int:
+    """Builds the solver to see whether it can do these settings, once for equal ones. entry: of their solver."""
     return len(solver_for(settings, schedule, prediction, (), start).timesteps)
 
 
