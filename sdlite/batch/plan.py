@@ -8,7 +8,7 @@ or when. `in_part` divides items among machines, `groups` makes batches of them.
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -179,7 +179,7 @@ class _Making:
             from sdlite.pipeline.job import opened
 
             known = opened(path, for_mask=for_mask)
-            self.opened[key] = known._replace(picture=None)
+            self.opened[key] = replace(known, picture=None)
         return path.absolute(), known
 
     def _free_name(self, name: str) -> str:
