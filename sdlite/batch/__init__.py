@@ -28,14 +28,27 @@ that planning alone loads no PyTorch. tests/README.md lists what a batch promise
 
 from typing import TYPE_CHECKING
 
-from sdlite.package import fetching
-
-__all__ = ["Batch", "BatchReport", "DiskFull", "Event", "Options", "prepare", "run", "verify"]
-_OTHERS = {"DiskFull": "sdlite.files", "Options": "sdlite.batch.plan", "verify": "sdlite.batch.check"}
-__getattr__, __dir__ = fetching("sdlite.batch", dict.fromkeys(__all__, "sdlite.batch.local") | _OTHERS)
+from sdlite.package import fetching, homes_of
 
 if TYPE_CHECKING:
-    from sdlite.batch.check import verify
-    from sdlite.batch.local import Batch, BatchReport, Event, prepare, run
-    from sdlite.batch.plan import Options
-    from sdlite.files import DiskFull
+    from sdlite.batch.check import verify as verify
+    from sdlite.batch.local import (
+        Batch as Batch,
+        BatchReport as BatchReport,
+        Event as Event,
+        prepare as prepare,
+        run as run,
+    )
+    from sdlite.batch.plan import Options as Options
+    from sdlite.files import DiskFull as DiskFull
+
+_HOMES = homes_of(
+    {  # the same names as above, which only type checkers read
+        "sdlite.batch.check": "verify",
+        "sdlite.batch.local": "Batch BatchReport Event prepare run",
+        "sdlite.batch.plan": "Options",
+        "sdlite.files": "DiskFull",
+    }
+)
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = fetching(__name__, _HOMES)
