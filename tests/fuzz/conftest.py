@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import sdlite.pipeline  # noqa: F401  the first reading does not pay for this import
+
 
 @pytest.fixture(params=[2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def examples(request: pytest.FixtureRequest) -> int:
