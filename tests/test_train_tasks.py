@@ -579,6 +579,15 @@ def test_links_in_a_model_are_followed_as_the_error_advises(folder, tmp_path, mo
         assert "the model is loaded" in capsys.readouterr().err
 
 
+def test_the_former_name_of_images_still_works(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("sdlite.training.evaluation.report.evaluate", lambda *given, **_: asked.append(given[3]) or "")
+    for flag in ("--pictures", "--images"):
+        assert not command("evaluate", "tiny", "--data", folder, "-o", tmp_path / "out", flag, 9, "--steps", 3)
+    assert [(options.images, options.steps) for options in asked] == [(9, 3)] * 2
+    assert command("evaluate", "--help") == 0 and "--pictures" not in capsys.readouterr().out
+
+
 def write_text(folder):
     """An untrained text encoder of width 16."""
     save_text(TextEncoder(TEXT.replace(hidden_size=16), small_vocabulary(1024)), folder)
