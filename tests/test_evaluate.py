@@ -12,6 +12,7 @@ from sdlite.training.evaluation.figures import interval, mmd, named, named_nouns
 from sdlite.training.evaluation.judge import JudgeTask, load_judge
 from sdlite.training.evaluation.probes import (
     NOUNS,
+    SPECK,
     Probe,
     count_pieces,
     drawing,
@@ -87,6 +88,27 @@ def test_probes_read_colours_backgrounds_places_and_numbers():
     ring = canvas(boxes=[(8, 8, 56, 56)]).copy()
     ring[24:40, 24:40] = 255
     assert has_pieces(1)(ring)
+
+
+def flooded(mask, y, x):
+    """The pixels of a piece, one after another."""
+    found, waiting = set(), [(y, x)]
+    while waiting:
+        y, x = waiting.pop()
+        if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x] and (y, x) not in found:
+            found.add((y, x))
+            waiting += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+    return found
+
+
+def test_pieces_are_those_of_a_flood_fill():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        height, width = generator.integers(3, 30, 2)
+        mask = generator.random((height, width)) < generator.uniform(0.3, 0.8)
+        pieces = {frozenset(flooded(mask, y, x)) for y, x in np.argwhere(mask).tolist()}
+        assert count_pieces(mask) == sum(len(piece) / mask.size > SPECK for piece in pieces)
+    assert count_pieces(np.zeros((4, 4), bool)) == 0
 
 
 def test_probes_are_held_against_chance():
