@@ -25,7 +25,7 @@ from sdlite.training.evaluation.probes import (
 )
 from sdlite.training.evaluation.report import _check_judge, table
 from sdlite.training.loop import TrainConfig, fit
-from tests.test_train_tasks import folder  # noqa: F401
+from tests.test_train_tasks import assert_same, folder  # noqa: F401
 
 
 def test_ranks_count_who_is_at_least_as_likely():
@@ -144,6 +144,15 @@ def test_the_judge_learns_and_is_frozen(folder, tmp_path):  # noqa: F811
     (tmp_path / "export" / "judge.json").write_text('{"concepts": 5, "styles": []}')
     with pytest.raises(ValueError, match=r"judge.json: concepts=5 must be"):
         load_judge(tmp_path / "export")
+
+
+def test_a_seed_gives_one_judge_also_in_a_resumed_run(folder, tmp_path):  # noqa: F811
+    """Dropout is on, and PyTorch's own generator is in another state in every run."""
+    for seed, lengths in enumerate(((16,), (8, 16))):
+        for samples in lengths:
+            torch.manual_seed(seed)
+            fit(JudgeTask(folder), TrainConfig(batch_size=4, samples=samples), tmp_path / str(seed))
+    assert_same(tmp_path / "0", tmp_path / "1")
 
 
 def test_the_table_shows_means_and_intervals():

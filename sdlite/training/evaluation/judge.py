@@ -79,7 +79,10 @@ class JudgeTask(nn.Module):
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         images = torch.cat([self._sample(i, int(n)) for i, n in zip(indices, numbers, strict=True)])
         loss = torch.zeros(())
-        for logits, labels in zip(self.judge(images), self.labels[indices].T, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + int(numbers[0]))  # of the dropout
+            named = self.judge(images)
+        for logits, labels in zip(named, self.labels[indices].T, strict=True):
             loss = loss + F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
         return loss
 
