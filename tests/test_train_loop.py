@@ -428,7 +428,7 @@ def assert_whole(out):
     """Every name in the folder of a run is known, and every file is whole; the samples of its last checkpoint."""
     known = r"config.json|log.jsonl|export|preview-\d{10}.png|state-\d{10}"
     unknown = [path.name for path in out.glob("*") if not re.fullmatch(known, path.name)]
-    assert all(re.fullmatch(r"\.[\w-]+-\d+\.[0-9a-f]{16}\.tmp|\.\w+-?\d*\.old", name) for name in unknown), unknown
+    assert all(re.fullmatch(r"\.[\w-]+-\d+\.[0-9a-f]{16}\.(tmp|old)", name) for name in unknown), unknown
     for folder in checkpoints(out):
         State(Line(), config()).load(folder)
     if (out / "export").exists():

@@ -180,7 +180,7 @@ def _plan(prepared: "Batch", report: Report) -> int:
     root = prepared.store.root.absolute()
     free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.exists())).free
     if report.as_json:
-        fields = {"missing": estimate.images, "seconds": round(estimate.seconds, 1), "bytes": estimate.size}
+        fields = {"missing": estimate.images, "seconds": round(estimate.seconds, 3), "bytes": estimate.size}
         report.event("plan", images=len(prepared.items), **fields, free=free)
         return 0
     print(f"images   {len(prepared.items)}, of which {len(prepared.items) - estimate.images} are done")
