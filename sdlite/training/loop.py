@@ -78,6 +78,7 @@ class Trainer:
         assert isinstance(task, Task), "make it a subclass of sdlite.training.state.Task"
         self.config, self.stop, self.clock = config, stop, clock
         self.accelerator = accelerator = Accelerator(mixed_precision=config.precision)
+        stop.once = TORCHRUN_SECONDS if accelerator.num_processes > 1 else 0
         self.task = task.to(accelerator.device)
         self.state = State(task, config, accelerator.scaler)
         self.wrapped, self.optimizer = accelerator.prepare(task, self.state.optimizer)
@@ -85,7 +86,6 @@ class Trainer:
     def run(self, out: Path) -> None:
         """Begins the run in `out`, or continues it, and trains until it is over."""
         accelerator = self.accelerator
-        self.stop.once = TORCHRUN_SECONDS if accelerator.num_processes > 1 else 0
         changes = run.changes(out, self.state.settings(self.config), new_data=self.config.new_data)
         notes = [*self.task.notes, *self.state.resume(out)]
         with self.stop.idle():
