@@ -11,7 +11,7 @@ use.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sdlite.package import __version__ as __version__, fetching, listed
+from sdlite.package import __version__ as __version__, fetching, homes_of
 
 if TYPE_CHECKING:
     from sdlite import (
@@ -43,7 +43,24 @@ if TYPE_CHECKING:
     from sdlite.pipeline import Pipeline as Pipeline
     from sdlite.request import Request as Request
 
-_HOMES = listed(__file__)
+_HOMES = homes_of(
+    {  # the same names as above, which only type checkers read
+        "sdlite.checkpoints.load": "load_model",
+        "sdlite.checkpoints.places": "CheckpointError",
+        "sdlite.config": "DiTConfig UNetConfig sd15 sd21 tiny tiny_dit",
+        "sdlite.contracts": "Conditioning",
+        "sdlite.diffusion.sampling": "denoise",
+        "sdlite.diffusion.schedule": "Schedule",
+        "sdlite.diffusion.schedulers": "DiffusersSolver",
+        "sdlite.diffusion.solvers": "DDIM DDPM",
+        "sdlite.models.codec": "LatentCodec",
+        "sdlite.models.dit": "DiT",
+        "sdlite.models.text": "TextEncoder",
+        "sdlite.models.unet": "UNet",
+        "sdlite.pipeline": "Pipeline",
+        "sdlite.request": "Request",
+    }
+)
 _fetched, _ = fetching(__name__, _HOMES)
 __all__ = sorted([*_HOMES, "batch", "images", "inspect", "segmentation", "training"])
 

@@ -2,8 +2,9 @@
 
 `SOLVERS` is the one table of solvers, which requests, flags, metadata, README, help and errors read; it imports nothing
 heavy. `sdlite.diffusion.solvers.solver_for` builds a solver of the table. To add one, write a class with the methods of
-`sdlite.contracts.Solver` and add a line here; from outside the package add `SOLVERS["name"] = SolverEntry(...)` with a
-function as `make`.
+`sdlite.contracts.Solver`. Inside the package, name it in `OWN` of diffusion/solvers.py, add a line here with that name
+as `make`, and add the line's key to `SolverName`, which the command line offers. From outside the package,
+`SOLVERS["name"] = SolverEntry(...)` with a function as `make` is enough for calls from Python.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,8 +23,9 @@ LCM_STEPS = 50  # diffusers' original_inference_steps: LCM visits a part of that
 class SolverEntry:
     """A solver, its names elsewhere and its limits.
 
-    source: paper. sampler, schedule_type: as Automatic1111 1.10 calls them. make: name of our class, name of diffusers'
-    scheduler, or a function of (schedule, steps, prediction) that returns a Solver. options: of diffusers' scheduler.
+    source: paper. sampler, schedule_type: as Automatic1111 1.10 calls them. make: a function of (schedule, steps,
+    prediction), and of eta=... if takes_eta, that returns a Solver; or the name of one in diffusion/solvers.py's `OWN`
+    or of a scheduler of diffusers. options: of diffusers' scheduler.
     max_steps: at most, and never more than the training timesteps. last_step: whether it can take all of these.
     zero_snr: whether it can start at pure noise. predictions: of the denoiser, that it can follow. takes_eta: whether
     `eta` has an effect. karras: whether its steps get shorter towards the clean end (Karras et al. 2022).
@@ -33,7 +35,7 @@ class SolverEntry:
     sampler: str
     schedule_type: str | None
     make: str | Callable[..., Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     max_steps: int = MAX_STEPS
     last_step: bool = True
     zero_snr: bool = True

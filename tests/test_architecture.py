@@ -4,6 +4,7 @@ import ast
 import statistics
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,19 @@ def test_every_public_name_is_there():
         _ = sdlite.nothing
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sdlite.training.nothing
+
+
+LAZY = [path for path in FILES if path.name == "__init__.py" and "TYPE_CHECKING" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LAZY, ids=name)
+def test_names_for_type_checkers_are_those_that_are_fetched(path):
+    package = import_module(".".join(("sdlite", *path.relative_to(PACKAGE).parts[:-1])))
+    (block,) = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If))
+    shown = {alias.name: node.module for node in block.body for alias in node.names}
+    assert sorted(shown) == dir(package)
+    for public, module in shown.items():
+        assert getattr(package, public) is getattr(import_module(module), public)
 
 
 def test_files_and_functions_are_short():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sdlite.config import ScheduleConfig
 from sdlite.contracts import Conditioning, Noise, TextFeatures, Wrapper
 from sdlite.diffusion.schedule import Schedule
+from sdlite.diffusion.solvers import DDIM
 from sdlite.images import from_pil
 from sdlite.inspect import clean_latents, word_maps
 from sdlite.pipeline import About, Pipeline
@@ -110,7 +111,7 @@ def test_plain_objects_are_inspected_where_that_makes_sense(pipe):
         torch.testing.assert_close(x_0, expected.expand_as(x_0), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="attention of a Painter cannot be recorded"):
         word_maps(pipe, request)
-    with pytest.raises(ValueError, match="cannot be saved"):
+    with pytest.raises(ValueError, match="a Painter cannot be saved"):
         pipe.save("nowhere")
     with pytest.raises(ValueError, match="as colours have no layers"):
         pipe("red", clip_skip=1)
@@ -147,6 +148,28 @@ def test_a_new_solver(pipe, monkeypatch):
     assert "Sampler: Straight" in drawn["straight"].info["parameters"]
     with pytest.raises(ValueError, match=r"eta=0\.5 has no effect with solver='straight'"):
         Request(prompt="red", solver="straight", eta=0.5)
+
+
+def test_a_solver_gets_its_eta_and_may_be_replaced(pipe, monkeypatch):
+    """eta 1 of a solver of one's own is that of DDIM; the number of steps is that of the entry of now."""
+    made = []
+
+    def noisy(schedule: Schedule, steps: int, prediction: str, eta: float) -> DDIM:
+        made.append(eta)
+        return DDIM(schedule, steps, eta, prediction)
+
+    monkeypatch.setitem(SOLVERS, "own", SolverEntry("this file", "Own", None, noisy, takes_eta=True))
+    fields = {"seed": 3, "steps": 5, "guidance_scale": 1}
+    (*_, own), (*_, ddim), (*_, still) = (
+        pipe.sample_latents(Request(prompt="red", solver=solver, eta=eta, **fields))
+        for solver, eta in (("own", 1), ("ddim", 1), ("own", 0))
+    )
+    assert torch.equal(own, ddim) and not torch.equal(own, still) and {0, 1} == set(made)
+    request = Request(prompt="red", solver="own", **fields)
+    twice = SolverEntry("this file", "Own", None, lambda schedule, steps, _: Straight(schedule, 2 * steps, "epsilon"))
+    counts = [pipe.jobs(request)[0].evaluations]
+    monkeypatch.setitem(SOLVERS, "own", twice)
+    assert [*counts, pipe.jobs(request)[0].evaluations] == [5, 10]
 
 
 class Cached(Wrapper):

@@ -4,6 +4,7 @@ import json
 import math
 import socket
 from collections import Counter
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -18,6 +19,8 @@ from sdlite.checkpoints.untrained import random_model
 from sdlite.config import AutoencoderKLConfig, AutoencoderTinyConfig, ScheduleConfig, sd21, tiny, tiny_dit
 from sdlite.contracts import Wrapper
 from sdlite.diffusion.schedule import Schedule
+from sdlite.images.files import open_picture
+from sdlite.images.pixels import Opened
 from sdlite.pipeline import About, Finished, Pipeline, Step
 from sdlite.pipeline.run import conditioning
 from sdlite.request import Request
@@ -381,12 +384,87 @@ def test_a_denoiser_can_be_wrapped(pipe):
         def __call__(self, x, t, memory):
             return self.denoiser(x, t, memory)
 
-    assert difference(pipe.with_denoiser(Bare)("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
+    for wrap in (Bare, lambda denoiser: Counted(Bare(denoiser))):
+        bare = pipe.with_denoiser(wrap).with_denoiser(Bare)
+        assert (bare.size_unit, bare.inpainting) == (pipe.size_unit, False)
+        assert difference(bare("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
+    calls.clear()
     wrapped = pipe.with_denoiser(Counted)
     assert difference(wrapped("a", steps=3)[0], pipe("a", steps=3)[0]) == 0
     assert calls == [1, 1, 1]
-    with pytest.raises(ValueError, match="a wrapped denoiser cannot be saved"):
+    assert wrapped.about is pipe.about and pipe.with_denoiser(Counted, about=About("counted")).name == "counted"
+    with pytest.raises(ValueError, match="a Counted cannot be saved; save the pipeline whose denoiser sdlite loaded"):
         wrapped.save("nowhere")
+
+
+def test_another_denoiser_brings_its_own_limits(sd1, dit, inpainting):
+    """A DiT's patches of 2 by 2 cells of 8 pixels do not divide 72; an inpainting model needs a mask."""
+    patched, painting = (sd1.with_denoiser(lambda _, pipe=pipe: pipe.denoiser) for pipe in (dit, inpainting))
+    assert (sd1.size_unit, patched.size_unit) == (8, 16)
+    with pytest.raises(ValueError, match="width=72 must be a multiple of 16"):
+        patched.jobs(Request(prompt="a", width=72, height=64))
+    with pytest.raises(ValueError, match="is an inpainting model"):
+        painting.jobs(Request(prompt="a"))
+
+
+def test_each_file_and_image_is_opened_once(sd1, tmp_path, monkeypatch):
+    count = []
+    monkeypatch.setattr(
+        "sdlite.pipeline.job.open_picture", lambda *args, **more: count.append(1) or open_picture(*args, **more)
+    )
+    for name in "ab":
+        picture(0).save(tmp_path / f"{name}.png")
+    paths = [f"{tmp_path}/{name}.png" for name in "aaba"]
+    requests, same = [Request(prompt="a", seed=seed) for seed in range(4)], picture(1)
+    for sources, opens in ((paths, 2), ([Path(path).read_bytes() for path in paths], 1),
+                           ([same] * 4, 1), ([same, same.copy(), None, same], 2)):  # fmt: skip
+        count.clear()
+        jobs = sd1.jobs(requests, sources)
+        assert len(count) == opens and [job.image is None for job in jobs] == [source is None for source in sources]
+    ready = Opened.of(same.convert("RGB"))
+    count.clear()
+    assert len(sd1(["a", "b"], image=ready, steps=2, num_images=2, width=80, height=64)) == 4 and not count
+
+
+def test_latents_decoded_alone_record_the_checksums_of_their_images(sd1):
+    fields = {"steps": 4, "seed": 2, "width": 80, "height": 64}
+    drawn = sd1("a", image=picture(1), mask=mask(), **fields)[0]
+    for request in (Request(prompt="a", **fields), Request(prompt="a", image="x.png", mask="y.png", **fields)):
+        given = {"images": [picture(1)], "masks": [mask()]}
+        *_, latents = sd1.sample_latents(request, **given)
+        decoded = sd1.decode(latents, request, **given)[0]
+        assert decoded.info == drawn.info and decoded.tobytes() == drawn.tobytes()
+    assert "unknown" not in drawn.info["sdlite"]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_have_at_least_one_image(sd1, size):
+    with pytest.raises(ValueError, match=f"^batch_size={size} must be at least 1$"):
+        next(sd1.draw(sd1.jobs(Request(prompt="a")), batch_size=size))
+
+
+def test_only_an_inpainting_model_sees_the_masked_image(sd1, inpainting, monkeypatch):
+    for pipe, expected in ((sd1, 1), (inpainting, 2)):
+        encoded, encode = [], pipe.codec.encode
+        encode = lambda *args, own=encode, seen=encoded: seen.append(1) or own(*args)  # noqa: E731
+        monkeypatch.setattr(pipe.codec, "encode", encode)
+        pipe("a", image=picture(1), mask=mask(), steps=4, width=80, height=64)
+        assert len(encoded) == expected
+
+
+def test_plain_parts_compute_where_the_model_was_loaded(monkeypatch):
+    class Plain:
+        def __init__(self, part):
+            self.part = part
+
+        def __getattr__(self, name):
+            return getattr(self.part, name)
+
+    monkeypatch.setattr("sdlite.pipeline.pipeline.find_device", lambda _: torch.device("meta"))
+    pipe = Pipeline.load("tiny", dtype="float32")
+    assert (pipe.about.device, pipe.device.type) == ("meta", "meta")
+    plain = pipe.with_parts(text=Plain(pipe.text), denoiser=Plain(pipe.denoiser), codec=Plain(pipe.codec))
+    assert plain.device.type == "meta"
 
 
 def test_pictures_must_fit_the_requests(sd1):

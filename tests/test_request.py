@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import diffusers
 import pytest
 
+from sdlite.diffusion.solvers import OWN
 from sdlite.request import SOLVERS, Request, SolverName
 from tests.references.diffusers_pipeline import SCHEDULERS
 
@@ -19,6 +21,7 @@ def test_the_names_for_type_checkers_are_those_of_the_table():
     assert {name: (entry.make, dict(entry.options)) for name, entry in SOLVERS.items() if name in SCHEDULERS} == (
         SCHEDULERS
     )
+    assert {entry.make for entry in SOLVERS.values() if isinstance(entry.make, str)} <= {*OWN, *dir(diffusers)}
     with pytest.raises(ValueError, match=r"solver='eular' must be 'ddim', .*, 'pndm' or 'lcm'"):
         Request(prompt="a", solver="eular")
 

@@ -153,7 +153,6 @@ def test_short_prompts_are_followed_by_empty_chunks(sd1):
     context = sd1.encode(["a cat", "cat " * 100]).context
     assert context.shape == (2, 154, 32)
     assert torch.equal(context[:1], torch.cat([sd1.encode(["a cat"]).context, sd1.encode([""]).context], dim=1))
-    assert torch.equal(context[:1], sd1.encode(["a cat"], chunks=2).context)
 
 
 def test_models_with_shorter_texts():
@@ -232,9 +231,9 @@ def test_contexts_are_remembered():
     calls = count_calls(encoder)
     first = encoder.encode(["a cat", "", ""]).context
     assert len(calls) == 2
-    again = encoder.encode(["a cat", "", ""], chunks=3).context
+    again = encoder.encode(["a cat", "", ""]).context
     assert len(calls) == 2
-    assert torch.equal(first, again[:, :77])
+    assert torch.equal(first, again)
     encoder.encode([""], clip_skip=1)
     assert len(calls) == 3
     first.zero_()
@@ -317,8 +316,6 @@ def test_both_layouts_of_names_are_read(sd1):
         ({"prompts": []}, "prompts=.* must be a list"),
         ({"prompts": ["a"], "clip_skip": 4}, "clip_skip=4 must be 0 to 3"),
         ({"prompts": ["a"], "clip_skip": -1}, "clip_skip=-1 must be"),
-        ({"prompts": ["cat " * 80], "chunks": 1}, "chunks=1 must be at least 2"),
-        ({"prompts": ["a"], "chunks": 0}, "chunks=0 must be at least 1"),
         ({"prompts": ["a\ud800"]}, "character 1 is half of a surrogate pair"),
         ({"prompts": ["a BREAK " * 100]}, f"at most {MAX_CHUNKS}"),
     ],

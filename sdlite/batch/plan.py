@@ -8,7 +8,7 @@ or when. `in_part` divides items among machines, `groups` makes batches of them.
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -173,7 +173,7 @@ class _Making:
         if (path, side) not in self.opened:
             from sdlite.pipeline.job import opened
 
-            self.opened[path, side] = opened(path, for_mask=side == "mask")._replace(picture=None)
+            self.opened[path, side] = replace(opened(path, for_mask=side == "mask"), picture=None)
         return path.absolute(), self.opened[path, side]
 
     def _free_name(self, name: str) -> str:

@@ -62,7 +62,7 @@ def gathered(
 ) -> ModelParts:
     """The parts of a pipeline as `save_folder` takes them. Raises ValueError for a part that is no network of ours."""
     if not isinstance(denoiser, Network):
-        raise ValueError("a wrapped denoiser cannot be saved; save the pipeline that it was made from")
+        raise ValueError(f"a {type(denoiser).__name__} cannot be saved; save the pipeline whose denoiser sdlite loaded")
     if not isinstance(text, TextEncoder) or not isinstance(codec, LatentCodec):
         other = codec if isinstance(text, TextEncoder) else text
         raise ValueError(f"a {type(other).__name__} cannot be saved; save the pipeline whose parts sdlite loaded")

@@ -5,7 +5,7 @@ and apply them. `solver_for` builds any solver of the table in request.py. Noise
 draws it and is called only by steps that need it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,14 @@ class DDPM(_OwnSolver):
         return ddpm_step(x, x_0, self.abar_t[i], self.abar_prev[i], noise=noise())
 
 
+def _ddim(schedule: Schedule, steps: int, prediction: Prediction, eta: float) -> DDIM:
+    return DDIM(schedule, steps, eta, prediction)
+
+
+OWN: dict[str, Callable[..., Solver]] = {"DDIM": _ddim, "DDPM": DDPM}
+"""Our solvers, by the names that `make` has in the table; see `SolverEntry` for their arguments."""
+
+
 def solver_for(
     request: Request, schedule: Schedule, prediction: Prediction, generators: Sequence[torch.Generator], start: int
 ) -> Solver:
@@ -99,15 +107,12 @@ def solver_for(
     """
     entry = SOLVERS[request.solver]
     _check(request, entry, schedule, prediction)
-    if entry.make == "DDIM":
-        return DDIM(schedule, request.steps, request.eta, prediction)
-    if entry.make == "DDPM":
-        return DDPM(schedule, request.steps, prediction)
-    if not isinstance(entry.make, str):
-        return entry.make(schedule, request.steps, prediction)
-    from sdlite.diffusion.schedulers import scheduler_solver
+    make = OWN.get(entry.make) if isinstance(entry.make, str) else entry.make
+    if make is None:
+        from sdlite.diffusion.schedulers import scheduler_solver
 
-    return scheduler_solver(request, schedule, prediction, generators, start)
+        return scheduler_solver(request, schedule, prediction, generators, start)
+    return make(schedule, request.steps, prediction, **({"eta": request.eta} if entry.takes_eta else {}))
 
 
 def _check(request: Request, entry: SolverEntry, schedule: Schedule, prediction: Prediction) -> None:
@@ -123,7 +128,7 @@ def _check(request: Request, entry: SolverEntry, schedule: Schedule, prediction:
     if zero_snr and solver == "lcm" and prediction == "epsilon":
         raise ValueError("solver='lcm' starts from pure noise here, where epsilon says nothing; predict v")
     reached = schedule.abars[:-1] if zero_snr else schedule.abars
-    if entry.make not in ("DDIM", "DDPM") and not reached.min() >= MIN_ABAR:
+    if entry.make not in OWN and not reached.min() >= MIN_ABAR:
         raise ValueError(
             f"solver={solver!r} cannot follow this model's schedule, pure noise before its last timestep; use 'ddim'"
         )

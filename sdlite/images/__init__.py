@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sdlite.package import fetching, listed
+from sdlite.package import fetching, homes_of
 
 if TYPE_CHECKING:
     from sdlite.images.files import (
@@ -26,4 +26,12 @@ if TYPE_CHECKING:
     )
     from sdlite.images.sheet import contact_sheet as contact_sheet
 
-__getattr__, __dir__ = fetching(__name__, listed(__file__))
+_HOMES = homes_of(
+    {  # the same names as above, which only type checkers read
+        "sdlite.images.files": "Drawn Images open_picture picture_bytes png_bytes read_any_metadata read_metadata "
+        "save_numbered save_picture",
+        "sdlite.images.pixels": "digest from_pil largest_difference mask_from_pil pasted to_pil",
+        "sdlite.images.sheet": "contact_sheet",
+    }
+)
+__getattr__, __dir__ = fetching(__name__, _HOMES)

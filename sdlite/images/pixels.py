@@ -1,7 +1,7 @@
 """PIL images to tensors and back, masks, and comparing images."""
 
 import hashlib
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageChops, ImageFilter
@@ -12,7 +12,8 @@ from sdlite.images.files import Drawn
 SURE = 0.05  # of a mask's pixels may be neither black nor white: the soft rim of a brush
 
 
-class Opened(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Opened:
     """What is known of an image or mask to start from, once it was opened.
 
     checksum: see `digest`. size: (width, height) in pixels. grey: see `has_grey`. picture: from `open_picture`; None
@@ -33,10 +34,13 @@ class Opened(NamedTuple):
 def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to RGB images, rounded as diffusers does."""
     pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in pixels]
-    for picture in pictures:
-        picture.__class__ = Drawn
-    return pictures
+    return [_as_drawn(Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())) for image in pixels]
+
+
+def _as_drawn(picture: Image.Image) -> Image.Image:
+    """The same image as a `Drawn`. PIL makes only its own class, and `Drawn` adds a method and no state."""
+    picture.__class__ = Drawn
+    return picture
 
 
 def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -58,9 +62,7 @@ def pasted(drawn: Image.Image, picture: Image.Image, mask: Image.Image, blur: fl
     white = (mask_from_pil(mask, size)[0, 0] * 255).to(torch.uint8)  # (H, W)
     soft = Image.fromarray(white.numpy()).filter(ImageFilter.GaussianBlur(blur))
     under = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    whole = Image.composite(drawn, under, soft)
-    whole.__class__ = Drawn
-    return whole
+    return _as_drawn(Image.composite(drawn, under, soft))
 
 
 def _unit_interval(image: Image.Image) -> Tensor:

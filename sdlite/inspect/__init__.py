@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sdlite.package import fetching, listed
+from sdlite.package import fetching, homes_of
 
 if TYPE_CHECKING:
     from sdlite.inspect.attention import (
@@ -15,4 +15,11 @@ if TYPE_CHECKING:
     from sdlite.inspect.steps import clean_latents as clean_latents, feature_sizes as feature_sizes
     from sdlite.inspect.widgets import playground as playground
 
-__getattr__, __dir__ = fetching(__name__, listed(__file__))
+_HOMES = homes_of(
+    {  # the same names as above, which only type checkers read
+        "sdlite.inspect.attention": "attention_maps attention_sheet overlay record_attention word_maps",
+        "sdlite.inspect.steps": "clean_latents feature_sizes",
+        "sdlite.inspect.widgets": "playground",
+    }
+)
+__getattr__, __dir__ = fetching(__name__, _HOMES)

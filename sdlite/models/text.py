@@ -54,14 +54,14 @@ class TextEncoder(nn.Module):
         return len(self._chunks(prompt))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0, chunks: int | None = None) -> TextFeatures:
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> TextFeatures:
         """Features of B prompts on the model's device: a context (B, n L, D), and no `pooled`.
 
-        L is max_position_embeddings, 77 for SD. n is the chunk count of the longest prompt, or `chunks`; empty chunks
-        are added to shorter prompts.
+        L is max_position_embeddings, 77 for SD. n is the chunk count of the longest prompt; empty chunks are added to
+        shorter prompts.
         clip_skip: number of last layers to skip; the final layer norm is still applied, as in diffusers.
         Each chunk is encoded alone, so a prompt's context does not depend on its neighbours. Chunks are cached until
-        the weights change. Raises ValueError for a clip_skip beyond the layers and for fewer `chunks` than needed.
+        the weights change. Raises ValueError for a clip_skip beyond the layers.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r:.80} must be a list of at least one text")
@@ -69,10 +69,7 @@ class TextEncoder(nn.Module):
         if not 0 <= clip_skip <= layers:
             raise ValueError(f"clip_skip={clip_skip} must be 0 to {layers}, the layers of this text encoder")
         rows = [self._chunks(prompt) for prompt in prompts]
-        needed = max(len(row) for row in rows)
-        count = needed if chunks is None else chunks
-        if count < needed:
-            raise ValueError(f"chunks={chunks} must be at least {needed}, the chunks of the longest prompt")
+        count = max(len(row) for row in rows)
         self._forget_changed()
         padded = [row + [[]] * (count - len(row)) for row in rows]
         contexts = [torch.cat([self._features(chunk, clip_skip) for chunk in row]) for row in padded]

@@ -35,7 +35,7 @@ TIME_FACTOR = 4  # width of the time vector over that of the first stage (CompVi
 class UNetMemory(NamedTuple):
     """What does not change between steps.
 
-    kv: K and V for every transformer block, in order of use. vector: (R or 1, E), is added to the time vector.
+    kv: K and V for every transformer block, in order of use. vector: (1, E), is added to the time vector.
     """
 
     kv: tuple[KV, ...]
@@ -154,6 +154,7 @@ class UNetEncoder(nn.Module):
     def prepare(self, conditioning: Conditioning) -> UNetMemory:
         """Projects the context (R, T, config.context_dim) to K and V in order of use. ValueError for other widths."""
         context = checked_context(conditioning, self.config.context_dim, "UNet").to(self.conv_in.weight.dtype)
+        # Modules come in the order in which they were registered: down, middle, up, and so in order of use.
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         kv = tuple(block.attn2.project_kv(context) for block in blocks)
         return UNetMemory(kv, self.add_embedding(conditioning))

@@ -17,7 +17,8 @@ class About:
 
     sample_size: default size of an image in latent cells, one number for both sides or (height, width). dtype: of text
     model and denoiser. backend: what computes the parts, if that is not PyTorch with the weights of `hash`; it changes
-    the bits of an image, and so belongs to the keys of a batch and to the metadata.
+    the bits of an image, and so belongs to the keys of a batch and to the metadata. device: where parts compute that
+    show no weights, such as plain wrappers.
     """
 
     name: str = ""
@@ -26,6 +27,7 @@ class About:
     sample_size: int | tuple[int, int] = 64
     dtype: str = "float32"
     backend: str = ""
+    device: str = "cpu"
 
     @property
     def bits(self) -> dict[str, str]:
@@ -54,10 +56,10 @@ def total_memory(device: torch.device) -> float:
     return math.inf
 
 
-def device_of(*parts: object) -> torch.device:
-    """Where the first of the parts that has weights holds them; the CPU if none has any."""
+def device_of(*parts: object, default: str = "cpu") -> torch.device:
+    """Where the first of the parts that has weights holds them; the default if none has any."""
     weights = (weight for part in parts if isinstance(part, nn.Module) for weight in part.parameters())
-    return next((weight.device for weight in weights), torch.device("cpu"))
+    return next((weight.device for weight in weights), torch.device(default))
 
 
 def num_weights(part: object) -> int:

@@ -26,7 +26,7 @@ from sdlite.images.files import open_picture
 from sdlite.images.pixels import Opened, mask_from_pil, mask_notes
 from sdlite.models.prompt import foreign_marks
 from sdlite.pipeline.about import About, total_memory
-from sdlite.request import Request
+from sdlite.request import SOLVERS, Request, SolverEntry
 
 Source = Image | str | Path | bytes  # what `open_picture` reads
 Sources = Sequence[Source | Opened | None] | None
@@ -79,6 +79,8 @@ class Model(Protocol):
 
 def batches(jobs: Sequence[Job], size: int | None = None) -> list[list[int]]:
     """Groups the indices of jobs that may run together, up to `size` in a group, in the order of their first job."""
+    if size is not None and size < 1:
+        raise ValueError(f"batch_size={size} must be at least 1")
     groups: dict[Hashable, list[int]] = {}
     for i, job in enumerate(jobs):
         groups.setdefault(job.batch_key, []).append(i)
@@ -100,10 +102,18 @@ def opened_columns(images: Sources, masks: Sources, count: int) -> list[list[Ope
     """The images and the masks of count requests, each source opened once."""
     columns = []
     for name, sources in (("images", images), ("masks", masks)):
-        column = _each(name, sources, count)
-        known = {id(s): opened(s, for_mask=name == "masks") for s in column if s is not None}
-        columns.append([known.get(id(source)) for source in column])
+        known: dict[Hashable, Opened | None] = {None: None}
+        column = [(_key(source), source) for source in _each(name, sources, count)]
+        for key, source in column:
+            if key not in known:
+                known[key] = opened(source, for_mask=name == "masks")
+        columns.append([known[key] for key, _ in column])
     return columns
+
+
+def _key(source: Any) -> Hashable:
+    """Equal for equal files and bytes. A PIL image has no hash, so it is known by its identity."""
+    return source if source is None or isinstance(source, str | Path | bytes) else id(source)
 
 
 def spread(columns: dict[str, Any], num_images: int) -> tuple[list[Request], list[Opened | None], list[Opened | None]]:
@@ -130,8 +140,7 @@ def spread(columns: dict[str, Any], num_images: int) -> tuple[list[Request], lis
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
     """One value for each of count prompts: those of a list, or one value for all."""
-    several = isinstance(value, list | tuple) and not isinstance(value, Opened)
-    values = list(value) if several else [value] * count
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one for each")
     return values
@@ -145,16 +154,22 @@ def _whole(name: str, value: Any) -> int:
         raise ValueError(f"{name}={value!r:.40} must be a whole number") from None
 
 
+def with_checksums(request: Request, image: Opened | None, mask: Opened | None) -> Request:
+    """The request with the checksums of the opened images in place of file names."""
+    given = {"image": image, "mask": mask}
+    return request.replace(**{name: source.checksum for name, source in given.items() if source is not None})
+
+
 def make_job(model: Model, request: Request, image: Opened | None, mask: Opened | None) -> Job:
     """Raises ValueError for a request that the model cannot draw."""
     for name, given in (("image", image), ("mask", mask)):
         if getattr(request, name) is not None and given is None:
             raise ValueError(f"{name}={getattr(request, name)!r}: open the image and give it as well")
     width, height = size_of(model, request, image, mask)
-    checksums = {"image": image and image.checksum, "mask": mask and mask.checksum}
-    resolved = request.replace(width=width, height=height, **checksums)
+    resolved = with_checksums(request, image, mask).replace(width=width, height=height)
     start, guided = first_step(resolved), request.guidance_scale > 1
     settings = Request(prompt="", solver=request.solver, steps=request.steps, eta=request.eta)
+    entry = SOLVERS[request.solver]  # in the key of the cache, as a name may get another entry
     if request.clip_skip:
         model.text.encode([""], clip_skip=request.clip_skip)  # raises ValueError for more layers than there are
     return Job(
@@ -163,7 +178,7 @@ def make_job(model: Model, request: Request, image: Opened | None, mask: Opened 
         image,
         mask,
         start=start,
-        evaluations=_num_timesteps(settings, model.schedule, model.denoiser.prediction, start) - start,
+        evaluations=_num_timesteps(settings, entry, model.schedule, model.denoiser.prediction, start) - start,
         guided=guided,
         chunks=max(map(model.text.num_chunks, [request.prompt, request.negative_prompt][: 1 + guided])),
         remarks=_remarks(request, image, mask, (width, height), model.default_size),
@@ -171,8 +186,10 @@ def make_job(model: Model, request: Request, image: Opened | None, mask: Opened 
 
 
 @lru_cache(maxsize=1024)
-def _num_timesteps(settings: Request, schedule: Schedule, prediction: Prediction, start: int) -> int:
-    """Builds the solver to see whether it can do these settings, once for equal ones."""
+def _num_timesteps(
+    settings: Request, entry: SolverEntry, schedule: Schedule, prediction: Prediction, start: int
+) -> int:
+    """Builds the solver to see whether it can do these settings, once for equal ones. entry: of their solver."""
     return len(solver_for(settings, schedule, prediction, (), start).timesteps)
 
 

@@ -24,7 +24,7 @@ from sdlite.diffusion.schedule import Schedule
 from sdlite.images.files import Images
 from sdlite.images.pixels import Opened
 from sdlite.pipeline.about import About, device_of, find_device, num_weights
-from sdlite.pipeline.job import Job, Source, Sources, batches, make_job, opened_columns, size_of, spread
+from sdlite.pipeline.job import Job, Source, Sources, batches, make_job, opened_columns, size_of, spread, with_checksums
 from sdlite.pipeline.progress import Progress, watched
 from sdlite.pipeline.run import Finished, Step, finished, sample
 from sdlite.request import Request
@@ -37,16 +37,21 @@ class Pipeline:
         self, text: TextModel, denoiser: Denoiser, codec: Codec, schedule: Schedule, *, about: About | None = None
     ) -> None:
         self.text = text
-        self.denoiser = denoiser
+        self.denoiser = self._sized = denoiser
         self.codec = codec
         self.schedule = schedule
         self.about = about or About()
         self._measure()
 
     def _measure(self) -> None:
-        """What the parts ask of images. Further channels of the denoiser are for mask and masked image."""
-        self.inpainting = self.denoiser.in_channels > self.codec.latent_channels
-        self.size_unit = self.codec.factor * self.denoiser.patch_size  # in pixels; sides are multiples of it
+        """What the parts ask of images. Further channels of the denoiser are for mask and masked image.
+
+        A wrapper that has no in_channels or patch_size takes what the last denoiser with both takes.
+        """
+        if hasattr(self.denoiser, "in_channels") and hasattr(self.denoiser, "patch_size"):
+            self._sized = self.denoiser
+        self.inpainting = self._sized.in_channels > self.codec.latent_channels
+        self.size_unit = self.codec.factor * self._sized.patch_size  # in pixels; sides are multiples of it
 
     @classmethod
     def load(
@@ -71,7 +76,14 @@ class Pipeline:
         place = find_device(device)
         precision = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "float16"
         parts, kind = read_model(options), getattr(torch, precision)
-        about = About(parts.name, parts.hash, tuple(parts.notes), parts.config.sample_size, precision)
+        about = About(
+            name=parts.name,
+            hash=parts.hash,
+            notes=tuple(parts.notes),
+            sample_size=parts.config.sample_size,
+            dtype=precision,
+            device=str(place),
+        )
         text, denoiser = parts.text.to(place, kind), parts.denoiser.to(place, kind)
         return cls(text, denoiser, parts.codec.to(place), Schedule(parts.config.schedule), about=about)
 
@@ -102,11 +114,9 @@ class Pipeline:
         other._measure()
         return other
 
-    def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> Self:
-        """A pipeline with the same parts, except the denoiser: it is wrap(denoiser), for images of the same sizes."""
-        other = copy.copy(self)
-        other.denoiser = wrap(self.denoiser)
-        return other
+    def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser], *, about: About | None = None) -> Self:
+        """A pipeline with the same parts, except the denoiser: it is wrap(denoiser). about: as for `with_parts`."""
+        return self.with_parts(denoiser=wrap(self.denoiser), about=about)
 
     @property
     def name(self) -> str:
@@ -126,7 +136,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return device_of(self.codec, self.denoiser, self.text)
+        return device_of(self.codec, self.denoiser, self.text, default=self.about.device)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -239,7 +249,7 @@ class Pipeline:
 
         For each batch: a Step with step 0, one Step after each step, then each image as soon as it is decoded. Jobs
         that may share a batch run together, up to batch_size of them (None: no limit), in the order of the first job of
-        each group. Raises FloatingPointError if an image is not finite.
+        each group. Raises ValueError for a batch_size below 1, and FloatingPointError if an image is not finite.
         """
         groups = batches(jobs, batch_size)
         total, done = sum(jobs[group[0]].evaluations for group in groups), 0
@@ -277,4 +287,4 @@ class Pipeline:
         """
         requests = [requests] if isinstance(requests, Request) else requests
         rows = zip(latents.chunk(len(latents)), requests, *opened_columns(images, masks, len(requests)), strict=True)
-        return [finished(self, *row) for row in rows]
+        return [finished(self, z, with_checksums(request, *given), *given) for z, request, *given in rows]

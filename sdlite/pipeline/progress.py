@@ -1,6 +1,7 @@
 """A line with the time left, for whoever waits in a terminal or a notebook for a call that draws.
 
 It is gone when the call is over, and is left out where nobody watches: piped, in a log, or with `progress=False`.
+This is the one place outside the command line and training that writes to stderr: calls from Python get a bar too.
 """
 
 import sys

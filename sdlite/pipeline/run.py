@@ -59,9 +59,11 @@ def begin(
         return x, denoiser, None
     mask = torch.cat([mask_from_pil(picture_of(job.mask), size) for job in jobs]).to(noise.device)
     cells = mask_cells(mask, *x.shape[-2:])  # (B, 1, h, w)
-    masked = encode(codec, pixels * (mask < 0.5), noise)
     if model.inpainting:
+        masked = encode(codec, pixels * (mask < 0.5), noise)
         return x, WithChannels(denoiser, torch.cat([cells, masked], dim=1)), None
+    if not codec.deterministic:
+        noise.draw()  # diffusers encodes the masked image for these models too, and only its draw has an effect
     return x, denoiser, keep_known(solver, x_0, eps, cells)
 
 
