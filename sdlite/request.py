@@ -79,6 +79,11 @@ SOLVERS: dict[str, SolverEntry] = {
 SolverName = Literal["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "pndm", "lcm"]
 """The names in SOLVERS, for type checkers and flags."""
 
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description="Denoising steps; more is slower.")]
+GuidanceScale = Annotated[
+    float, Field(ge=0, le=100, description="How closely to follow the prompt; 1 turns guidance off.")
+]
+
 
 def _solver(value: Any, check: Callable[[Any], Any]) -> Any:
     """Also takes a solver that was added to SOLVERS from outside the package."""
@@ -105,10 +110,8 @@ class Request(Record):
     seed: int = Field(0, ge=0, lt=2**64)
     height: Size | None = Field(None, description="Height in pixels.")
     width: Size | None = Field(None, description="Width in pixels.")
-    steps: int = Field(20, ge=1, le=MAX_STEPS, description="Denoising steps; more is slower.")
-    guidance_scale: float = Field(
-        5.0, ge=0, le=100, description="How closely to follow the prompt; 1 turns guidance off."
-    )
+    steps: Steps = 20
+    guidance_scale: GuidanceScale = 5.0
     guidance_rescale: Fraction = Field(0.0, description="Reduce the contrast that strong guidance adds.")
     solver: Annotated[SolverName, WrapValidator(_solver)] = Field(
         "ddim", description="How to step from noise to image."

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from sdlite.files import DiskFull
 from sdlite.training.datasets import augment
 from sdlite.training.datasets.augment import Example
-from sdlite.training.datasets.captions import article, caption_of, plural
+from sdlite.training.datasets.captions import TEMPLATES, article, caption_of, plural
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.emoji import (
     EVERYDAY,
@@ -105,6 +105,15 @@ def test_a_folder_of_ones_own_without_splits_trains(tmp_path):
     assert load_pixels(tmp_path, records, 32).shape == (1, 4, 32, 32)
     assert caption_of(records[0], choices()) == "a disc"
     assert not read_records(tmp_path, "test")
+
+
+def test_a_new_form_of_captions_is_one_more_template(monkeypatch):
+    found = record("disc", "noto", "train")
+    before = [caption_of(found, choices(i)) for i in range(40)]
+    assert "look, a disc" not in before
+    monkeypatch.setitem(TEMPLATES, "look, {a} {subject}", 1.0)  # as often as all others together
+    captions = [caption_of(found, choices(i)) for i in range(400)]
+    assert 160 < captions.count("look, a disc") < 240
 
 
 def test_wrong_folders_say_what_to_do(tmp_path):

@@ -12,6 +12,7 @@ from sdlite.training.evaluation.figures import interval, mmd, named, named_nouns
 from sdlite.training.evaluation.judge import JudgeTask, load_judge
 from sdlite.training.evaluation.probes import (
     NOUNS,
+    SPECK,
     Probe,
     count_pieces,
     drawing,
@@ -24,7 +25,7 @@ from sdlite.training.evaluation.probes import (
 )
 from sdlite.training.evaluation.report import _check_judge, table
 from sdlite.training.loop import TrainConfig, fit
-from tests.test_train_tasks import folder  # noqa: F401
+from tests.test_train_tasks import assert_same, folder  # noqa: F401
 
 
 def test_ranks_count_who_is_at_least_as_likely():
@@ -89,6 +90,27 @@ def test_probes_read_colours_backgrounds_places_and_numbers():
     assert has_pieces(1)(ring)
 
 
+def flooded(mask, y, x):
+    """The pixels of a piece, one after another."""
+    found, waiting = set(), [(y, x)]
+    while waiting:
+        y, x = waiting.pop()
+        if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x] and (y, x) not in found:
+            found.add((y, x))
+            waiting += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+    return found
+
+
+def test_pieces_are_those_of_a_flood_fill():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        height, width = generator.integers(3, 30, 2)
+        mask = generator.random((height, width)) < generator.uniform(0.3, 0.8)
+        pieces = {frozenset(flooded(mask, y, x)) for y, x in np.argwhere(mask).tolist()}
+        assert count_pieces(mask) == sum(len(piece) / mask.size > SPECK for piece in pieces)
+    assert count_pieces(np.zeros((4, 4), bool)) == 0
+
+
 def test_probes_are_held_against_chance():
     asked = [Probe("colour", colour, has_colour(colour)) for colour in ("red", "blue")]
     pictures = [Image.fromarray(canvas(boxes=[(16, 16, 48, 48)], colour=colour)) for colour in ("red", "red")]
@@ -122,6 +144,15 @@ def test_the_judge_learns_and_is_frozen(folder, tmp_path):  # noqa: F811
     (tmp_path / "export" / "judge.json").write_text('{"concepts": 5, "styles": []}')
     with pytest.raises(ValueError, match=r"judge.json: concepts=5 must be"):
         load_judge(tmp_path / "export")
+
+
+def test_a_seed_gives_one_judge_also_in_a_resumed_run(folder, tmp_path):  # noqa: F811
+    """Dropout is on, and PyTorch's own generator is in another state in every run."""
+    for seed, lengths in enumerate(((16,), (8, 16))):
+        for samples in lengths:
+            torch.manual_seed(seed)
+            fit(JudgeTask(folder), TrainConfig(batch_size=4, samples=samples), tmp_path / str(seed))
+    assert_same(tmp_path / "0", tmp_path / "1")
 
 
 def test_the_table_shows_means_and_intervals():

@@ -21,14 +21,15 @@ from torch import nn
 from sdlite.files import DiskFull
 from sdlite.training import curves
 from sdlite.training.curves import read_log
-from sdlite.training.loop import State, TrainConfig, fit, learning_rate, load_average, order
+from sdlite.training.loop import State, TrainConfig, Trainer, fit, learning_rate, load_average, order
 from sdlite.training.run import checkpoints, write_checkpoint
-from sdlite.training.state import ema_decay, update_ema
+from sdlite.training.state import Task, ema_decay, update_ema
+from sdlite.training.stop import Stop
 
 ROOT = Path(__file__).parent.parent
 
 
-class Line(nn.Module):
+class Line(Task):
     """y = 3 x + noise of the sample's own; enough of a task to move every part of the loop."""
 
     size = 40
@@ -77,6 +78,18 @@ def test_stopped_and_resumed_equals_straight_through(tmp_path):
     for samples in (20, 52, 96):
         fit(Line(), config(samples=samples), tmp_path / "resumed")
     assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+
+
+def test_making_a_trainer_writes_nothing(tmp_path):
+    fit(Line(), config(samples=8, report_every=4), tmp_path)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"samples": 99}\n')  # of a killed process: a run drops it
+    before = log.read_bytes()
+    with Stop("") as stop:
+        trainer = Trainer(Line(), config(), stop, time.monotonic)
+        assert log.read_bytes() == before and trainer.state.samples == 0
+        trainer.run(tmp_path)
+    assert b'"samples": 99' not in log.read_bytes() and trainer.state.samples == 96
 
 
 def test_figures_previews_and_curves_are_drawn_on_the_way(tmp_path):
@@ -293,6 +306,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
     DAMAGES[damage](tmp_path / "only" / "state-0000000008")
     with pytest.raises(ValueError, match=r"state-0000000008 is damaged.*"):
         fit(Line(), config(), tmp_path / "only")
+    if damage == "another optimizer":
+        assert load_average(Line(), tmp_path / "only") == 8  # reads the average alone
+        return
     with pytest.raises(ValueError, match=r"state-0000000008 is damaged.*"):
         load_average(Line(), tmp_path / "only")
 

@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-from sdlite.training.options import INTERNAL, OPTIONS, CodecOptions, DenoiserOptions, TrainConfig, options_of
+from sdlite.request import Request
+from sdlite.training.options import (
+    INTERNAL,
+    OPTIONS,
+    CodecOptions,
+    DenoiserOptions,
+    EvaluationOptions,
+    TrainConfig,
+    options_of,
+)
 from sdlite.training.run import FORGOTTEN, LOGGED
 
 
@@ -41,6 +50,14 @@ def test_a_flag_of_another_stage_and_a_wrong_value_are_refused_in_a_line():
     assert options_of("segmentation", {"class_weights": "1,2.5"}).class_weights == (1, 2.5)
     assert options_of("codec", {"lr": None}) == CodecOptions()
     assert DenoiserOptions(min_snr_gamma=0).min_snr_gamma is None
+
+
+def test_an_evaluation_has_the_bounds_of_a_request():
+    for name, wrong in {"steps": 0, "guidance_scale": -1}.items():
+        with pytest.raises(ValueError, match=f"{name}={wrong} must be"):
+            EvaluationOptions(**{name: wrong})
+    for name in ("steps", "guidance_scale"):
+        assert EvaluationOptions.model_fields[name].metadata == Request.model_fields[name].metadata
 
 
 def test_options_load_no_torch():

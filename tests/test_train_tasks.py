@@ -47,7 +47,7 @@ from sdlite.training.datasets.emoji import write
 from sdlite.training.datasets.pixels import load_shaped, on_white
 from sdlite.training.denoiser import DenoiserTask, emoji_dit, emoji_unet
 from sdlite.training.latents import encode, encode_tokens, preview_prompt
-from sdlite.training.loop import TrainConfig, fit, train
+from sdlite.training.loop import TrainConfig, fit, load_average, train
 from sdlite.training.networks import initialize
 from sdlite.training.options import CodecOptions, DenoiserOptions, TextOptions
 from sdlite.training.run import checkpoints
@@ -386,6 +386,9 @@ def test_a_run_with_muon_resumes_bit_for_bit(folder, runs, tmp_path):
     weights = load_file(next(checkpoints(tmp_path / "straight")[-1].glob("*.safetensors")))
     kinds = {name.rpartition(".")[2] for name in weights if name.startswith("optimizer.")}
     assert kinds == {"momentum", "exp_avg", "exp_avg_sq", "step"}
+    averaged = DenoiserTask(folder, parts, UNET, DenoiserOptions(size=32, views=1))
+    assert load_average(averaged, tmp_path / "straight") == 8
+    assert all(torch.equal(tensor, weights[f"ema.{name}"]) for name, tensor in averaged.state_dict().items())
 
 
 def test_plain_views_have_new_captions_and_composed_ones_their_own(folder, runs):
@@ -577,6 +580,15 @@ def test_links_in_a_model_are_followed_as_the_error_advises(folder, tmp_path, mo
         advice = re.search("--allow-links [^ ]+", capsys.readouterr().err)
         assert command(*call, *advice[0].split()) == 2
         assert "the model is loaded" in capsys.readouterr().err
+
+
+def test_the_former_name_of_images_still_works(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("sdlite.training.evaluation.report.evaluate", lambda *given, **_: asked.append(given[3]) or "")
+    for flag in ("--pictures", "--images"):
+        assert not command("evaluate", "tiny", "--data", folder, "-o", tmp_path / "out", flag, 9, "--steps", 3)
+    assert [(options.images, options.steps) for options in asked] == [(9, 3)] * 2
+    assert command("evaluate", "--help") == 0 and "--pictures" not in capsys.readouterr().out
 
 
 def write_text(folder):

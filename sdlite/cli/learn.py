@@ -95,7 +95,7 @@ def train(
 
 @command(
     "sdlite evaluate run/export --data emoji -o report",
-    "sdlite evaluate emoji-128 --data emoji -o report --pictures 20 --minutes 1",
+    "sdlite evaluate emoji-128 --data emoji -o report --images 20 --minutes 1",
 )
 def evaluate(
     model: Annotated[str, typer.Argument(callback=checked(check_model), help="Folder, .safetensors file or hub id.")],
@@ -103,14 +103,17 @@ def evaluate(
         Path, typer.Option("--data", callback=checked(check_there), help="Data folder that the model was trained on.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the judge.")],
-    how: EvaluationOptions,
+    options: EvaluationOptions,
     links: Annotated[LoadOptions, Flags(only=("allow_links",))],
+    former_images: Annotated[int | None, typer.Option("--pictures", hidden=True)] = None,
     threads: Threads = None,
 ) -> None:
     """Compare a model's images with real held-out images.
 
     The judge, a classifier, is trained only on the real images of --data.
     """
+    if former_images is not None:
+        options = options.replace(images=former_images)
     typer.echo(f"sdlite: loading {model}", err=True)
     from sdlite.training.evaluation.report import evaluate as run
 
@@ -126,6 +129,6 @@ def evaluate(
         bar.update(rows[what], completed=done)
 
     try:
-        print(run(model, folder, output, how, allow_links=links.allow_links, progress=progress))
+        print(run(model, folder, output, options, allow_links=links.allow_links, progress=progress))
     finally:
         bar.stop()

@@ -18,7 +18,6 @@ the discriminator's features of output and image (Wang et al. 2018).
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from sdlite.training.datasets.pixels import composed, fit_notes, load_pixels, on
 from sdlite.training.exports import identity, load_export, save_export
 from sdlite.training.networks import draw_weights
 from sdlite.training.options import CodecOptions
+from sdlite.training.state import Task
 
 KL_WEIGHT = 1e-5  # of the KL divergence per latent value: keeps latents in reach, costs no sharpness
 MIN_DEVIATION = 1e-3  # of a latent channel; below it the channel is dead
@@ -146,7 +146,7 @@ def psnr(output: Tensor, images: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error)
 
 
-class CodecTask(nn.Module):
+class CodecTask(Task):
     """Reconstruction of the images of a data folder.
 
     The first `options.cropped` samples are squares of half the side. With options.codec, only the decoder of that codec
@@ -167,7 +167,7 @@ class CodecTask(nn.Module):
         self.pixels = load_pixels(data, records, size, fit)
         self.held_out = load_pixels(data, held_out, size, fit)
         self.size, self.notes = len(records), fit_notes(data, records, fit)
-        self.settings: dict[str, Any] = {
+        self.settings = {
             **fingerprints(data, records),
             **options.model_dump(include={"size", "fit", "cropped", "adversarial"}),
             **{"start": "", "teacher": ""},

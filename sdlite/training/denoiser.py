@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.load import load_model
@@ -40,6 +40,7 @@ from sdlite.training.latents import PLAIN, Latents, encode, encode_tokens, previ
 from sdlite.training.networks import EDGES, emoji_dit as emoji_dit, emoji_unet as emoji_unet, initialize
 from sdlite.training.options import DenoiserOptions
 from sdlite.training.run import SHARD_BYTES, checksum
+from sdlite.training.state import Task
 from sdlite.training.text import load_text, text_identity
 
 SIZE = 256  # pixels of the images that the denoiser is trained on
@@ -63,7 +64,7 @@ def schedule_for(options: DenoiserOptions, start: ScheduleConfig | None = None) 
     return (start or ScheduleConfig()).replace(**end)
 
 
-class DenoiserTask(nn.Module):
+class DenoiserTask(Task):
     """Learns to predict the noise, or the velocity, in the latents of a data folder.
 
     parts: codec and text encoder, both frozen. config: describes the network; the options set its prediction, and a
@@ -105,7 +106,7 @@ class DenoiserTask(nn.Module):
         self.notes = caption_notes(data) + fit_notes(data, self.records, options.fit)
         self.notes += cut_notes(parts[1], [record["text"] for record in self.records])
         self.empty = tokenize(parts[1], [""])
-        self.begun, self.previews = False, SHOWN
+        self.previews = SHOWN
         self._data, self._size, self._cache = data, size, cache
         self._key = key_of(seed=options.seed, **made_of)
         self._say: Callable[[str], None] = lambda text: None

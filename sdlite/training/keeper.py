@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 class Keeper:
-    """Keeps a run: call `begin` before the first sample, `step` after every step and `finish` at the end, always."""
+    """Keeps a run: call `begin` before the first sample, `step` after every step, `finish` after the last."""
 
     def __init__(
         self, task: Task, state: State, config: TrainConfig, out: Path, stop: Stop, clock: Callable[[], float]
@@ -45,7 +45,7 @@ class Keeper:
             run.add_to_log(self.out, {"samples": self.state.samples, "changed": changes})
             changed = ", ".join(f"{name} {before} is now {now}" for name, (before, now) in changes.items())
             say(f"going on after {self.state.samples} samples with changes: {changed}")
-        if self.state.samples == 0 and getattr(self.task, "begun", False) and not self.stop.asked:
+        if self.state.samples == 0 and self.task.begun and not self.stop.asked:
             self._show()
         self.bar.start()
 
@@ -100,8 +100,8 @@ class Keeper:
         figures = self.task.evaluate()
         run.add_to_log(out, {"samples": samples, **figures})
         say(f"{samples} samples, " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if number := getattr(self.task, "previews", 0):
-            say(f"drawing {number} previews")
+        if self.task.previews:
+            say(f"drawing {self.task.previews} previews")
         self.task.preview(out / f"preview-{samples:010}.png")
         if self.config.plot:
             draw_progress(out)

@@ -1,6 +1,6 @@
 """The one training loop: any task, any number of processes, to the end of a time budget, exactly resumable.
 
-    sample numbers n, n+1, ... --order--> indices --task--> loss --AdamW, EMA--> weights --> OUT/state-<samples>/
+    sample numbers n, n+1, ... --order--> indices --task--> loss --optimizer, EMA--> weights --> OUT/state-<samples>/
 
 Progress is counted in samples. Order, augmentation and noise are derived from the seed and the number of the sample;
 learning rates are derived from the samples seen. So a run that was stopped and resumed has the same weights as one that
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from torch import nn
 
 from sdlite.training import run
 from sdlite.training.keeper import Keeper, say
@@ -67,46 +66,52 @@ def fit(task: Task, config: TrainConfig, out: Path, *, clock: Callable[[], float
     if config.samples is None and config.minutes is None:
         raise ValueError("give minutes or samples, or training would never end")
     with Stop("stopping: what is learned so far is saved and exported") as stop:
-        Process(task, config, out, stop, clock).run()
+        Trainer(task, config, stop, clock).run(out)
         if stop.asked:
             raise KeyboardInterrupt
 
 
-class Process:
-    """One of the processes that train together. The main one also keeps the run's folder."""
+class Trainer:
+    """Trains a task, alone or as one of several processes. The main one also keeps the run's folder."""
 
-    def __init__(self, task: Task, config: TrainConfig, out: Path, stop: Stop, clock: Callable[[], float]) -> None:
-        assert isinstance(task, nn.Module), "a task is a module, so that its parameters are found"
-        self.config, self.out, self.stop, self.clock = config, out, stop, clock
+    def __init__(self, task: Task, config: TrainConfig, stop: Stop, clock: Callable[[], float]) -> None:
+        assert isinstance(task, Task), "make it a subclass of sdlite.training.state.Task"
+        self.config, self.stop, self.clock = config, stop, clock
         self.accelerator = accelerator = Accelerator(mixed_precision=config.precision)
         stop.once = TORCHRUN_SECONDS if accelerator.num_processes > 1 else 0
         self.task = task.to(accelerator.device)
         self.state = State(task, config, accelerator.scaler)
-        changes = run.changes(out, self.state.settings(config), new_data=config.new_data)
-        notes = [*getattr(task, "notes", ()), *self.state.resume(out)]
-        with stop.idle():
-            getattr(task, "prepare", lambda say: None)(say if accelerator.is_main_process else lambda text: None)
         self.wrapped, self.optimizer = accelerator.prepare(task, self.state.optimizer)
-        self.begun = clock()
-        self.keeper = Keeper(task, self.state, config, out, stop, clock) if accelerator.is_main_process else None
-        if self.keeper is not None:
-            self.keeper.begin(notes, changes)
 
-    def run(self) -> None:
+    def run(self, out: Path) -> None:
+        """Begins the run in `out`, or continues it, and trains until it is over."""
+        accelerator = self.accelerator
+        changes = run.changes(out, self.state.settings(self.config), new_data=self.config.new_data)
+        notes = [*self.task.notes, *self.state.resume(out)]
+        with self.stop.idle():
+            self.task.prepare(say if accelerator.is_main_process else lambda text: None)
+        keeper = None
+        begun = self.clock()
+        if accelerator.is_main_process:
+            keeper = Keeper(self.task, self.state, self.config, out, self.stop, self.clock)
+            keeper.begin(notes, changes)
         try:
-            self.task.train()
-            while not self._is_over():
-                loss = self._step()
-                if self.keeper is not None:
-                    self.keeper.step(loss)
-            if self.keeper is not None:
-                self.keeper.finish()
+            self._train(out, begun, keeper)
         finally:
-            if self.keeper is not None:
-                self.keeper.bar.stop()
-        self.accelerator.wait_for_everyone()
+            if keeper is not None:
+                keeper.bar.stop()
+        accelerator.wait_for_everyone()
 
-    def _step(self) -> float:
+    def _train(self, out: Path, begun: float, keeper: Keeper | None) -> None:
+        self.task.train()
+        while not self._is_over(begun):
+            loss = self._step(out)
+            if keeper is not None:
+                keeper.step(loss)
+        if keeper is not None:
+            keeper.finish()
+
+    def _step(self, out: Path) -> float:
         """Trains on one batch of every process. Returns the mean loss."""
         config, state, accelerator = self.config, self.state, self.accelerator
         numbers = np.arange(config.batch_size) + state.samples + accelerator.process_index * config.batch_size
@@ -116,7 +121,7 @@ class Process:
         with accelerator.autocast():
             loss = self.wrapped(torch.from_numpy(indices), torch.from_numpy(numbers))
         if not math.isfinite(value := accelerator.reduce(loss.detach(), "mean").item()):
-            last = next((path.name for path in reversed(run.checkpoints(self.out))), "none")
+            last = next((path.name for path in reversed(run.checkpoints(out))), "none")
             where = f"after {state.samples} samples, items {indices.tolist()}; last checkpoint: {last}"
             raise FloatingPointError(f"loss is {value} {where}; try a lower --lr")
         self.optimizer.zero_grad()
@@ -128,10 +133,10 @@ class Process:
         update_ema(state.average, state.module.state_dict(), ema_decay(state.samples, batch, config.half_life))
         return value
 
-    def _is_over(self) -> bool:
+    def _is_over(self, begun: float) -> bool:
         """Whether the budget is spent (by the main process's clock) or a process was asked to stop."""
         config, accelerator = self.config, self.accelerator
-        seconds = self.clock() - self.begun
+        seconds = self.clock() - begun
         if config.samples is not None and self.state.samples >= config.samples:
             return True
         late = config.minutes is not None and seconds > 60 * config.minutes and accelerator.is_main_process

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sdlite.config import Place, Record
+from sdlite.request import GuidanceScale, Steps
 
 Stage = Literal["codec", "text", "denoiser", "segmentation"]
 Samples = Annotated[int, Field(ge=0)]
@@ -178,10 +179,10 @@ class SegmentationOptions(TrainConfig):
 class EvaluationOptions(Record):
     """Of `sdlite evaluate`. minutes: to train the judge. steps, guidance_scale: of every image that is drawn."""
 
-    pictures: int = Field(100, ge=8, le=10_000, description="Number of held-out pairs to draw.")
+    images: int = Field(100, ge=8, le=10_000, description="Number of held-out pairs to draw.")
     minutes: float = Field(10.0, gt=0, description="Time to train the judge, if OUTPUT has none.")
-    steps: int = Field(20, description="Denoising steps; more is slower.")
-    guidance_scale: float = Field(5.0, description="How closely to follow the prompt; 1 turns guidance off.")
+    steps: Steps = 20
+    guidance_scale: GuidanceScale = 5.0
 
 
 OPTIONS: dict[Stage, type[TrainConfig]] = {

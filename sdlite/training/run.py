@@ -11,9 +11,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -38,6 +38,7 @@ OTHERS = {
 OTHER = ("optimizer.", "scaler.")  # what begins the names of tensors whose shapes a checkpoint decides
 Count = Annotated[int, Field(strict=True, ge=0)]
 Settings = Mapping[str, Any]
+Found = TypeVar("Found")
 Changes = dict[str, list[Any]]  # name -> [before, now]
 
 
@@ -103,6 +104,22 @@ def read_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tupl
             f"{found.get(name, 'missing')} and must be {shapes.get(name, 'absent')}"
         )
     return stated.samples, tensors
+
+
+def last_sound(out: Path, load: Callable[[Path], Found]) -> tuple[Found | None, list[str]]:
+    """What `load` returns for the last checkpoint that it can load, and a note for each damaged one after it.
+
+    None without a checkpoint. Raises ValueError if all are damaged.
+    """
+    faults: list[str] = []
+    for folder in reversed(checkpoints(out)):
+        try:
+            return load(folder), [f"{fault}; going on from {folder.name}" for fault in faults]
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(faults[0])
+    return None, []
 
 
 def check_finite(tensors: Mapping[str, Tensor], when: str) -> None:

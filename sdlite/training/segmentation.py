@@ -7,11 +7,10 @@ network sees the rest of the image; beyond the image's edge it sees the mirrored
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdlite.images.files import save_picture
 from sdlite.images.sheet import contact_sheet
@@ -24,11 +23,12 @@ from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import MASKED, fingerprints, read_records
 from sdlite.training.datasets.pairs import IGNORED, Pair, channels_of, labels_of
 from sdlite.training.options import SegmentationOptions
+from sdlite.training.state import Task
 
 SHOWN = 8  # images of the preview
 
 
-class SegmentationTask(nn.Module):
+class SegmentationTask(Task):
     """Classes of the pixels of a data folder."""
 
     def __init__(self, data: Path, config: SegmenterConfig, options: SegmentationOptions) -> None:
@@ -36,7 +36,7 @@ class SegmentationTask(nn.Module):
         records = read_records(data, fields=MASKED)
         held_out = read_records(data, "validation", MASKED) or read_records(data, "test", MASKED) or records
         self.config, self.seed, self.terms = config, options.seed, options.terms
-        self.settings: dict[str, Any] = fingerprints(data, records, MASKED) | {
+        self.settings = fingerprints(data, records, MASKED) | {
             "network": config.model_dump(mode="json"),
             **options.model_dump(mode="json", include={"terms", "class_weights"}),
         }

@@ -3,9 +3,9 @@
 The average of the weights has a lower held-out loss than the weights (notebook 04).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,43 @@ from sdlite.training.options import TrainConfig
 RAMP = 0.05  # half life as a part of the samples seen, so that the random start is soon forgotten (Karras et al. 2024)
 
 
-class Task(Protocol):
+class Task(nn.Module):
     """What to learn: a module that gives the loss of a batch. Training changes its parameters and nothing else.
 
-    It may also have:
-    `settings`, a dict of what it was made with; it must be the same when the run is resumed (see `run.changes`);
-    `prepare(say)`, slow work that is done after that check;
-    `notes`, texts for the user;
-    `previews`, the number of images in its preview;
-    `begun`, true if it can draw before the first sample: then a preview is shown before training too;
-    `edges`, parts of the names of matrices that AdamW trains instead of Muon: first and last layer, embeddings.
+    size: number of items in the training data. settings: what it was made with; they must be the same when the run is
+    resumed (see `run.changes`). notes: texts for the user. previews: number of images in its preview. begun: whether it
+    can draw before the first sample; then a preview is shown before training too. edges: parts of the names of matrices
+    that AdamW trains instead of Muon: first and last layer, embeddings.
     """
 
-    @property
-    def size(self) -> int:
-        """Number of items in the training data."""
+    size: int
+    previews = 0
+    begun = False
+    edges: Sequence[str] = ()
 
-    def __call__(self, indices: Tensor, numbers: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Does slow work, after the check of the settings. say: tells the user."""
+
+    def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         """Mean loss of items `indices`, (B,) int64; all randomness comes from the sample `numbers`, (B,) int64."""
+        raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data, with the current weights."""
+        raise NotImplementedError
 
     def preview(self, path: Path) -> None:
         """Writes a PNG that shows what the current weights do."""
+        raise NotImplementedError
 
     def export(self, folder: Path) -> None:
         """Writes what later stages load into an empty folder."""
+        raise NotImplementedError
 
 
 def ema_decay(samples_seen: int, batch: int, half_life: int) -> float:
@@ -65,12 +75,12 @@ def update_ema(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], dec
 
 
 class State:
-    """What a checkpoint holds: the module, its moving average, the optimizer and the number of samples seen.
+    """What a checkpoint holds: the task, its moving average, the optimizer and the number of samples seen.
 
     scaler: of the loss, in fp16.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, scaler: Any = None) -> None:
+    def __init__(self, module: Task, config: TrainConfig, scaler: Any = None) -> None:
         self.module, self.scaler, self.samples = module, scaler, 0
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.average = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
@@ -78,7 +88,7 @@ class State:
 
     def settings(self, config: TrainConfig) -> dict[str, Any]:
         """The content of config.json."""
-        return config.settings() | getattr(self.module, "settings", {})
+        return config.settings() | self.module.settings
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
@@ -90,8 +100,7 @@ class State:
 
     def load(self, folder: Path) -> None:
         """Loads a checkpoint. Raises ValueError, and changes nothing, if it is damaged or of another model."""
-        own = {f"{part}.{name}": tuple(t.shape) for part in ("model", "ema") for name, t in self.average.items()}
-        samples, tensors = run.read_checkpoint(folder, own)
+        samples, tensors = run.read_checkpoint(folder, _shapes(self.average))
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "scaler": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -124,17 +133,7 @@ class State:
 
         Raises ValueError if all are damaged.
         """
-        faults: list[str] = []
-        for folder in reversed(run.checkpoints(out)):
-            try:
-                self.load(folder)
-            except ValueError as error:
-                faults.append(str(error))
-            else:
-                return [f"{fault}; going on from {folder.name}" for fault in faults]
-        if faults:
-            raise ValueError(faults[0])
-        return []
+        return run.last_sound(out, self.load)[1]
 
     def with_average(self, call: Callable[[], object]) -> None:
         """Calls while the module has the averaged weights."""
@@ -149,21 +148,27 @@ class State:
             self.module.train()
 
 
-def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights and of their average in a checkpoint."""
+    return {f"{part}.{name}": tuple(tensor.shape) for part in ("model", "ema") for name, tensor in weights.items()}
+
+
+def _optimizer(module: Task, config: TrainConfig) -> torch.optim.Optimizer:
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW([p for _, p in named], config.lr, betas=BETAS, weight_decay=config.weight_decay)
-    edges = getattr(module, "edges", ())
-    inner = {name for name, p in named if p.ndim > 1 and not any(edge in name for edge in edges)}
+    inner = {name for name, p in named if p.ndim > 1 and not any(edge in name for edge in module.edges)}
     matrices, others = [p for name, p in named if name in inner], [p for name, p in named if name not in inner]
     return Muon(matrices, others, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def load_average(module: nn.Module, out: Path) -> int:
     """Fills module with the averaged weights of a run's last sound checkpoint. Returns its number of samples."""
-    state = State(module, TrainConfig())
-    state.resume(out)
-    if not run.checkpoints(out):
+    own = _shapes(module.state_dict())
+    found, _ = run.last_sound(out, lambda folder: run.read_checkpoint(folder, own))
+    if found is None:
         raise FileNotFoundError(f"{out} holds no checkpoint; train into it first")
-    module.load_state_dict(state.average)
-    return state.samples
+    samples, tensors = found
+    average = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
+    module.load_state_dict(average)
+    return samples

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from sdlite.training.datasets.pixels import fit_notes, load_pixels, on_white
 from sdlite.training.exports import cached, find_export, identity, key_of, load_export, save_export
 from sdlite.training.networks import draw_weights
 from sdlite.training.options import TextOptions
+from sdlite.training.state import Task
 
 VOCABULARY = 8_192  # tokens; CLIP's first 7,678 merges cover common English words
 TEACHERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")  # model_type of config.json
@@ -140,7 +140,7 @@ class ImageTower(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * (TOWER_SIZE // 8) ** 2, TEACHER_WIDTH))
 
 
-class TextTask(nn.Module):
+class TextTask(Task):
     """Contrastive pretraining on a data folder, with distillation of a teacher's sentence vectors.
 
     Without options.teacher it trains on the images alone. cache: file that keeps the teacher's vectors.
@@ -168,7 +168,7 @@ class TextTask(nn.Module):
         draw_weights(self, options.seed, lambda name, fan_in: 0.02 if "embedding" in name else fan_in**-0.5)
         self.notes = caption_notes(data) + fit_notes(data, self.records, fit)
         self.notes += cut_notes(self.encoder, [record["text"] for record in self.records])
-        self.settings: dict[str, Any] = {
+        self.settings = {
             **fingerprints(data, self.records),
             **{"fit": fit, "phrases": "", "teacher": ""},
             "network": config.model_dump(mode="json"),

@@ -1,9 +1,10 @@
 """Captions of a record, drawn anew for every sample, and their tokens.
 
-If a record has "concept" and "style", its captions use these, "names" (what people call it) and "descriptions". A new
-style of captions is one more of the TEMPLATES.
+If a record has "concept" and "style", its captions use these, "names" (what people call it) and "descriptions". For a
+new form of captions, add one of the TEMPLATES.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from sdlite.models.text import TextEncoder
 from sdlite.training.datasets.draws import Generator
 
-TEMPLATES = {  # template: part of the captions
+TEMPLATES = {  # template: how often it is used, compared with the others
     "{a} {subject}, {style} style": 0.25,
     "{subject}, {style} style": 0.2,
     "{subject} in {style} style": 0.1,
@@ -59,7 +60,8 @@ def caption_of(record: dict[str, Any], generator: Generator) -> str:
     """One of several captions for the image; the record's "text" if it has no concept and style."""
     if "concept" not in record or "style" not in record:
         return str(record["text"])
-    template = str(generator.choice(tuple(TEMPLATES), p=tuple(TEMPLATES.values())))
+    total = math.fsum(TEMPLATES.values())
+    template = str(generator.choice(tuple(TEMPLATES), p=[part / total for part in TEMPLATES.values()]))
     subject = subject_of(record, generator)
     described = str(generator.choice(record.get("descriptions") or [subject]))
     filled = template.format(a=article(subject), subject=subject, style=record["style"], description=described)

@@ -19,6 +19,7 @@ from sdlite.training.datasets.pixels import composed, load_pixels, on_white
 from sdlite.training.exports import load_export, save_export
 from sdlite.training.networks import draw_weights
 from sdlite.training.run import checksum
+from sdlite.training.state import Task
 
 SIDE = 48  # pixels that it sees
 WIDTHS = (3, 32, 64, 128, 192)
@@ -61,7 +62,7 @@ class Judge(nn.Module):
         return self.body(F.interpolate(images, size=(SIDE, SIDE), mode="area"))
 
 
-class JudgeTask(nn.Module):
+class JudgeTask(Task):
     """Classification of the train split, with random backgrounds, shifts and mirroring."""
 
     def __init__(self, data: Path, seed: int = 1_000_003) -> None:
@@ -79,7 +80,10 @@ class JudgeTask(nn.Module):
     def forward(self, indices: Tensor, numbers: Tensor) -> Tensor:
         images = torch.cat([self._sample(i, int(n)) for i, n in zip(indices, numbers, strict=True)])
         loss = torch.zeros(())
-        for logits, labels in zip(self.judge(images), self.labels[indices].T, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + int(numbers[0]))  # of the dropout
+            named = self.judge(images)
+        for logits, labels in zip(named, self.labels[indices].T, strict=True):
             loss = loss + F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
         return loss
 

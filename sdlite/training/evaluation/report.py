@@ -59,7 +59,7 @@ def evaluate(
         with torch.enable_grad():
             fit(JudgeTask(data), TrainConfig(batch_size=64, lr=2e-3, minutes=options.minutes), out / "judge")
     judge, names, styles, digest = load_judge(out / "judge" / "export")
-    held, trained = _held_out(data, names, styles, options.pictures), read_records(data)
+    held, trained = _held_out(data, names, styles, options.images), read_records(data)
     wanted = torch.tensor([[names.index(r["concept"]), styles.index(r["style"])] for r in held])
     side = pipe.default_size[0]
     real = on_white(load_pixels(data, held, side))
