@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter
-from pathlib import Path
 from time import perf_counter
 
 from PIL.Image import Image
@@ -42,8 +40,7 @@ class Result:
 def draw(pipe: Pipeline, items: Sequence[Item], size: int) -> list[Image]:
     """Images of items that share a batch, computed in a batch of `size`. Raises as Pipeline.generate does."""
     padded = [*items, *[items[-1]] * (size - len(items))]
-    same: dict[Path | None, Path | None] = {}  # one object for equal paths, so that `jobs` opens each file once
-    images, masks = ([same.setdefault(path, path) for path in map(attrgetter(side), padded)] for side in SIDES)
+    images, masks = ([getattr(item, side) for item in padded] for side in SIDES)
     jobs = pipe.jobs([item.request for item in padded], images, masks)
     for item, job in zip(items, jobs, strict=False):
         for side in SIDES:

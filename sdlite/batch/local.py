@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -208,7 +209,7 @@ class Batch:
     def _num_processes(self, items: Sequence[Item]) -> int:
         """How many processes or actors draw the items: one for a single batch, and no more than there are batches."""
         few = len(items) <= self.size and not self.options.on_ray
-        return 1 if few else min(self.options.workers, len(list(groups(items, self.size))))
+        return 1 if few else sum(1 for _ in islice(groups(items, self.size), self.options.workers))
 
     def _workers(self, count: int) -> AbstractContextManager[Callable[[int], Worker]]:
         """Starts workers: processes of this machine, or actors of a Ray cluster."""

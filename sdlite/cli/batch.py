@@ -96,8 +96,7 @@ def batch(
         for line in str(error).splitlines():
             print(f"sdlite: error: {shown(line)}", file=sys.stderr)
         raise typer.Exit(WRONG_INPUT) from None
-    for note in prepared.notes:
-        report.note(note)
+    report.note(*prepared.notes)
     raise typer.Exit(_plan(prepared, report) if dry_run else _run(prepared, contact_sheet, report))
 
 

@@ -113,18 +113,12 @@ def labels_of(data: Path) -> Labels:
 
 def channels_of(data: Path) -> Literal[1, 3]:
     """1 if all images of all splits are grey, else 3."""
-    modes = {_mode(data / record["file_name"]) for record in _all_records(data)}
+    modes = {decoded(data / record["file_name"], FORMATS, MAX_PIXELS).mode for record in _all_records(data)}
     return 1 if modes <= set(GREY) else 3
 
 
 def _all_records(data: Path) -> Records:
     return [record for split in SPLITS for record in read_records(data, split, MASKED)]
-
-
-def _mode(path: Path) -> str:
-    decoded(path, FORMATS, MAX_PIXELS)  # whatever is wrong with the file is said in one line
-    with Image.open(path, formats=FORMATS) as image:
-        return image.mode
 
 
 def _format(path: Path) -> str | None:
