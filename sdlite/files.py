@@ -9,6 +9,7 @@ that is killed leaves one, under a name that `sweep` knows.
 """
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -82,6 +83,12 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path}: has more than {max_bytes} bytes")
     return path.read_bytes()
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def csv_delimiter(first: str) -> tuple[str, bool]:

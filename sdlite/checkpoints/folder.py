@@ -6,7 +6,6 @@ Links and checksums are checked before anything is read. A folder is written who
 """
 
 import glob
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from sdlite.checkpoints.sd_names import modern_names
 from sdlite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from sdlite.checkpoints.weights import WAY_OUT, Weights, from_files, open_weights, read_json, write_json, write_shards
 from sdlite.config import UNTRAINED_NOTE, CodecConfig, LoadOptions, ModelConfig
-from sdlite.files import atomic_folder, read_text
+from sdlite.files import atomic_folder, checksum, read_text
 from sdlite.models.codec import LatentCodec
 from sdlite.models.text import saved_text_state_dict, text_state_dict
 
@@ -151,9 +150,8 @@ def _check_sums(folder: Path, sums: Path) -> None:
             raise CheckpointError(f"{sums}: {line!r:.120} is not a sum of a file in this folder")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; {sums.name} lists it")
-        with file.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != stated.lower():
-                raise CheckpointError(f"{file} is not the file that {sums.name} lists; download it again")
+        if checksum(file) != stated.lower():
+            raise CheckpointError(f"{file} is not the file that {sums.name} lists; download it again")
 
 
 def open_part(folder: Path, variant: str | None = None, *, stem: str = "", trust_pickle: bool = False) -> Weights:

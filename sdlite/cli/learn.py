@@ -16,8 +16,6 @@ from sdlite.training.options import INTERNAL, OPTIONS, EvaluationOptions, Stage
 
 DataKind = Literal["emoji", "nuclei", "foreground"]
 DATA = "Folder of images with captions: .txt files beside them, metadata.jsonl or metadata.csv."
-FIT = """What to do with images that are not square: crop cuts off the ends, pad adds white bars, bucket (denoiser only)
-uses the nearest of a few shapes."""
 VARIED = "For foreground: number of images per drawing, with more kinds of backgrounds; 0: plain."
 
 
@@ -59,7 +57,6 @@ WORDS = {
     **{name: typer.Option(callback=checked(check_there)) for name in ("codec", "text", "teacher")},
     "size": typer.Option(show_default="256, or the model's"),
     "seed": typer.Option(),  # without -s
-    "fit": typer.Option(help=FIT),
     "class_weights": typer.Option(metavar="W,W,...", parser=str, show_default="all 1"),
 }
 

@@ -10,9 +10,10 @@ from sdlite.checkpoints.concepts import FILE, nearest, read_names
 from sdlite.checkpoints.places import SHIPPED, SHIPPED_STYLES, check_model, shipped_folder
 from sdlite.cli.app import command, load
 from sdlite.cli.flags import Flags, check_there, checked
-from sdlite.cli.output import SUFFIXES, Report, check_writable, shown
+from sdlite.cli.output import Report, check_writable, shown
 from sdlite.config import LoadOptions
 from sdlite.files import exported, sweep
+from sdlite.images.recipe import SUFFIXES
 
 ON_CPU = LoadOptions(device="cpu", dtype="float32")
 FILES = ("vae", "variant", "allow_links")

@@ -1,6 +1,5 @@
 """The output of a run: file names, events, notes and the progress bar."""
 
-import hashlib
 import json
 import os
 import re
@@ -15,14 +14,14 @@ import typer
 from pydantic import Field
 
 from sdlite.config import UNTRAINED_NOTE, Record
-from sdlite.files import check_file, sweep
+from sdlite.files import check_file, checksum, sweep
+from sdlite.images.recipe import SUFFIXES, fits_jpeg
 from sdlite.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of images that are written
-LOSSY = (".jpg", ".jpeg")  # these change pixels and have little room for metadata
+LOSSY = [suffix for suffix, kind in SUFFIXES.items() if kind == "JPEG"]  # changes pixels, has little room for texts
 # What would drive the terminal that shows a foreign file's text, or turn the order of its letters.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -90,8 +89,6 @@ class Names:
 
     def check_room(self, request: Request) -> None:
         """Raises ValueError if a JPEG has no room for the prompts."""
-        from sdlite.images.recipe import fits_jpeg
-
         lossy = self.options.metadata and self.paths and self.paths[0].suffix.lower() in LOSSY
         if lossy and not fits_jpeg((request.prompt, request.negative_prompt)):
             rule = "a JPEG has no room for prompts of that length"
@@ -134,7 +131,7 @@ class Report(Record):
 
     def path(self, path: Path, event: str = "image", **fields: Any) -> None:
         if self.as_json:
-            self.event(event, path=str(path), **fields, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+            self.event(event, path=str(path), **fields, sha256=checksum(path))
         else:
             typer.echo(path)
 

@@ -19,14 +19,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdlite.files import write_file
-from sdlite.images.recipe import Foreign, Recipe, parse_a1111, parse_recipe, read_comment, write_comment
+from sdlite.images.recipe import SUFFIXES, Foreign, Recipe, parse_a1111, parse_recipe, read_comment, write_comment
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 * 1024 * 1024  # of an image that is read: the largest that can be drawn, MAX_SIDE squared
 MAX_PIXEL_BYTES = 8  # of a file, for each of its pixels at most: 16-bit RGBA, uncompressed
 READABLE = {"WEBP": "WebP", "JPEG2000": "JPEG 2000"}  # Pillow's name of a format -> as people write it
 TEXTS = ("parameters", "sdlite")  # names of the texts in an image's info and in a PNG
-SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of files that are written
 QUALITY: dict[str, dict[str, Any]] = {
     "PNG": {},
     "JPEG": {"quality": 95, "subsampling": 0},

@@ -19,6 +19,7 @@ from sdlite.files import parse_json
 from sdlite.package import __version__
 from sdlite.request import SOLVERS, Request
 
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of image files -> Pillow's format
 MAX_CHARS = 1024 * 1024  # of a text: two prompts of Request's length, every character escaped, and room
 MAX_NAME = 200  # characters of a model's name
 UNKNOWN_SOURCE = "sha256:unknown"

@@ -9,6 +9,7 @@ and Salimans 2022).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from sdlite.checkpoints.folder import save_folder
 from sdlite.checkpoints.load import load_model
-from sdlite.checkpoints.parts import ModelParts, finished
-from sdlite.config import DenoiserConfig, DiTConfig, ModelConfig, ScheduleConfig
+from sdlite.checkpoints.parts import ModelParts, finished, gathered
+from sdlite.config import DenoiserConfig, DiTConfig, ScheduleConfig
 from sdlite.contracts import Conditioning
 from sdlite.diffusion.loss import diffusion_loss
 from sdlite.diffusion.schedule import Schedule
+from sdlite.files import checksum
 from sdlite.images.files import save_picture
 from sdlite.images.sheet import contact_sheet
 from sdlite.models import network
@@ -39,7 +41,7 @@ from sdlite.training.exports import cached, key_of
 from sdlite.training.latents import PLAIN, Latents, encode, encode_tokens, preview_prompt
 from sdlite.training.networks import EDGES, emoji_dit as emoji_dit, emoji_unet as emoji_unet, initialize
 from sdlite.training.options import DenoiserOptions
-from sdlite.training.run import SHARD_BYTES, checksum
+from sdlite.training.run import SHARD_BYTES
 from sdlite.training.state import Task
 from sdlite.training.text import load_text, text_identity
 
@@ -219,14 +221,8 @@ class DenoiserTask(Task):
     def export(self, folder: Path) -> None:
         """Writes the whole model in diffusers' folder layout, in float16, with its checksums."""
         codec, text = self.parts
-        config = ModelConfig(
-            denoiser=self.denoiser.config,
-            schedule=self.schedule.config,
-            text=text.config,
-            codec=codec.config,
-            sample_size=self.sample_size,
-        )
-        parts = finished(ModelParts(text, self.denoiser, codec, config, folder.name, ""), [])
+        parts = gathered(text, self.denoiser, codec, self.schedule.config, self.sample_size, ())
+        parts = finished(replace(parts, name=folder.name), [])
         save_folder(parts, folder, dtype=torch.float16, max_shard_size=SHARD_BYTES)
         files = sorted(folder.rglob("*.safetensors"))
         sums = [f"{checksum(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]

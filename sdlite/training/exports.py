@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlite.checkpoints.parts import check_same, shapes_of, weights_hash
-from sdlite.checkpoints.places import CheckpointError
-from sdlite.checkpoints.weights import open_safetensors
+from sdlite.checkpoints.weights import from_files, open_safetensors
 from sdlite.config import Record
 from sdlite.files import atomic_file, exported, read_json
 
@@ -35,20 +34,13 @@ def save_export(name: str, module: nn.Module, config: Record, folder: Path) -> N
 
 def read_config(kind: type[Config], path: Path) -> Config:
     """Raises ValueError or FileNotFoundError of one line that begins with the path."""
-    fields = read_json(path)
-    try:
-        return kind(**fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return from_files(path, kind, **read_json(path))
 
 
 def built(make: Callable[[], Module], path: Path) -> Module:
     """The module of a config without memory for its weights. Raises CheckpointError if none can be built of it."""
-    try:
-        with torch.device("meta"):
-            return make()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+    with torch.device("meta"):
+        return from_files(path, make)
 
 
 def fill(module: nn.Module, path: Path) -> None:

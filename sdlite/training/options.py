@@ -21,9 +21,9 @@ BatchSize = Annotated[int, Field(ge=1, le=65_536, description="Samples in a batc
 Rate = Annotated[float, Field(gt=0, le=1, description="Highest learning rate.")]
 Optimizer = Annotated[Literal["adamw", "muon"], Field(description="How the weights are updated.")]
 ShowSamples = Annotated[Samples, Field(description="Samples between exports with previews; 0: never.")]
-Square = Annotated[
-    Literal["crop", "pad"], Field(description="Images that are not square: cut off the ends, or add white bars.")
-]
+FIT = """What to do with images that are not square: crop cuts off the ends, pad adds white bars, bucket (denoiser only)
+uses the nearest of a few shapes."""
+Square = Annotated[Literal["crop", "pad"], Field(description=FIT)]
 
 
 class Call(Record):
@@ -129,10 +129,7 @@ class DenoiserOptions(TrainConfig):
     text: Path | None = Field(None, description="Folder of the text stage.")
     arch: Literal["unet", "dit"] = Field("unet", description="unet or dit.")
     size: int | None = Field(None, description="Side of the images in pixels.")
-    fit: Literal["crop", "pad", "bucket"] = Field(
-        "crop",
-        description="Images that are not square: cut off the ends, add white bars, or train each in the nearest shape.",
-    )
+    fit: Literal["crop", "pad", "bucket"] = Field("crop", description=FIT)
     prediction: Literal["epsilon", "v"] = Field("v", description="What it predicts.")
     timesteps: Literal["uniform", "logit_normal"] = Field(
         "logit_normal", description="Which noise levels it sees most."

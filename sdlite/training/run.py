@@ -7,7 +7,6 @@
 A resumed run must have the same data, parts and network. Rate, batch size and other settings may change.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlite.config import Record
-from sdlite.files import atomic_folder, read_json, write_file
+from sdlite.files import atomic_folder, checksum, read_json, write_file
 from sdlite.training.options import Call, Pace
 
 SHARD_BYTES = 15 * 2**20  # so that a file stays under 16 MB with its header
@@ -183,8 +182,3 @@ def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
     for name, value in json.loads(json.dumps(settings)).items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def checksum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -20,10 +20,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from sdlite.files import csv_delimiter
+from sdlite.files import checksum, csv_delimiter
+from sdlite.images.recipe import SUFFIXES
 
 Records = list[dict[str, Any]]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_METADATA_BYTES = 64 * 2**20  # of a table: about 600,000 images
 MAX_CAPTION_BYTES = 2**20  # of a text file beside an image
 MAX_TEXT = 20_000  # characters, as in a Request
@@ -76,8 +76,7 @@ def fingerprints(folder: Path, records: Records, fields: Sequence[str] = ("file_
     files = hashlib.sha256()
     for record in records:
         for name in (record[field] for field in fields):
-            with (folder / name).open("rb") as file:
-                files.update(hashlib.file_digest(file, "sha256").digest())
+            files.update(bytes.fromhex(checksum(folder / name)))
     return {"data": hashlib.sha256(json.dumps(records).encode()).hexdigest()[:12], "pictures": files.hexdigest()[:12]}
 
 

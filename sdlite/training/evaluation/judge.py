@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlite.config import Record
+from sdlite.files import checksum
 from sdlite.training.datasets.draws import sample_generator
 from sdlite.training.datasets.folder import Records, fingerprints, read_records
 from sdlite.training.datasets.pixels import composed, load_pixels, on_white
 from sdlite.training.exports import load_export, save_export
 from sdlite.training.networks import draw_weights
-from sdlite.training.run import checksum
 from sdlite.training.state import Task
 
 SIDE = 48  # pixels that it sees
